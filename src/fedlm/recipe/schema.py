@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from fedlm.errors import nearest
@@ -216,10 +216,15 @@ class AlgorithmSpec(Strict):
     beta2: Fraction = 0.99
     tau: PositiveFloat = Field(1e-3, description="Adaptivity floor of fedadam, fedyogi and fedadagrad.")
 
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in ALGORITHMS:
+            raise ValueError(f"unknown algorithm '{name}', {nearest(name, ALGORITHMS)}")
+        return name
+
     @model_validator(mode="after")
-    def _known(self) -> AlgorithmSpec:
-        if self.name not in ALGORITHMS:
-            raise ValueError(f"unknown algorithm '{self.name}': {nearest(self.name, ALGORITHMS)}")
+    def _weighted(self) -> AlgorithmSpec:
         if ALGORITHMS[self.name].equal_weights and self.weights not in (None, "equal"):
             raise ValueError(f"{self.name} counts every silo the same: leave `weights` out or set it to 'equal'")
         return self
