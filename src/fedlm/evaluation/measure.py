@@ -1,0 +1,133 @@
+"""What one silo measures of one model on its own rows, as counts that can be added over silos."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedlm.errors import ModelError
+from fedlm.evaluation.choice import score_choices
+from fedlm.evaluation.generation import score_generation
+from fedlm.evaluation.perplexity import target_nll
+from fedlm.messages import Fields
+from fedlm.randomness import key
+from fedlm.recipe.schema import EvaluationSpec
+from fedlm.training.tasks import get_task
+
+
+def measure(
+    model: Any,
+    tokenizer: Any,
+    rows: Any,
+    kind: str,
+    task_name: str,
+    spec: EvaluationSpec,
+    *,
+    max_length: int,
+    items: bool = False,
+    packing: bool = True,
+) -> Fields:
+    """Measure a model on canonical examples; the result is plain JSON and holds no text.
+
+    Args:
+        rows: `datasets.Dataset` of canonical examples of one `kind`.
+        kind: 'text', 'messages' or 'choice'; the choice and generation metrics apply to 'choice' rows only.
+        max_length: tokens at which rows are cut for the loss, as in training.
+        packing: False for models that cannot be packed (the recipe's `training.packing`).
+        items: add each row's result under "items", in the order of the rows, for paired comparisons.
+
+    Returns:
+        {"examples", "loss_sum" (nats), "loss_tokens", "choice_correct", "choice_correct_norm", "choice_total",
+        "generation_correct", "generation_parsed", "generation_total"} and, if asked, "items": {"nll", "tokens",
+        "choice", "choice_norm", "generation"}, of those measured. Metrics that were not asked for count 0.
+
+    The model's training flag and its gradients stay as they were; equal calls give equal results.
+
+    Raises:
+        ModelError: when the model gives a loss that is not finite.
+    """
+    rows = _subset(rows, spec.max_examples)
+    result: Fields = {
+        "examples": len(rows),
+        "loss_sum": 0.0,
+        "loss_tokens": 0,
+        "choice_correct": 0,
+        "choice_correct_norm": 0,
+        "choice_total": 0,
+        "generation_correct": 0,
+        "generation_parsed": 0,
+        "generation_total": 0,
+    }
+    detail: dict[str, list[Any]] = {}
+    with _evaluating(model):
+        if "loss" in spec.metrics:
+            nll, tokens = target_nll(
+                model,
+                tokenizer,
+                rows,
+                get_task(task_name),
+                max_length=max_length,
+                batch_tokens=spec.batch_tokens,
+                packing=packing,
+            )
+            _require_finite(nll)
+            result["loss_sum"], result["loss_tokens"] = float(nll.sum()), int(tokens.sum())
+            detail["nll"], detail["tokens"] = nll.tolist(), tokens.tolist()
+        if "choice" in spec.metrics and kind == "choice":
+            scores = score_choices(model, tokenizer, rows, task_name, batch_tokens=spec.batch_tokens, packing=packing)
+            for logprobs in scores.logprobs:
+                _require_finite(logprobs)
+            result["choice_correct"] = int(scores.correct.sum())
+            result["choice_correct_norm"] = int(scores.correct_norm.sum())
+            result["choice_total"] = len(scores.correct)
+            detail["choice"] = scores.correct.astype(int).tolist()
+            detail["choice_norm"] = scores.correct_norm.astype(int).tolist()
+        if "generation" in spec.metrics and kind == "choice":
+            written = score_generation(
+                model,
+                tokenizer,
+                rows,
+                task_name,
+                batch_tokens=spec.batch_tokens,
+                max_new_tokens=spec.max_new_tokens,
+            )
+            result["generation_correct"] = int(written.correct.sum())
+            result["generation_parsed"] = int(written.parsed.sum())
+            result["generation_total"] = len(written.correct)
+            detail["generation"] = written.correct.astype(int).tolist()
+    if items:
+        result["items"] = detail
+    return result
+
+
+def _subset(rows: Any, limit: int | None) -> Any:
+    """At most `limit` rows, chosen by a hash of each row's content, in their own order: the same rows every time."""
+    if limit is None or len(rows) <= limit:
+        return rows
+    ranks = np.array([key(0, "evaluation", content) for content in rows["hash"]])
+    return rows.select(np.sort(np.argsort(ranks, kind="stable")[:limit]))
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode without gradients; each module's own flag is put back afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def _require_finite(values: np.ndarray) -> None:
+    if not np.isfinite(values).all():
+        raise ModelError(
+            "the model gives a loss that is not finite on held-out text",
+            fix="lower training.lr, or start again from the last good checkpoint",
+        )

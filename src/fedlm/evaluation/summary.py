@@ -1,0 +1,92 @@
+"""From the counts of many silos to one result: global figures and how evenly they are spread over silos."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fedlm.evaluation.intervals import wilson
+from fedlm.messages import Fields
+
+
+def summarise(measured: Mapping[str, Mapping[str, Any]]) -> Fields:
+    """Summarise `measure` results by silo name; figures that were not measured are left out.
+
+    Returns (plain JSON):
+        examples; loss (nats per target token over all silos, so silos weigh by their tokens); loss_tokens;
+        perplexity (null above e^700);
+        accuracy, accuracy_norm (multiple choice over all items) and generation_accuracy, each with "<name>_interval"
+        (Wilson, 95 %) and its "<name>_total"; parse_rate;
+        fairness: for loss and each accuracy {"mean", "worst", "variance"} over the silos that have such items, every
+        silo counting the same (population variance; worst is the highest loss or the lowest accuracy, "worst_silo"
+        its name);
+        silos: {name: {"examples", "loss", "loss_tokens", "perplexity", "accuracy", ...}}.
+    """
+    silos = {name: _figures(counts) for name, counts in sorted(measured.items())}
+    total = {
+        field: sum(counts.get(field, 0) for _, counts in sorted(measured.items()))
+        for field in (
+            "examples",
+            "loss_sum",
+            "loss_tokens",
+            "choice_correct",
+            "choice_correct_norm",
+            "choice_total",
+            "generation_correct",
+            "generation_parsed",
+            "generation_total",
+        )
+    }
+    result = _figures(total)
+    for figure, correct, count in _ACCURACIES:
+        if total[count]:
+            result[f"{figure}_interval"] = list(wilson(total[correct], total[count]))
+    result["fairness"] = {
+        figure: spread
+        for figure in ("loss", "accuracy", "accuracy_norm", "generation_accuracy")
+        if (spread := _spread(silos, figure)) is not None
+    }
+    result["silos"] = silos
+    return result
+
+
+_ACCURACIES = (
+    ("accuracy", "choice_correct", "choice_total"),
+    ("accuracy_norm", "choice_correct_norm", "choice_total"),
+    ("generation_accuracy", "generation_correct", "generation_total"),
+)
+
+
+def perplexity(loss: float) -> float | None:
+    """e^loss, or None where that leaves the range of floats."""
+    return math.exp(loss) if loss <= 700 else None
+
+
+def _figures(counts: Mapping[str, Any]) -> Fields:
+    figures: Fields = {"examples": counts.get("examples", 0)}
+    if counts.get("loss_tokens"):
+        figures["loss"] = counts["loss_sum"] / counts["loss_tokens"]
+        figures["loss_tokens"] = counts["loss_tokens"]
+        figures["perplexity"] = perplexity(figures["loss"])
+    for figure, correct, total in _ACCURACIES:
+        if counts.get(total):
+            figures[figure] = counts[correct] / counts[total]
+            figures[f"{figure}_total"] = counts[total]
+    if counts.get("generation_total"):
+        figures["parse_rate"] = counts["generation_parsed"] / counts["generation_total"]
+    return figures
+
+
+def _spread(silos: Mapping[str, Fields], figure: str) -> Fields | None:
+    values = {name: figures[figure] for name, figures in silos.items() if figure in figures}
+    if not values:
+        return None
+    mean = sum(values.values()) / len(values)
+    worst = (max if figure == "loss" else min)(values, key=lambda name: values[name])
+    return {
+        "mean": mean,
+        "worst": values[worst],
+        "worst_silo": worst,
+        "variance": sum((v - mean) ** 2 for v in values.values()) / len(values),
+    }
