@@ -132,9 +132,7 @@ def test_an_empty_choice_is_an_error(tiny: tuple[Any, Any]) -> None:
     model, tokenizer = tiny
     row = {"question": "the", "choices": ["", "a"], "answer": 0}
     with pytest.raises(DataError, match="empty"):
-        score_choices(
-            model, tokenizer, [{"question": "the", "choices": ["", "a"], "answer": 0}], "instruct", batch_tokens=100
-        )
+        score_choices(model, tokenizer, [row], "instruct", batch_tokens=100)
 
 
 def test_an_instruct_task_needs_a_chat_template(tiny: tuple[Any, Any]) -> None:
