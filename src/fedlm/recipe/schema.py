@@ -263,6 +263,9 @@ class EvaluationSpec(Strict):
         min_length=1,
     )
     max_examples: PositiveInt | None = Field(None, description="Rows per silo and role; a keyed subset.")
+    silos: PositiveInt | None = Field(
+        None, description="Measure on a fixed, keyed panel of this many silos; default: all of them."
+    )
     batch_tokens: PositiveInt = Field(4096, description="Tokens per forward pass.")
     max_new_tokens: PositiveInt = 32
 
