@@ -1,0 +1,153 @@
+"""Attention over a packed row: each segment sees its ancestors and, causally, itself.
+
+Registered with transformers as the attention implementation 'fedlm_packed'; a model uses it only inside `packed()`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from fedlm.errors import ModelError
+from fedlm.training.packing import Packed, pack
+from fedlm.training.tasks.base import Encoded
+
+NAME = "fedlm_packed"
+_FIX = "set `training.packing: false`"
+
+
+def packed_attention(
+    module: nn.Module,  # noqa: ARG001
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,  # noqa: ARG001
+    *,
+    packed: Packed,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """query [1, heads, T, d], key and value [1, kv heads, T, d] -> [1, T, heads, d]."""
+    unknown = [name for name in ("softcap", "s_aux", "position_bias", "cache") if others.get(name) is not None]
+    if unknown:
+        raise ModelError(f"packed attention does not know this model's {', '.join(unknown)}", fix=_FIX)
+    q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)  # [T, heads, d]
+    groups = q.shape[1] // k.shape[1]
+    parts = []
+    for index, grid in enumerate(packed.grids):
+        mask = _mask(packed, index, sliding_window)
+        kk, vv = k[grid.keys].transpose(1, 2), v[grid.keys].transpose(1, 2)  # [n, kv heads, K, d]
+        if groups > 1:
+            kk, vv = kk.repeat_interleave(groups, 1), vv.repeat_interleave(groups, 1)
+        out = scaled_dot_product_attention(
+            q[grid.queries].transpose(1, 2), kk, vv, attn_mask=mask, scale=scaling, dropout_p=dropout
+        )
+        parts.append(out.transpose(1, 2).flatten(0, 1)[grid.valid])
+    if len(parts) == 1:
+        result, rows = parts[0], packed.grids[0].rows
+    else:
+        result, rows = torch.cat(parts), torch.cat([g.rows for g in packed.grids])
+    back = torch.empty_like(rows)
+    back[rows] = torch.arange(len(rows), device=rows.device)
+    return result[back][None], None
+
+
+def _mask(packed: Packed, index: int, window: int | None) -> Tensor:
+    grid = packed.grids[index]
+    if window is None:
+        return grid.mask
+    slot = (index, window, torch.bool)
+    if slot not in packed.masks:
+        packed.masks[slot] = grid.mask & (grid.distance < window)
+    return packed.masks[slot]
+
+
+AttentionInterface.register(NAME, packed_attention)
+
+
+@contextmanager
+def packed(model: nn.Module) -> Iterator[None]:
+    """Inside, the model attends over packed rows (given as `packed=`); outside it is as it was.
+
+    Raises:
+        ModelError: a packed row gives other logits than its parts do, so this architecture cannot be packed.
+    """
+    inner = causal_model(model)
+    before = inner.config._attn_implementation
+    if before == NAME:
+        yield
+        return
+    _switch(inner, NAME)
+    try:
+        _check(inner)
+        yield
+    finally:
+        _switch(inner, before)
+
+
+def causal_model(model: nn.Module) -> Any:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    unwrap: Any = getattr(model, "get_base_model", None)
+    return unwrap() if unwrap is not None else model
+
+
+def _switch(model: Any, implementation: str) -> None:
+    model.set_attn_implementation(implementation)
+    if model.config._attn_implementation != implementation:
+        raise ModelError(
+            f"{type(model).__name__} does not let its attention be replaced, so it cannot be packed", fix=_FIX
+        )
+
+
+_checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@torch.no_grad()
+def _check(model: Any) -> None:
+    """Compare two short sequences packed with a shared beginning with each by itself, once per model object.
+
+    Architectures that mix tokens outside attention (state spaces, convolutions) would otherwise leak, silently.
+    """
+    if model in _checked:
+        return
+    embedding: Tensor = model.get_input_embeddings().weight
+    generator = np.random.Generator(np.random.Philox(0))
+    shared = generator.integers(0, len(embedding), 9)
+    parts = []
+    for extra in (5, 3):
+        ids = np.concatenate([shared, generator.integers(0, len(embedding), extra)]).astype(np.int32)
+        parts.append(Encoded(ids, np.arange(len(ids)) > 0))
+    training = model.training
+    model.eval()
+    try:
+        together = _logits(model, pack(parts).to(embedding.device), len(parts))
+        alone = [_logits(model, pack([p]).to(embedding.device), 1)[0] for p in parts]
+        _switch(model, "eager")
+        plain = []
+        for p in parts:
+            row = torch.from_numpy(p.ids.astype(np.int64))[None].to(embedding.device)
+            plain.append(model(input_ids=row, use_cache=False).logits[0, :-1].float())
+    finally:
+        _switch(model, NAME)
+        model.train(training)
+    loose = 0.05 if embedding.dtype != torch.float32 else 1e-3
+    for joined, single, truth in zip(together, alone, plain, strict=True):
+        scale = truth.abs().max().clamp_min(1e-6)
+        if max((joined - truth).abs().max(), (single - truth).abs().max()) > loose * scale:
+            raise ModelError(f"{type(model).__name__} gives a packed row other logits than its parts", fix=_FIX)
+    _checked.add(model)
+
+
+def _logits(model: Any, batch: Packed, sequences: int) -> list[Tensor]:
+    logits = model(input_ids=batch.ids, position_ids=batch.positions, use_cache=False, packed=batch).logits[0]
+    return [logits[batch.predictors[batch.owners == i]].float() for i in range(sequences)]

@@ -1,0 +1,52 @@
+"""Which examples make each optimiser step. Depends on the keys alone, never on processes or threads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlm.randomness import numpy_generator
+from fedlm.recipe.schema import TrainingSpec
+
+Indices = NDArray[np.int64]
+BUCKET_BATCHES = 8
+"""Without packing, examples are sorted by length inside a shuffled window of this many batches, then shuffled."""
+
+
+def steps_per_round(spec: TrainingSpec, examples: int) -> int:
+    """Optimiser steps of one round over this many sequences."""
+    if spec.steps is not None:
+        return spec.steps
+    assert spec.epochs is not None
+    return max(1, math.ceil(round(spec.epochs * examples, 6) / min(spec.batch_size, examples)))
+
+
+def batches(
+    spec: TrainingSpec, lengths: NDArray[np.int64], key: tuple[str | int, ...], round_: int
+) -> Iterator[Indices]:
+    """Sequence numbers of each optimiser step of a round.
+
+    The stream is one keyed permutation after another, so every sequence is seen n times before any is seen n + 2 times.
+    `key` is (seed, silo, ...). A silo with fewer sequences than `batch_size` uses them all in each step.
+    """
+    n, size = len(lengths), min(spec.batch_size, len(lengths))
+    steps = steps_per_round(spec, n)
+    total = steps * size if spec.steps is not None else max(1, round((spec.epochs or 0) * n))
+    seed, parts = int(key[0]), key[1:]
+    orders = [
+        numpy_generator(seed, "batches", *parts, round_, epoch).permutation(n) for epoch in range(math.ceil(total / n))
+    ]
+    stream = np.concatenate(orders)[:total]
+    if spec.packing:
+        yield from (stream[i : i + size] for i in range(0, total, size))
+        return
+    shuffle = numpy_generator(seed, "buckets", *parts, round_)
+    window = size * BUCKET_BATCHES
+    for start in range(0, total, window):
+        inside = stream[start : start + window]
+        inside = inside[np.argsort(lengths[inside], kind="stable")]
+        cut = [inside[i : i + size] for i in range(0, len(inside), size)]
+        yield from (cut[i] for i in shuffle.permutation(len(cut)))

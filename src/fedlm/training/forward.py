@@ -1,0 +1,108 @@
+"""From sequences to negative log-likelihoods: logits only where there is a target, cross entropy in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fedlm.training.attention import causal_model, packed
+from fedlm.training.packing import Packed, pack
+from fedlm.training.tasks.base import Encoded
+
+
+def target_nll(model: nn.Module, batch: Packed) -> Tensor:
+    """Negative log-likelihood of each target [M], fp32, differentiable. Call inside `attention.packed(model)`."""
+    out = model(
+        input_ids=batch.ids,
+        position_ids=batch.positions,
+        use_cache=False,
+        logits_to_keep=batch.predictors,
+        packed=batch,
+    )
+    return cross_entropy(out.logits[0].float(), batch.targets, reduction="none")
+
+
+def padded_nll(model: nn.Module, sequences: Sequence[Encoded]) -> Tensor:
+    """The same from an ordinary padded batch [M], in the order of the sequences; for models that cannot be packed."""
+    device = model_device(model)
+    longest = max(len(s) for s in sequences)
+    ids = np.zeros((len(sequences), longest), np.int64)
+    loss, real = np.zeros(ids.shape, np.bool_), np.zeros(ids.shape, np.int64)
+    for i, s in enumerate(sequences):
+        ids[i, : len(s)], loss[i, : len(s)], real[i, : len(s)] = s.ids, s.loss, 1
+    predicting = torch.from_numpy(loss[:, 1:]).to(device)
+    inputs, mask = torch.from_numpy(ids).to(device), torch.from_numpy(real).to(device)
+    keep = torch.cat([predicting, torch.zeros_like(predicting[:, :1])], 1)
+    out = model(input_ids=inputs, attention_mask=mask, use_cache=False, logits_to_keep=keep)
+    logits = out.logits if out.logits.ndim == 2 else out.logits[keep]
+    return cross_entropy(logits.float(), inputs[:, 1:][predicting], reduction="none")
+
+
+def model_device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def precision(model: nn.Module) -> AbstractContextManager[Any]:
+    """bf16 autocast when the model is declared bf16, else nothing.
+
+    Under autocast matrix products run in bf16 while trainable parameters, their gradients and the optimiser stay fp32.
+    """
+    device = model_device(model).type
+    if causal_model(model).config.dtype == torch.bfloat16:
+        return torch.autocast(device, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def by_tokens(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """Cut indices, kept in order, into runs of at most `limit` tokens (a longer sequence makes a run of its own)."""
+    run: list[int] = []
+    size = 0
+    for i, length in enumerate(lengths):
+        if run and size + length > limit:
+            yield run
+            run, size = [], 0
+        run.append(i)
+        size += length
+    if run:
+        yield run
+
+
+@torch.no_grad()
+def sequence_nll(
+    model: nn.Module, sequences: Sequence[Encoded], batch_tokens: int, *, packing: bool = True
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Sum of the targets' NLL and number of targets, of each sequence.
+
+    Sequences that begin alike (the choices of one question) should be neighbours: what they share is computed once.
+
+    Args:
+        batch_tokens: tokens per forward pass, shared ones counted for each sequence.
+        packing: False for models that cannot be packed.
+    """
+    sums, counts = np.zeros(len(sequences)), np.array([s.targets for s in sequences], dtype=np.int64)
+    device, training = model_device(model), model.training
+    model.eval()
+    try:
+        with packed(model) if packing else nullcontext(), precision(model):
+            for run in by_tokens([len(s) for s in sequences], batch_tokens):
+                chosen = [sequences[i] for i in run]
+                if not any(s.targets for s in chosen):
+                    continue
+                if packing:
+                    batch = pack(chosen).to(device)
+                    nll, owners = target_nll(model, batch), batch.owners
+                else:
+                    nll = padded_nll(model, chosen)
+                    owners = torch.from_numpy(np.repeat(np.arange(len(chosen)), [s.targets for s in chosen])).to(device)
+                total = torch.zeros(len(chosen), dtype=torch.float64, device=device)
+                sums[run] = total.index_add_(0, owners, nll.double()).cpu().numpy()
+    finally:
+        model.train(training)
+    return sums, counts

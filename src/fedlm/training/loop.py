@@ -1,0 +1,260 @@
+"""The local loop: one silo, one round, read from top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from fedlm.errors import TrainingError
+from fedlm.messages import Observe, Tensors
+from fedlm.randomness import key
+from fedlm.recipe.schema import TrainingSpec
+from fedlm.training.attention import causal_model, packed
+from fedlm.training.batches import batches, steps_per_round
+from fedlm.training.encode import TokenSet
+from fedlm.training.forward import by_tokens, model_device, padded_nll, precision, target_nll
+from fedlm.training.packing import pack
+from fedlm.training.schedule import learning_rate
+from fedlm.training.tasks.base import Encoded
+
+MICRO_TOKENS = 2048
+"""Tokens per forward pass where the recipe leaves `micro_batch_size` open; accumulation is exact, so only speed and
+memory depend on it."""
+
+
+class LocalRule(Protocol):
+    """What the loop needs of an algorithm: see `fedlm.algorithms.base.LocalRule`."""
+
+    def start(self) -> Tensors: ...
+
+    def correct(self, parameters: dict[str, Parameter]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Window:
+    """Where this round lies in the run; the schedule is over the whole run's progress."""
+
+    round: int
+    rounds: int
+
+
+@dataclass
+class TrainResult:
+    """What a round of local training did."""
+
+    steps: int
+    examples: int
+    tokens: int
+    """Real tokens of all examples used; a shared beginning counts for each."""
+    target_tokens: int
+    loss: float
+    """Mean negative log-likelihood over all target tokens seen, each at the parameters it was computed with."""
+    losses: list[float]
+    """Loss of each optimiser step."""
+    seconds: float
+    optimizer_state: Tensors
+    """Moments by '<parameter>/<field>', fp32 on the CPU; empty unless `keep_optimizer`."""
+
+
+def train(
+    model: Module,
+    parameters: dict[str, Parameter],
+    data: TokenSet,
+    spec: TrainingSpec,
+    window: Window,
+    *,
+    generator_key: tuple[str | int, ...],
+    rule: LocalRule | None,
+    optimizer_state: Tensors | None = None,
+    observe: Observe | None = None,
+    silo: str = "",
+    should_stop: Callable[[], bool] | None = None,
+) -> TrainResult:
+    """Train `parameters` in place for one round.
+
+    The loss of an optimiser step is the sum of its targets' negative log-likelihoods divided by their number, over the
+    whole batch however it is cut into forward passes. A bf16 model runs under autocast: matrix products in bf16,
+    trainable parameters, gradients and optimiser in their own dtype (fp32).
+
+    Args:
+        generator_key: (seed, silo, ...) of the batch order; the round is added here.
+        rule: gives the parameters to start from and corrects gradients after clipping; None changes nothing.
+        should_stop: asked before every step; True ends the round early.
+
+    Raises:
+        TrainingError: the loss or a gradient is not finite, the rule's parameters do not fit, or examples are longer
+            than the model.
+    """
+    check_length(model, spec.max_length)
+    if len(data) == 0:
+        raise TrainingError("there is nothing to train on", where=silo or None)
+    began = time.perf_counter()
+    if rule is not None:
+        _load(parameters, rule.start(), silo)
+    optimizer = make_optimizer(spec, parameters)
+    if optimizer_state:
+        load_optimizer_state(optimizer, parameters, optimizer_state)
+    device = model_device(model)
+    steps = steps_per_round(spec, len(data))
+    result = TrainResult(0, 0, 0, 0, 0.0, [], 0.0, {})
+    nll_total = 0.0
+    with training_mode(model, spec), seeded(generator_key, window.round, device):
+        for step, chosen in enumerate(batches(spec, data.lengths, generator_key, window.round)):
+            if should_stop is not None and should_stop():
+                break
+            rate = learning_rate(spec, (window.round * steps + step) / (window.rounds * steps))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            examples = [data[i] for i in chosen]
+            targets = sum(e.targets for e in examples)
+            nll = 0.0
+            for part in micro_batches(examples, spec):
+                loss = batch_nll(model, part, spec, device).sum() / targets
+                loss.backward()
+                nll += float(loss.detach()) * targets
+            _require_finite(nll, silo, step, "loss")
+            if spec.clip_norm is not None:
+                norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), spec.clip_norm)
+                _require_finite(float(norm), silo, step, "gradient")
+            if rule is not None:
+                rule.correct(parameters)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            result.steps += 1
+            result.examples += len(examples)
+            result.tokens += sum(len(e) for e in examples)
+            result.target_tokens += targets
+            result.losses.append(nll / targets)
+            nll_total += nll
+            result.seconds = time.perf_counter() - began
+            if observe is not None:
+                observe(
+                    {
+                        "kind": "step",
+                        "round": window.round,
+                        "silo": silo,
+                        "step": step,
+                        "steps": steps,
+                        "loss": result.losses[-1],
+                        "tokens_per_second": result.tokens / result.seconds,
+                    }
+                )
+    result.loss = nll_total / max(result.target_tokens, 1)
+    if spec.keep_optimizer:
+        result.optimizer_state = save_optimizer_state(optimizer, parameters)
+    result.seconds = time.perf_counter() - began
+    return result
+
+
+def batch_nll(model: Module, examples: list[Encoded], spec: TrainingSpec, device: torch.device) -> Tensor:
+    """Negative log-likelihood of every target of one forward pass."""
+    with precision(model):
+        if spec.packing:
+            return target_nll(model, pack(examples).to(device))
+        return padded_nll(model, examples)
+
+
+def micro_batches(examples: list[Encoded], spec: TrainingSpec) -> Iterator[list[Encoded]]:
+    """The forward passes of one optimiser step."""
+    if spec.micro_batch_size is not None:
+        size = spec.micro_batch_size
+        yield from (examples[i : i + size] for i in range(0, len(examples), size))
+        return
+    for run in by_tokens([len(e) for e in examples], MICRO_TOKENS):
+        yield [examples[i] for i in run]
+
+
+def check_length(model: Module, max_length: int) -> None:
+    """Refuse a `max_length` beyond the model's positions.
+
+    Raises:
+        TrainingError: naming both numbers.
+    """
+    limit = getattr(causal_model(model).config, "max_position_embeddings", None)
+    if limit is not None and max_length > limit:
+        raise TrainingError(
+            f"`training.max_length` is {max_length} but the model has {limit} positions",
+            fix=f"set `training.max_length` to {limit} or less",
+        )
+
+
+@contextmanager
+def training_mode(model: Module, spec: TrainingSpec) -> Iterator[None]:
+    """Everything that is switched on for training and off again afterwards."""
+    was_training, inner = model.training, causal_model(model)
+    with ExitStack() as stack:
+        stack.enter_context(packed(model) if spec.packing else nullcontext())
+        model.train()
+        stack.callback(model.train, was_training)
+        if spec.gradient_checkpointing:
+            inner.activation_checkpointing_enable({"use_reentrant": False})
+            stack.callback(inner.activation_checkpointing_disable)
+        yield
+
+
+@contextmanager
+def seeded(generator_key: tuple[str | int, ...], round_: int, device: torch.device) -> Iterator[None]:
+    """Dropout draws from a generator of this silo and round; the process's own generators are left untouched."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(key(int(generator_key[0]), "dropout", *generator_key[1:], round_))
+        yield
+
+
+def make_optimizer(spec: TrainingSpec, parameters: dict[str, Parameter]) -> torch.optim.Optimizer:
+    """AdamW or SGD from torch over the parameters in their given order."""
+    values = list(parameters.values())
+    if spec.optimizer == "adamw":
+        return torch.optim.AdamW(values, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay)
+    return torch.optim.SGD(values, lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
+
+
+def save_optimizer_state(optimizer: torch.optim.Optimizer, parameters: dict[str, Parameter]) -> Tensors:
+    """Moments and step counts by '<parameter>/<field>'."""
+    found: Tensors = {}
+    for name, parameter in parameters.items():
+        for field, value in optimizer.state[parameter].items():
+            if isinstance(value, Tensor):
+                found[f"{name}/{field}"] = value.detach().to("cpu", torch.float32)
+    return found
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, parameters: dict[str, Parameter], state: Tensors) -> None:
+    """Put back what `save_optimizer_state` gave.
+
+    Raises:
+        TrainingError: a name or shape does not fit the parameters.
+    """
+    for slot, value in state.items():
+        name, _, field = slot.rpartition("/")
+        parameter = parameters.get(name)
+        if parameter is None or value.shape not in (parameter.shape, torch.Size([])):
+            raise TrainingError(f"the kept optimiser state does not fit parameter '{name or slot}'")
+        device = "cpu" if field == "step" else parameter.device
+        optimizer.state[parameter][field] = value.to(device, copy=True)
+
+
+@torch.no_grad()
+def _load(parameters: dict[str, Parameter], start: Tensors, silo: str) -> None:
+    missing = parameters.keys() - start.keys()
+    if missing:
+        raise TrainingError(f"no starting value for parameter '{min(missing)}'", where=silo or None)
+    for name, parameter in parameters.items():
+        parameter.copy_(start[name])
+
+
+def _require_finite(value: Any, silo: str, step: int, what: str) -> None:
+    if not math.isfinite(value):
+        raise TrainingError(
+            f"the {what} became {value} at step {step}",
+            where=f"silo {silo}" if silo else None,
+            fix="lower `training.lr`, set `training.clip_norm`, or use `model.dtype: float32`",
+        )

@@ -1,0 +1,193 @@
+"""Packing: sequences lie end to end in one row without padding, and what several begin with is computed once.
+
+A batch is a forest of *segments*, runs of tokens. A segment's parent is the segment it continues; sequences that begin
+with the same tokens (a system prompt, a question with several answers) share their first segments. A token's hidden
+state depends on its ancestors alone, so every sequence gets exactly the logits it would get by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedlm.training.tasks.base import Encoded
+
+MIN_SHARED = 8
+"""A common beginning shorter than this is computed for each sequence: splitting it off costs more than it saves."""
+
+WASTE = 1.3
+"""Segments attend together, padded to a grid, while the grid has at most this many times the cells it needs."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Segments that attend in one call: row numbers of their queries and keys, padded, and who may see whom."""
+
+    queries: Tensor
+    """int64 [n, Q]: rows of the packed batch; padding repeats row 0 and its result is dropped."""
+    keys: Tensor
+    """int64 [n, K]: ancestors' rows, then the segment's own."""
+    valid: Tensor
+    """int64 [tokens of these segments]: where in the flattened [n * Q] the real queries are."""
+    rows: Tensor
+    """int64 [tokens of these segments]: the rows those queries came from."""
+    mask: Tensor
+    """bool [n, 1, Q, K]"""
+    distance: Tensor
+    """int64 [n, 1, Q, K]: query position minus key position, for sliding windows."""
+
+
+@dataclass
+class Packed:
+    """One packed row of T tokens, its targets, and its attention layout."""
+
+    ids: Tensor
+    """int64 [1, T]"""
+    positions: Tensor
+    """int64 [1, T]"""
+    predictors: Tensor
+    """int64 [M]: the row whose hidden state predicts each target."""
+    targets: Tensor
+    """int64 [M]"""
+    owners: Tensor
+    """int64 [M]: the sequence each target belongs to."""
+    grids: list[Grid]
+    sequences: int
+    tokens: int
+    """Tokens of all sequences, shared ones counted for each: at least T."""
+    masks: dict[tuple[int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> Packed:
+        if device.type == "cpu":
+            return self
+        moved = [Grid(**{k: v.to(device, non_blocking=True) for k, v in vars(g).items()}) for g in self.grids]
+        names = ("ids", "positions", "predictors", "targets", "owners")
+        tensors = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return Packed(**tensors, grids=moved, sequences=self.sequences, tokens=self.tokens)
+
+
+@dataclass
+class _Segment:
+    tokens: NDArray[np.int32]
+    start: int
+    """Its first row in the packed batch."""
+    position: int
+    """Its first token's position in the sequence."""
+    ancestors: NDArray[np.int64]
+    """Rows of everything before it in its sequences."""
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        return np.arange(self.start, self.start + len(self.tokens), dtype=np.int64)
+
+
+def pack(sequences: Sequence[Encoded], *, share: bool = True) -> Packed:
+    """Lay out sequences (each of at least one token) as one row; `share=False` computes every token of each."""
+    order = sorted(range(len(sequences)), key=lambda i: sequences[i].ids.astype(">i4").tobytes())
+    segments: list[_Segment] = []
+    paths: dict[int, NDArray[np.int64]] = {}
+    total = 0
+
+    def emit(tokens: NDArray[np.int32], position: int, ancestors: NDArray[np.int64]) -> NDArray[np.int64]:
+        nonlocal total
+        segment = _Segment(tokens, total, position, ancestors)
+        segments.append(segment)
+        total += len(tokens)
+        return np.concatenate([ancestors, segment.rows])
+
+    def grow(members: list[int], depth: int, ancestors: NDArray[np.int64]) -> None:
+        """Emit the segments of sequences that agree on their first `depth` tokens, whose rows are `ancestors`."""
+        first, last = sequences[members[0]].ids, sequences[members[-1]].ids
+        common = _common(first, last)  # sorted: what the outermost share, all share
+        if not share:
+            for i in members:
+                paths[i] = emit(sequences[i].ids, 0, ancestors)
+            return
+        if common == len(first) == len(last):  # one sequence, or equal ones
+            path = emit(first[depth:], depth, ancestors) if common > depth else ancestors
+            for i in members:
+                paths[i] = path
+            return
+        if common - depth >= MIN_SHARED:
+            ancestors = emit(first[depth:common], depth, ancestors)
+            depth = common
+        groups: list[list[int]] = []
+        for i in members:  # neighbours that share more than the whole group does
+            begins = groups and _common(sequences[groups[-1][0]].ids, sequences[i].ids) > max(common, depth)
+            if begins:
+                groups[-1].append(i)
+            else:
+                groups.append([i])
+        for group in groups:
+            grow(group, depth, ancestors)
+
+    grow(order, 0, np.zeros(0, np.int64))
+    predictors, targets, owners = [], [], []
+    for i, sequence in enumerate(sequences):
+        where = np.flatnonzero(sequence.loss)
+        predictors.append(paths[i][where - 1])
+        targets.append(sequence.ids[where].astype(np.int64))
+        owners.append(np.full(len(where), i, np.int64))
+    positions = np.concatenate([s.position + np.arange(len(s.tokens)) for s in segments])
+    return Packed(
+        ids=torch.from_numpy(np.concatenate([s.tokens for s in segments]).astype(np.int64))[None],
+        positions=torch.from_numpy(positions)[None],
+        predictors=torch.from_numpy(np.concatenate(predictors)),
+        targets=torch.from_numpy(np.concatenate(targets)),
+        owners=torch.from_numpy(np.concatenate(owners)),
+        grids=[_grid(group) for group in _groups(segments)],
+        sequences=len(sequences),
+        tokens=sum(len(s) for s in sequences),
+    )
+
+
+def _common(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
+    n = min(len(a), len(b))
+    different = np.flatnonzero(a[:n] != b[:n])
+    return int(different[0]) if len(different) else n
+
+
+def _groups(segments: list[_Segment]) -> list[list[_Segment]]:
+    """Segments of similar size together, so that their padded grid wastes little."""
+    groups: list[list[_Segment]] = []
+    needed = queries = keys = 0
+    for segment in sorted(segments, key=lambda s: (-len(s.ancestors) - len(s.tokens), -len(s.tokens), s.start)):
+        q, k = len(segment.tokens), len(segment.ancestors) + len(segment.tokens)
+        wide, tall = max(queries, q), max(keys, k)
+        if groups and (len(groups[-1]) + 1) * wide * tall <= WASTE * (needed + q * k):
+            groups[-1].append(segment)
+            needed, queries, keys = needed + q * k, wide, tall
+        else:
+            groups.append([segment])
+            needed, queries, keys = q * k, q, k
+    return groups
+
+
+def _grid(segments: list[_Segment]) -> Grid:
+    n = len(segments)
+    wide = max(len(s.tokens) for s in segments)
+    tall = max(len(s.ancestors) + len(s.tokens) for s in segments)
+    queries, keys = np.zeros((n, wide), np.int64), np.zeros((n, tall), np.int64)
+    query_position = np.zeros((n, wide), np.int64)
+    key_position = np.full((n, tall), np.iinfo(np.int32).max, np.int64)  # padding lies in everyone's future
+    valid = np.zeros((n, wide), np.bool_)
+    for i, s in enumerate(segments):
+        q, k = len(s.tokens), len(s.ancestors) + len(s.tokens)
+        queries[i, :q], valid[i, :q] = s.rows, True
+        keys[i, :k] = np.concatenate([s.ancestors, s.rows])
+        query_position[i, :q] = s.position + np.arange(q)
+        key_position[i, :k] = np.arange(k)
+    distance = query_position[:, :, None] - key_position[:, None, :]
+    return Grid(
+        queries=torch.from_numpy(queries),
+        keys=torch.from_numpy(keys),
+        valid=torch.from_numpy(np.flatnonzero(valid.reshape(-1))),
+        rows=torch.from_numpy(queries[valid]),
+        mask=torch.from_numpy(distance >= 0)[:, None],
+        distance=torch.from_numpy(distance)[:, None],
+    )

@@ -1,0 +1,87 @@
+"""Instruction tuning: the loss is on what the assistant says and on the token that ends its turn, nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedlm.errors import DataError
+from fedlm.training.tasks.base import Encoded, Task, encoded
+
+
+class Instruct(Task):
+    """Loss on assistant turns, rendered by the model's own chat template.
+
+    The mask comes from incremental rendering: for each assistant turn the conversation is rendered up to the generation
+    prompt and with the turn; what the second adds to the first is what the model must learn to say. The pieces are
+    tokenized apart, as they are when a model answers, so training and generation see the same prompt tokens.
+    """
+
+    name = "instruct"
+
+    def pieces(self, row: dict[str, Any], tokenizer: Any, max_length: int) -> list[Encoded]:
+        where = row.get("__row__")
+        messages = self._messages(row)
+        whole = _render(tokenizer, messages, False, where)
+        special = set(tokenizer.all_special_ids)
+        ids: list[int] = []
+        loss: list[bool] = []
+        done = 0  # characters of `whole` already tokenized
+        for turn, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = _render(tokenizer, messages[:turn], True, where)
+            answered = _render(tokenizer, messages[: turn + 1], False, where)
+            if not (answered.startswith(prompt) and whole.startswith(answered) and len(prompt) >= done):
+                raise DataError(
+                    f"the chat template renders a conversation up to assistant turn {turn} differently from the "
+                    "same turns inside the whole conversation, so the assistant's tokens cannot be told apart",
+                    where=where,
+                    fix="set `model.chat_template: chatml`, or use single-turn rows",
+                )
+            context = _tokens(tokenizer, whole[done : len(prompt)])
+            answer = _tokens(tokenizer, answered[len(prompt) :])
+            last = max((i for i, token in enumerate(answer) if token in special), default=len(answer) - 1)
+            ids += context + answer
+            loss += [False] * len(context) + [i <= last for i in range(len(answer))]
+            done = len(answered)
+            if len(ids) >= max_length:
+                break
+        found = encoded(ids, loss, max_length)
+        return [found] if found else []
+
+    @staticmethod
+    def _messages(row: dict[str, Any]) -> list[dict[str, str]]:
+        if row.get("messages"):
+            return [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
+        if row.get("choices"):
+            return choice_messages(row["question"], row["choices"][row["answer"]])
+        raise DataError(
+            "the task 'instruct' needs rows with messages, prompt and response, or question, choices and answer",
+            where=row.get("__row__"),
+            fix="map them in `columns`, or use `task: pretrain` for plain text",
+        )
+
+
+def choice_messages(question: str, answer: str) -> list[dict[str, str]]:
+    """A multiple-choice row as a conversation: the user asks, the assistant gives the answer's text."""
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]], generation_prompt: bool, where: str | None) -> str:
+    if not tokenizer.chat_template:
+        raise DataError(
+            "the tokenizer has no chat template", where=where, fix="set `model.chat_template`, for instance to 'chatml'"
+        )
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
+    except Exception as error:  # templates raise whatever they like; their messages may quote the text
+        roles = ", ".join(m["role"] for m in messages) or "none"
+        raise DataError(
+            f"the chat template refuses this conversation ({type(error).__name__}; roles: {roles})",
+            where=where,
+            fix="begin with a user or system turn and let user and assistant alternate, or set `model.chat_template`",
+        ) from None
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []

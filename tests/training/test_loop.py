@@ -1,0 +1,252 @@
+"""The loop against plain torch, against itself cut in other ways, and its refusals."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedlm.errors import TrainingError
+from fedlm.recipe.schema import TrainingSpec
+from fedlm.training.batches import batches, steps_per_round
+from fedlm.training.encode import TokenSet
+from fedlm.training.forward import padded_nll
+from fedlm.training.loop import TrainResult, Window, train
+from fedlm.training.schedule import learning_rate
+from tests.training.helpers import learnt, sequence
+
+KEY = (0, "silo-0000")
+ALONE = Window(0, 1)
+
+
+@pytest.fixture
+def data() -> TokenSet:
+    return TokenSet.of(sequence((1, 10), (i, 3 + i % 7), answer=2 + i % 3) for i in range(2, 22))
+
+
+def spec(**changes: Any) -> TrainingSpec:
+    return TrainingSpec(**{"steps": 4, "batch_size": 6, "max_length": 64, "lr": 1e-2, **changes})
+
+
+def fit(model: Any, data: TokenSet, s: TrainingSpec, window: Window = ALONE, **more: Any) -> TrainResult:
+    return train(model, learnt(model), data, s, window, generator_key=KEY, rule=None, **more)
+
+
+def values(model: Any) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in learnt(model).items()}
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float = 0.0) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_equals_a_plain_torch_loop(adapted: Any, data: TokenSet, optimizer: str) -> None:
+    s = spec(optimizer=optimizer, momentum=0.9, weight_decay=0.01, schedule="linear", warmup=0.25)
+    plain = copy.deepcopy(adapted)
+    result = fit(adapted, data, s, Window(1, 3))
+    parameters = list(learnt(plain).values())
+    if optimizer == "adamw":
+        torch_optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
+    else:
+        torch_optimizer = torch.optim.SGD(parameters, lr=1.0, momentum=0.9, weight_decay=0.01)
+    losses = []
+    for step, chosen in enumerate(batches(s, data.lengths, KEY, 1)):
+        for group in torch_optimizer.param_groups:
+            group["lr"] = learning_rate(s, (4 + step) / 12)
+        loss = padded_nll(plain, [data[i] for i in chosen]).mean()
+        losses.append(loss.item())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch_optimizer.step()
+        torch_optimizer.zero_grad()
+    np.testing.assert_allclose(result.losses, losses, rtol=1e-5)
+    tolerance = (
+        1e-4 if optimizer == "adamw" else 1e-5
+    )  # Adam divides rounding by rounding where a gradient is near zero
+    assert_same(values(adapted), values(plain), tolerance)
+    assert (result.steps, result.examples) == (4, 24)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("micro", [1, 2, 4, 5])
+def test_accumulation_is_exact(adapted: Any, data: TokenSet, micro: int, packing: bool) -> None:
+    other = copy.deepcopy(adapted)
+    whole = fit(adapted, data, spec(optimizer="sgd", packing=packing))
+    parts = fit(other, data, spec(optimizer="sgd", packing=packing, micro_batch_size=micro))
+    np.testing.assert_allclose(whole.losses, parts.losses, rtol=1e-6)
+    assert_same(values(adapted), values(other), 1e-6)
+    assert whole.tokens == parts.tokens and whole.target_tokens == parts.target_tokens
+
+
+def test_same_bits_twice_whatever_the_global_generator(adapted: Any, data: TokenSet) -> None:
+    other = copy.deepcopy(adapted)
+    fit(adapted, data, spec())
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    fit(other, data, spec())
+    assert torch.equal(state, torch.get_rng_state())
+    assert_same(values(adapted), values(other))
+
+
+def test_kept_optimizer_continues_exactly(adapted: Any, data: TokenSet) -> None:
+    """Two rounds with the moments kept equal two rounds of one torch optimiser; without them they do not."""
+    fresh, s = copy.deepcopy(adapted), spec(keep_optimizer=True, schedule="constant")
+    one = fit(adapted, data, s, Window(0, 2))
+    assert {n.rpartition("/")[2] for n in one.optimizer_state} == {"step", "exp_avg", "exp_avg_sq"}
+    fit(adapted, data, s, Window(1, 2), optimizer_state=one.optimizer_state)
+    plain = copy.deepcopy(fresh)
+    optimizer = torch.optim.AdamW(learnt(plain).values(), lr=1e-2, weight_decay=0.0)
+    for round_ in range(2):
+        for chosen in batches(s, data.lengths, KEY, round_):
+            padded_nll(plain, [data[i] for i in chosen]).mean().backward()
+            torch.nn.utils.clip_grad_norm_(learnt(plain).values(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_same(values(adapted), values(plain), 1e-4)
+    fit(fresh, data, s, Window(0, 2))
+    fit(fresh, data, s, Window(1, 2))
+    assert max((values(adapted)[n] - values(fresh)[n]).abs().max() for n in values(fresh)) > 1e-3
+    wrong = {"nobody/exp_avg": torch.zeros(3)}
+    with pytest.raises(TrainingError, match="does not fit parameter 'nobody'"):
+        fit(fresh, data, s, optimizer_state=wrong)
+
+
+def test_rule_sets_the_start_and_corrects_after_clipping(adapted: Any, data: TokenSet) -> None:
+    class Rule:
+        def __init__(self) -> None:
+            self.norms: list[float] = []
+
+        def start(self) -> dict[str, torch.Tensor]:
+            return {n: torch.zeros_like(p) for n, p in learnt(adapted).items()}
+
+        def correct(self, parameters: dict[str, torch.nn.Parameter]) -> None:
+            gradients = [p.grad for p in parameters.values() if p.grad is not None]
+            self.norms.append(float(torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))))
+            for gradient in gradients:
+                gradient.zero_()
+
+    rule = Rule()
+    train(
+        adapted,
+        learnt(adapted),
+        data,
+        spec(clip_norm=1e-3, optimizer="sgd"),
+        Window(0, 1),
+        generator_key=KEY,
+        rule=rule,
+    )
+    assert len(rule.norms) == 4 and max(rule.norms) < 1.01e-3
+    assert all((p == 0).all() for p in learnt(adapted).values())  # started at zero, every gradient removed
+
+
+def test_gradient_checkpointing_changes_nothing(adapted: Any, data: TokenSet) -> None:
+    other = copy.deepcopy(adapted)
+    fit(adapted, data, spec())
+    fit(other, data, spec(gradient_checkpointing=True))
+    assert_same(values(adapted), values(other), 1e-6)
+    assert not other.get_base_model().is_activation_checkpointing
+
+
+def test_events_say_where_training_is(adapted: Any, data: TokenSet) -> None:
+    seen: list[dict[str, Any]] = []
+    result = fit(adapted, data, spec(), Window(2, 3), observe=seen.append, silo="north")
+    assert [e["step"] for e in seen] == [0, 1, 2, 3]
+    assert {(e["kind"], e["round"], e["silo"], e["steps"]) for e in seen} == {("step", 2, "north", 4)}
+    assert [e["loss"] for e in seen] == result.losses
+    total = sum(loss * n for loss, n in zip(result.losses, _targets(data), strict=True))
+    assert result.loss == pytest.approx(total / result.target_tokens)
+
+
+def _targets(data: TokenSet) -> list[int]:
+    return [sum(data[i].targets for i in chosen) for chosen in batches(spec(), data.lengths, KEY, 2)]
+
+
+def test_stops_when_asked(adapted: Any, data: TokenSet) -> None:
+    asked = iter([False, False, True])
+    assert fit(adapted, data, spec(), should_stop=lambda: next(asked)).steps == 2
+
+
+def test_a_loss_that_is_no_number_names_silo_and_step(adapted: Any, data: TokenSet) -> None:
+    with torch.no_grad():
+        next(iter(learnt(adapted).values()))[0, 0] = float("nan")
+    with pytest.raises(TrainingError, match="silo north: the loss became nan at step 0"):
+        fit(adapted, data, spec(), silo="north")
+
+
+def test_longer_than_the_model_is_refused_with_both_numbers(adapted: Any, data: TokenSet) -> None:
+    with pytest.raises(TrainingError, match=r"is 257 .* 256 positions"):
+        fit(adapted, data, spec(max_length=257))
+
+
+def test_dropout_is_keyed(base: Any, data: TokenSet) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(base, LoraConfig(r=4, lora_dropout=0.5, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model.eval()
+    other = copy.deepcopy(model)
+    first = fit(model, data, spec())
+    torch.manual_seed(5)
+    second = fit(other, data, spec())
+    assert first.losses == second.losses
+    assert_same(values(model), values(other))
+    assert not model.training
+
+
+# batches
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_every_sequence_is_seen_before_any_is_seen_twice_more(packing: bool) -> None:
+    lengths = np.arange(1, 24)
+    s = spec(steps=10, packing=packing)
+    seen = np.concatenate(list(batches(s, lengths, KEY, 0)))
+    assert len(seen) == 60
+    assert np.ptp(np.bincount(seen, minlength=23)) <= 1
+    again = np.concatenate(list(batches(s, lengths, KEY, 0)))
+    other = np.concatenate(list(batches(s, lengths, KEY, 1)))
+    assert (seen == again).all() and not (seen == other).all()
+    stranger = np.concatenate(list(batches(s, lengths, (0, "silo-0001"), 0)))
+    assert not (seen == stranger).all()
+
+
+def test_buckets_pad_less_and_stay_fair() -> None:
+    lengths = np.random.default_rng(0).integers(5, 200, 400)
+    s = spec(steps=None, epochs=1.0, batch_size=8)
+
+    def padding(packing: bool) -> int:
+        found = batches(s.model_copy(update={"packing": packing}), lengths, KEY, 0)
+        return sum(int(lengths[b].max()) * len(b) - int(lengths[b].sum()) for b in found)
+
+    assert padding(False) < 0.4 * padding(True)
+    means = [lengths[b].mean() for b in batches(s.model_copy(update={"packing": False}), lengths, KEY, 0)]
+    assert abs(np.corrcoef(np.arange(len(means)), means)[0, 1]) < 0.3  # batches are not in order of length
+
+
+def test_epochs_and_small_silos() -> None:
+    assert steps_per_round(spec(steps=None, epochs=1.0), 20) == 4
+    assert [len(b) for b in batches(spec(steps=None, epochs=1.0), np.ones(20, int), KEY, 0)] == [6, 6, 6, 2]
+    assert sum(len(b) for b in batches(spec(steps=None, epochs=0.5), np.ones(20, int), KEY, 0)) == 10
+    assert [len(b) for b in batches(spec(steps=3), np.ones(1, int), KEY, 0)] == [1, 1, 1]
+    for n, epochs in [(1, 0.1), (3, 1.0), (20, 1.3), (7, 2.0)]:
+        s = spec(steps=None, epochs=epochs)
+        assert len(list(batches(s, np.ones(n, int), KEY, 0))) == steps_per_round(s, n)
+
+
+# schedule
+
+
+def test_schedule_over_the_whole_run() -> None:
+    s = spec(lr=1.0, warmup=0.1, final_lr=0.2, schedule="cosine")
+    assert learning_rate(s, 0.0) == 0.0
+    assert learning_rate(s, 0.05) == pytest.approx(0.5)
+    assert learning_rate(s, 0.1) == pytest.approx(1.0)
+    assert learning_rate(s, 0.55) == pytest.approx(0.6)
+    assert learning_rate(s, 1.0) == pytest.approx(0.2)
+    assert learning_rate(spec(lr=1.0, schedule="linear"), 0.25) == pytest.approx(0.75)
+    assert learning_rate(spec(lr=1.0, schedule="constant"), 0.9) == 1.0
