@@ -32,7 +32,7 @@ def done(index: int, **more: Any) -> dict[str, Any]:
         "sampled": ["a", "b"],
         "replied": ["a", "b"],
         "loss": 1.5,
-        "validation": {"loss": 2.0 - 0.1 * index, "choice_accuracy": 0.5},
+        "validation": {"loss": 2.0 - 0.1 * index, "accuracy": 0.5},
         "seconds": 10.0,
         "bytes_up": 2_000_000,
         "bytes_down": 2_000_000,
@@ -84,7 +84,7 @@ def test_a_log_gets_a_line_per_round_and_names_failures() -> None:
     assert "evaluating …" in text
     assert "b[red]: timed out no reply in 5 s" in text
     assert "round 1/2" in text and "1/2 silos" in text and "↑2.0 MB" in text
-    assert "multiple-choice accuracy 50.0 %" in text and "(best)" in text
+    assert "validation accuracy 50.0 %" in text and "(best)" in text
     assert "step" not in text
     assert "\x1b" not in text
 

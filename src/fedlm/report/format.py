@@ -8,14 +8,12 @@ from typing import Any, TypeGuard
 MISSING = "–"
 
 METRICS: dict[str, tuple[str, bool]] = {
-    "choice_accuracy": ("multiple-choice accuracy", True),
-    "choice_accuracy_norm": ("multiple-choice accuracy (per byte)", True),
     "accuracy": ("accuracy", True),
     "generation_accuracy": ("accuracy of generated answers", True),
-    "parse_rate": ("answers that could be read", True),
-    "generation_parse_rate": ("answers that could be read", True),
-    "perplexity": ("perplexity", False),
     "loss": ("loss", False),
+    "perplexity": ("perplexity", False),
+    "accuracy_norm": ("accuracy by length-normalised likelihood", True),
+    "parse_rate": ("generated answers that could be read", True),
 }
 """Key of a summarised metric -> (its name in words, whether higher is better), the most telling first."""
 

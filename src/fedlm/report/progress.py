@@ -186,7 +186,7 @@ class Progress:
             self.live = None
 
     def __call__(self, event: Event) -> None:
-        """Take in one event; safe from any thread. Printing is done outside the lock: the refresh thread needs it too."""
+        """Take in one event; safe from any thread. Prints outside the lock, which the refresh thread takes too."""
         with self._lock:
             arm = str(event.get("arm", ""))
             if is_number(event.get("arms")):
@@ -226,7 +226,7 @@ class Progress:
         if is_number(event.get("loss")):
             parts.append(f"train loss {number(event['loss'], 4)}")
         validation = event.get("validation") or {}
-        for key in ("loss", "choice_accuracy", "accuracy", "generation_accuracy"):
+        for key in ("loss", "accuracy", "generation_accuracy"):
             if is_number(validation.get(key)):
                 best = key == "loss" and len(tally.validation) > 1 and tally.validation[-1] <= min(tally.validation)
                 parts.append(

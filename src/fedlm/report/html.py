@@ -1,0 +1,351 @@
+"""report.html: one file that tells a stranger what a run did and whether it helped. No network, no other file.
+
+Everything that comes from a run directory (names, labels, reasons, the recipe) is data and is escaped; a content policy
+in the page forbids it to load anything.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterable, Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from fedlm import __version__
+from fedlm.files import write_atomic
+from fedlm.report import plots
+from fedlm.report.facts import Estimate, Group, RunFacts, estimate, fairness, metric_keys, read_run, spread
+from fedlm.report.format import (
+    MISSING,
+    count,
+    duration,
+    higher_is_better,
+    is_number,
+    is_share,
+    metric,
+    metric_name,
+    number,
+    plural,
+    size,
+)
+from fedlm.report.words import federation_sentence, verdict
+
+ROWS = 40
+"""A table of failures or silos shows this many rows and says how many it left out."""
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write run_dir/report.html from what the directory holds, also for an interrupted run; returns its path.
+
+    Raises:
+        RunError: there is no run in the directory, or its files are damaged.
+    """
+    path = run_dir / "report.html"
+    write_atomic(path, page(read_run(run_dir)).encode())
+    return path
+
+
+def page(facts: RunFacts) -> str:
+    """The whole page."""
+    sections = [
+        _header(facts),
+        _headline(facts),
+        _comparison(facts),
+        _held_out(facts),
+        _learning(facts),
+        _data(facts),
+        _cost(facts),
+        _failures(facts),
+        _reproduce(facts),
+    ]
+    title = e(f"{facts.name} · fedlm report")
+    policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width,initial-scale=1"><title>{title}</title>
+<style>{_asset("report.css")}</style></head><body><main>
+{"".join(sections)}
+<footer>Written by fedlm {e(__version__)}. This file is complete in itself and loads nothing from the network.</footer>
+</main><script>{_plotly()}</script><script>{_asset("report.js")}</script></body></html>
+"""
+
+
+def e(value: object) -> str:
+    """Escaped for HTML, attributes included."""
+    return html.escape(str(value))
+
+
+def _asset(name: str) -> str:
+    return (resources.files("fedlm.report") / "assets" / name).read_text(encoding="utf-8")
+
+
+@cache
+def _plotly() -> str:
+    from plotly.offline import get_plotlyjs
+
+    return str(get_plotlyjs())
+
+
+def figure(drawing: plots.Figure | None, title: str, note: str = "") -> str:
+    """A figure with its title; nothing where there is nothing to draw."""
+    if drawing is None:
+        return ""
+    source = json.dumps(drawing, allow_nan=False).replace("<", "\\u003c")
+    words = f'<p class="note">{e(note)}</p>' if note else ""
+    height = int(drawing["layout"]["height"])
+    return (
+        f'<div><h3>{e(title)}</h3>{words}<div style="height:{height}px" role="img" aria-label="{e(title)}"></div>'
+        f'<script type="application/json" class="figure">{source}</script></div>'
+    )
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, text: int = 1, main: Sequence[bool] = ()) -> str:
+    """A table whose first `text` columns are words and the others numbers; rows flagged in `main` are bold."""
+    kinds = [' class="text"' if i < text else "" for i in range(len(head))]
+    top = "".join(f"<th{k}>{e(h)}</th>" for h, k in zip(head, kinds, strict=True))
+    body = []
+    for i, row in enumerate(rows):
+        bold = ' class="main"' if i < len(main) and main[i] else ""
+        body.append(f"<tr{bold}>" + "".join(f"<td{k}>{e(c)}</td>" for c, k in zip(row, kinds, strict=True)) + "</tr>")
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+
+
+def card(name: str, value: str, note: str = "", *, main: bool = False) -> str:
+    """One figure that stands out."""
+    chosen = " main" if main else ""
+    return f'<div class="card{chosen}"><span>{e(name)}</span><b>{e(value)}</b><span>{e(note)}</span></div>'
+
+
+def with_interval(key: str, found: Estimate | None) -> str:
+    """`84.0 % [76.8, 91.2]`."""
+    if found is None:
+        return MISSING
+    value = metric(key, found.value)
+    return value + (f" {_interval(key, found)}" if found.low is not None else "")
+
+
+def _interval(key: str, found: Estimate) -> str:
+    if found.low is None or found.high is None:
+        return ""
+    if is_share(key):
+        return f"[{100 * found.low:.1f}, {100 * found.high:.1f}]"
+    return f"[{number(found.low)}, {number(found.high)}]"
+
+
+# the sections
+
+
+def _header(facts: RunFacts) -> str:
+    status = str(facts.run.get("status") or ("comparison" if facts.comparison else "unknown"))
+    created = str(facts.run.get("created", ""))[:19].replace("T", " ")
+    stamp = " · ".join(e(part) for part in (facts.run.get("run", ""), created and f"{created} UTC") if part)
+    return (
+        f'<header><h1>{e(facts.name)} <span class="badge {e(status)}">{e(status)}</span></h1><p>{stamp}</p>'
+        f'<p class="lead">{e(federation_sentence(facts))}</p></header>'
+    )
+
+
+def _headline(facts: RunFacts) -> str:
+    groups = facts.groups()
+    if groups:
+        key = _main_metric(groups)
+        cards = [] if key is None else [_arm_card(group, key) for group in groups]
+    else:
+        before, after, rows = facts.before_after()
+        keys = metric_keys([before, after] if before and after else [after or before])[:3]
+        cards = [_change_card(key, estimate(before, key), estimate(after, key), rows) for key in keys]
+    totals = [
+        card("rounds", f"{len(facts.rounds)}" + (f" of {facts.rounds_planned}" if facts.rounds_planned else "")),
+        card("time of all rounds", duration(facts.total("seconds"))),
+        card("sent by silos", size(facts.total("bytes_up"))),
+        card("sent to silos", size(facts.total("bytes_down"))),
+        card("peak memory", size(facts.peak("peak_pss")), "all processes of the run"),
+        card("failures", count(len(facts.failures()))),
+    ]
+    small = f'<div class="cards small">{"".join(totals)}</div>' if facts.rounds else ""
+    return f'<p class="verdict">{e(verdict(facts))}</p><div class="cards">{"".join(cards)}</div>{small}'
+
+
+def _main_metric(groups: list[Group]) -> str | None:
+    keys = metric_keys(arm.get("metrics") or {} for group in groups for arm in group.arms)
+    return keys[0] if keys else None
+
+
+def _arm_card(group: Group, key: str) -> str:
+    found = group.estimate(key)
+    note = _interval(key, found) + " (95 %)" if found and found.low is not None else metric_name(key)
+    if len(group.arms) > 1:
+        note = f"mean of {group.members()}"
+    return card(group.name, metric(key, found.value) if found else MISSING, note, main=group.key == "federated")
+
+
+def _change_card(key: str, before: Estimate | None, after: Estimate | None, rows: str) -> str:
+    if before is None or after is None:
+        return card(f"{metric_name(key)}, {rows}", metric(key, (after or before or Estimate(float("nan"))).value))
+    values = f"{metric(key, before.value)} → {metric(key, after.value)}"
+    better = (after.value > before.value) == higher_is_better(key)
+    note = "unchanged" if after.value == before.value else ("better" if better else "worse")
+    return card(f"{metric_name(key)}, {rows} rows", values, f"base model → after training: {note}", main=True)
+
+
+def _comparison(facts: RunFacts) -> str:
+    groups = facts.groups()
+    if not groups:
+        return ""
+    keys = metric_keys(arm.get("metrics") or {} for group in groups for arm in group.arms)
+    shown = [k for k in keys if k != "perplexity"][:2]
+    figures = [figure(plots.comparison(groups, k), metric_name(k).capitalize()) for k in shown]
+    head = ["how it was trained", *[metric_name(k) for k in keys], "steps", "tokens", "up", "down", "time", "memory"]
+    rows, main = [], []
+    for group in groups:
+        values = [with_interval(k, group.estimate(k)) for k in keys]
+        rows.append([_group_label(group), *values, *_cost_cells(group.mean_cost)])
+        main.append(group.key == "federated")
+    each = [
+        [
+            arm.get("arm"),
+            arm.get("seed"),
+            *[with_interval(k, estimate(arm.get("metrics") or {}, k)) for k in keys],
+            *_cost_cells((arm.get("cost") or {}).get),
+        ]
+        for group in groups
+        for arm in group.arms
+    ]
+    seeds = sorted({arm.get("seed") for group in groups for arm in group.arms}, key=str)
+    return (
+        "<h2>Does federating help?</h2>"
+        f'<p class="note">All results are on the same held-out test rows; {e(plural(len(seeds), "seed"))}. '
+        "Whiskers and brackets are 95 % intervals over test items; circles are single silos. "
+        "Costs are those of one training on average.</p>"
+        f'<div class="pair">{"".join(figures)}</div>{table(head, rows, main=main)}'
+        f"<details><summary>All {len(each):,} arms</summary>"
+        f"{table(['arm', 'seed', *head[1:]], each[:200])}</details>"
+    )
+
+
+def _group_label(group: Group) -> str:
+    return group.name + (f" (mean of {group.members()})" if len(group.arms) > 1 else "")
+
+
+def _cost_cells(cost: Any) -> list[str]:
+    return [
+        count(cost("steps")),
+        count(cost("tokens")),
+        size(cost("bytes_up")),
+        size(cost("bytes_down")),
+        duration(cost("seconds")),
+        size(cost("peak_pss")),
+    ]
+
+
+def _held_out(facts: RunFacts) -> str:
+    before, after, role = facts.before_after()
+    if not before and not after:
+        return ""
+    keys = metric_keys([s for s in (before, after) if s])
+    rows = [[metric_name(k), with_interval(k, estimate(before, k)), with_interval(k, estimate(after, k))] for k in keys]
+    parts = [table(["all silos together", "base model", "after training"], rows)]
+    examples = (after or before).get("examples")
+    fair = _fairness(before, after, keys)
+    return (
+        f"<h2>Held-out results</h2>"
+        f'<p class="note">{e(role.capitalize())} rows, never trained on'
+        + (f": {e(count(examples))} examples" if is_number(examples) else "")
+        + f". Brackets are 95 % intervals.</p>{''.join(parts)}{fair}"
+    )
+
+
+def _fairness(before: dict[str, Any], after: dict[str, Any], keys: list[str]) -> str:
+    known = [k for k in keys if len(fairness(after, k)) > 1 and k != "perplexity"]
+    if not known:
+        return ""
+    rows = []
+    for key in known:
+        for label, summary in (("base model", before), ("after training", after)):
+            values = fairness(summary, key)
+            if values:
+                s = spread(values.values(), key)
+                worst = [n for n, v in values.items() if v == s["worst"]]
+                which = worst[0] if len(worst) == 1 else plural(len(worst), "silo")
+                cells = [metric(key, s["mean"]), metric(key, s["worst"]), metric(key, s["deviation"])]
+                rows.append([metric_name(key), label, *cells, which])
+    head = ["across silos", "model", "mean", "worst silo", "std. deviation", "which is worst"]
+    return (
+        "<h3>Is every silo served?</h3>"
+        '<p class="note">Every silo counts the same here, however many rows it holds.</p>'
+        + table(head, rows, text=2)
+        + figure(plots.fairness_bars(before, after, known[0]), f"{metric_name(known[0]).capitalize()} of each silo")
+    )
+
+
+def _learning(facts: RunFacts) -> str:
+    figures = [
+        figure(plots.losses(facts), "Loss per round", "Round 0 is the base model before any training."),
+        figure(plots.silo_train_loss(facts), "Training loss of each silo", "Click a name in the legend to hide it."),
+        figure(plots.silo_validation_loss(facts), "Validation loss of the shared model at each silo"),
+    ]
+    return _section("Learning", figures)
+
+
+def _data(facts: RunFacts) -> str:
+    cards = facts.data.get("silos") or {}
+    totals = {
+        role: sum((c.get("rows") or {}).get(role, 0) for c in cards.values())
+        for role in ("train", "validation", "test")
+    }
+    skipped = {k: v for k, v in (facts.data.get("skipped") or {}).items() if v}
+    note = ", ".join(f"{count(n)} {role} rows" for role, n in totals.items() if n)
+    if skipped:
+        note += "; left out: " + ", ".join(f"{count(n)} {str(why).replace('_', ' ')}" for why, n in skipped.items())
+    return _section("Who holds what", [figure(plots.holdings(facts), "Rows of each silo by label", note)])
+
+
+def _cost(facts: RunFacts) -> str:
+    figures = [
+        figure(plots.traffic(facts), "Bytes on the wire, cumulative"),
+        figure(plots.seconds(facts), "Seconds per round", "Silos train side by side, so a round isn't their sum."),
+        figure(plots.memory(facts), "Peak memory"),
+        figure(plots.speed(facts), "Training speed of each silo"),
+    ]
+    return _section("What it cost", figures)
+
+
+def _section(title: str, figures: list[str]) -> str:
+    drawn = [f for f in figures if f]
+    if not drawn:
+        return ""
+    wide = [] if len(drawn) % 2 == 0 else [drawn.pop(0)]
+    return f'<h2>{e(title)}</h2>{"".join(wide)}<div class="pair">{"".join(drawn)}</div>'
+
+
+def _failures(facts: RunFacts) -> str:
+    found = facts.failures()
+    if not found:
+        return ""
+    rows = [
+        [
+            int(f.get("round") or 0) + 1,
+            f.get("silo", "?"),
+            str(f.get("kind", "")).replace("_", " "),
+            f.get("reason", ""),
+        ]
+        for f in found[:ROWS]
+    ]
+    more = f'<p class="note">… and {len(found) - ROWS:,} more in rounds.jsonl.</p>' if len(found) > ROWS else ""
+    return f"<h2>Failures</h2>{table(['round', 'silo', 'what', 'reason'], rows, text=4)}{more}"
+
+
+def _reproduce(facts: RunFacts) -> str:
+    versions = {"fedlm": facts.run.get("fedlm", "?"), **(facts.run.get("versions") or {})}
+    command = "fedlm compare recipe.yaml" if facts.comparison else "fedlm run recipe.yaml"
+    rows = [[name, version] for name, version in versions.items()]
+    recipe = f"<details><summary>recipe.yaml, as resolved</summary><pre>{e(facts.recipe_text)}</pre></details>"
+    return (
+        "<h2>Reproduce</h2><p>Save the recipe below as recipe.yaml, then:</p>"
+        f"<pre>pip install fedlm=={e(versions['fedlm'])}\n{e(command)}</pre>{recipe if facts.recipe_text else ''}"
+        f"<details><summary>Versions</summary>{table(['package', 'version'], rows, text=2)}</details>"
+    )

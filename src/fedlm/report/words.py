@@ -1,0 +1,97 @@
+"""The report's two sentences: what was done, and whether it helped. Claims go no further than the intervals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedlm.report.facts import Estimate, RunFacts, estimate, metric_keys
+from fedlm.report.format import higher_is_better, is_number, metric, metric_name, plural
+
+ALGORITHMS = {
+    "fedavg": "federated averaging",
+    "fedprox": "FedProx",
+    "scaffold": "SCAFFOLD",
+    "fedavgm": "federated averaging with server momentum",
+    "fedadam": "FedAdam",
+    "fedyogi": "FedYogi",
+    "fedadagrad": "FedAdagrad",
+}
+
+
+def model_name(source: str) -> str:
+    """The telling part of a model's source: the file in a package, the hub name, or the folder."""
+    last = source.split("!")[-1].split(":", 1)[-1] if "!" in source else source.split(":", 1)[-1]
+    return last.rstrip("/").split("/")[-1] or source
+
+
+def federation_sentence(facts: RunFacts) -> str:
+    """What was done, in one sentence."""
+    recipe = facts.recipe
+    model = model_name(str((recipe.get("model") or {}).get("source", "a language model")))
+    adapter: dict[str, Any] = recipe.get("adapter") or {}
+    kind = str(adapter.get("kind", "lora"))
+    trained = {"full": "all weights", "ia3": "an IA3 adapter"}.get(
+        kind, f"a LoRA adapter of rank {adapter.get('rank', 8)}"
+    )
+    algorithm = ((recipe.get("federation") or {}).get("algorithm") or {}).get("name", "fedavg")
+    how = ALGORITHMS.get(str(algorithm), str(algorithm))
+    silos, rounds = len(facts.silos()), len(facts.rounds)
+    who = plural(silos, "silo") if silos else "Silos"
+    sentence = f"{who} fine-tuned {trained} of {model} together"
+    planned = facts.rounds_planned
+    if rounds:
+        of = f" (of {planned} planned)" if planned and planned != rounds else ""
+        sentence += f" in {plural(rounds, 'round')}{of}"
+    elif planned:
+        sentence += f" in {plural(planned, 'round')}"
+    return f"{sentence} of {how}. They exchanged model updates, never text."
+
+
+def verdict(facts: RunFacts) -> str:
+    """Whether it helped, in a sentence or two."""
+    groups = {group.key: group for group in facts.groups()}
+    keys = metric_keys(arm.get("metrics") or {} for group in groups.values() for arm in group.arms)
+    if "federated" in groups and keys:
+        return _compared({k: g.estimate(keys[0]) for k, g in groups.items()}, keys[0])
+    before, after, rows = facts.before_after()
+    both = metric_keys([before, after]) if before and after else []
+    if not both:
+        if facts.run.get("status") in ("interrupted", "running"):
+            return f"The run is not finished. Continue it with: fedlm run --resume {facts.folder}"
+        return "Nothing was measured on held-out text."
+    key = both[0]
+    first, last = estimate(before, key), estimate(after, key)
+    assert first is not None and last is not None
+    values = f"from {metric(key, first.value)} to {metric(key, last.value)} ({_change(first, last, key)})"
+    text = f"On held-out {rows} rows, {metric_name(key)} went {values}."
+    if facts.run.get("status") == "interrupted":
+        text += f" The run was interrupted; continue it with: fedlm run --resume {facts.folder}"
+    return text
+
+
+def _compared(values: dict[str, Estimate | None], key: str) -> str:
+    federated, alone, together = values["federated"], values.get("alone"), values.get("centralised")
+    assert federated is not None
+    text = f"The federated model reaches {metric_name(key)} {metric(key, federated.value)}"
+    if alone is not None:
+        text = {
+            "better": "Federating helped. ",
+            "worse": "Federating did not help. ",
+        }.get(_change(alone, federated, key).split(" ")[0], "") + text
+        text += f", each silo alone {metric(key, alone.value)} on average"
+    if together is not None:
+        text += f"; all data in one place would reach {metric(key, together.value)}"
+    text += "."
+    if alone is not None and "not clearly" in _change(alone, federated, key):
+        text += " The difference to silo-alone lies within the 95 % interval."
+    return text
+
+
+def _change(first: Estimate, last: Estimate, key: str) -> str:
+    """`better`, `worse`, or `not clearly different` where either value lies in the other's interval."""
+    for a, b in ((first, last), (last, first)):
+        if is_number(a.low) and is_number(a.high) and a.low <= b.value <= a.high:
+            return "not clearly different"
+    if first.value == last.value:
+        return "unchanged"
+    return "better" if (last.value > first.value) == higher_is_better(key) else "worse"
