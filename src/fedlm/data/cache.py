@@ -1,0 +1,112 @@
+"""One source as a memory-mapped table of canonical examples in the cache, written once per content and mapping."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from fedlm.data.examples import SCHEMAS, Example, kind_of, map_rows
+from fedlm.data.packages import locked
+from fedlm.data.sources import Located, read_rows
+from fedlm.errors import DataError
+from fedlm.files import cache_dir, read_json, write_json
+from fedlm.recipe.schema import PartitionSpec
+
+_BATCH = 1000
+"""Rows per Arrow record batch."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A source's examples: `dataset` (memory-mapped), its kind, and how many malformed rows were skipped."""
+
+    dataset: Any
+    kind: str
+    malformed: int
+
+
+@cache
+def _code() -> str:
+    """A hash of the code that reads and maps, so that another version of it never meets its predecessor's tables."""
+    here = Path(__file__).parent
+    names = ("archives.py", "cache.py", "columns.py", "examples.py", "readers.py", "sources.py")
+    return hashlib.sha256(b"".join((here / name).read_bytes() for name in names)).hexdigest()
+
+
+def table_of(located: Located, malformed: str, partition: PartitionSpec | None) -> Table:
+    """The source's examples, mapped now or read from the cache.
+
+    Raises:
+        DataError: a malformed row under 'fail', no row at all, or a cache that cannot be written.
+    """
+    import datasets
+
+    source = located.source
+    kind = kind_of(source.columns, source.path)
+    mapping = source.model_dump(mode="json", exclude={"name", "sha256", "role", "max_rows"})
+    by = None if partition is None else [partition.by, partition.pattern]
+    identity = [_code(), located.identity, located.domain, mapping, malformed, by]
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+    folder = cache_dir() / "datasets"
+    table, note = folder / f"{key}.arrow", folder / f"{key}.json"
+    try:
+        with locked(folder / f"{key}.lock"):
+            if not note.exists():  # the note is written last
+                counts = _write(table, map_rows(
+                    read_rows(located), source, malformed, domain=located.domain, partition=partition
+                ), kind, source.path)  # fmt: skip
+                write_json(note, counts)
+    except OSError as fault:
+        raise DataError(
+            f"the examples cannot be kept: {fault.strerror or fault}",
+            where=str(folder),
+            fix="free some space there, or set FEDLM_CACHE to a folder that can be written",
+        ) from fault
+    return Table(datasets.Dataset.from_file(str(table)), kind, int(read_json(note)["malformed"]))
+
+
+def _write(path: Path, examples: Iterator[Example | str], kind: str, where: str) -> dict[str, int]:
+    """Stream examples into an Arrow file, atomically; returns the counts of rows and malformed rows."""
+    schema, counts, first_fault = SCHEMAS[kind], Counter(rows=0, malformed=0), ""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".write-")
+    try:
+        with os.fdopen(descriptor, "wb") as handle:
+            with pa.ipc.new_stream(handle, schema) as writer:
+                batch: list[Example] = []
+                for example in examples:
+                    if isinstance(example, str):
+                        counts["malformed"] += 1
+                        first_fault = first_fault or example
+                        continue
+                    batch.append(example)
+                    counts["rows"] += 1
+                    if len(batch) == _BATCH:
+                        writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+                        batch = []
+                if batch:
+                    writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+            handle.flush()
+            os.fsync(handle.fileno())
+        if counts["rows"] == 0 and counts["malformed"]:
+            raise DataError(
+                f"all {counts['malformed']} rows are malformed, the first at {first_fault}",
+                where=where,
+                fix="check the recipe's columns",
+            )
+        if counts["rows"] == 0:
+            raise DataError("the source holds no rows", where=where, fix="check its path and its `where`")
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return dict(counts)

@@ -1,0 +1,128 @@
+"""Column expressions: 'doc.query' reaches into nested records, '{text:.400}\\n\\nTopic?' is a template over columns.
+
+Templates are a restricted form of Python's: fields are column names, there is no attribute or index access, no
+conversion, and a format may only cut, pad or round. So a recipe from a stranger can neither run code nor fill memory.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fedlm.errors import DataError, nearest
+
+Row = Mapping[str, Any]
+_SPEC = re.compile(r"[<>^]?[0-9]{0,4}(?:\.[0-9]{1,6})?[sdf]?")
+_FIELD = re.compile(r"[^\[\](){}!:]+")
+
+
+class MalformedRowError(Exception):
+    """This row cannot become an example. The message is a phrase without any of the row's text."""
+
+
+class UnknownColumnError(MalformedRowError):
+    """The row has no such column; the message lists those that exist."""
+
+
+def column_names(row: Row, depth: int = 3) -> list[str]:
+    """The row's columns, nested ones dotted."""
+    names = []
+    for name, value in row.items():
+        names.append(str(name))
+        if depth > 1 and isinstance(value, Mapping):
+            names += [f"{name}.{inner}" for inner in column_names(value, depth - 1)]
+    return names
+
+
+def look_up(row: Row, name: str) -> Any:
+    """The value of a column; dots reach into nested records unless a column has the dotted name itself.
+
+    Raises:
+        UnknownColumnError: there is no such column.
+    """
+    if name in row:
+        return row[name]
+    value: Any = row
+    for part in name.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            names = column_names(row)
+            hint = nearest(name, names)
+            if not hint.startswith("valid names"):
+                hint = f"{hint.rstrip('?')}; columns: {', '.join(names[:40])}"
+            raise UnknownColumnError(f"there is no column '{name}' ({hint})")
+        value = value[part]
+    return value
+
+
+def as_text(value: Any, name: str) -> str:
+    """A scalar as text. Raises MalformedRowError for empty values, lists and records."""
+    if isinstance(value, str):
+        if value.strip():
+            return value
+    elif isinstance(value, bool | int | float):
+        return str(value)
+    elif value is not None:
+        raise MalformedRowError(f"column '{name}' holds a {type(value).__name__}, not text")
+    raise MalformedRowError(f"column '{name}' is empty")
+
+
+def is_template(text: str) -> bool:
+    return "{" in text or "}" in text
+
+
+def compile_text(expression: str) -> Callable[[Row], str]:
+    """A function from a row to text, for a column name or a template.
+
+    Raises:
+        DataError: a template that is malformed or uses more than column names and plain formats.
+    """
+    if not is_template(expression):
+        return lambda row: as_text(look_up(row, expression), expression)
+    parts = _parse(expression)
+
+    def fill(row: Row) -> str:
+        out = []
+        for literal, field, spec in parts:
+            out.append(literal)
+            if field is not None:
+                out.append(_format(look_up(row, field), field, spec))
+        text = "".join(out)
+        if not text.strip():
+            raise MalformedRowError("the template gives an empty text")
+        return text
+
+    return fill
+
+
+def _parse(expression: str) -> list[tuple[str, str | None, str]]:
+    where = f"template of {len(expression)} characters '{expression[:60]}'"
+    try:
+        parsed = list(string.Formatter().parse(expression))
+    except ValueError as fault:
+        raise DataError(str(fault), where=where, fix="write {{ and }} for literal braces") from fault
+    parts = []
+    for literal, field, spec, conversion in parsed:
+        if field is not None:
+            if not _FIELD.fullmatch(field) or conversion is not None:
+                raise DataError(
+                    f"the field '{field}' is not a plain column name",
+                    where=where,
+                    fix="write {column} or {column:.400}",
+                )
+            if not _SPEC.fullmatch(spec or ""):
+                raise DataError(
+                    f"the format '{spec}' is not accepted", where=where, fix="formats look like .400, >12 or .2f"
+                )
+        parts.append((literal, field, spec or ""))
+    return parts
+
+
+def _format(value: Any, name: str, spec: str) -> str:
+    if spec.endswith(("d", "f")):
+        try:
+            return format(value, spec)
+        except (TypeError, ValueError):
+            raise MalformedRowError(f"column '{name}' is not a number that fits the format '{spec}'") from None
+    return format(as_text(value, name), spec)

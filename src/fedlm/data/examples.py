@@ -1,0 +1,294 @@
+"""Canonical examples: every source's rows, whatever their columns, in one of four forms.
+
+    text        text
+    messages    messages: list of {role, content}             (prompt + response maps here)
+    preference  prompt, chosen, rejected
+    choice      question, choices: list of str, answer: index
+
+and always label, domain, hash (hex SHA-256 of the content), group (what `partition.by` names) and row ('file:line').
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from fedlm.data.columns import MalformedRowError, Row, as_text, compile_text, is_template, look_up
+from fedlm.data.readers import RawRow
+from fedlm.errors import DataError
+from fedlm.recipe.schema import Columns, PartitionSpec, SourceSpec
+
+_COMMON = [(name, pa.string()) for name in ("label", "domain", "hash", "group", "row")]
+_MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
+SCHEMAS = {
+    "text": pa.schema([("text", pa.string()), *_COMMON]),
+    "messages": pa.schema([("messages", pa.list_(_MESSAGE)), *_COMMON]),
+    "preference": pa.schema([(n, pa.string()) for n in ("prompt", "chosen", "rejected")] + _COMMON),
+    "choice": pa.schema(
+        [("question", pa.string()), ("choices", pa.list_(pa.string())), ("answer", pa.int64()), *_COMMON]
+    ),
+}
+
+_ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user", "assistant": "assistant"}
+_ROLES |= {"gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant", "tool": "tool"}
+
+_FORMS = [
+    ({"messages"}, "messages"),
+    ({"text"}, "text"),
+    ({"prompt", "response"}, "messages"),
+    ({"prompt", "chosen", "rejected"}, "preference"),
+    ({"question", "choices", "answer"}, "choice"),
+]
+
+Example = dict[str, Any]
+
+
+def kind_of(columns: Columns, where: str) -> str:
+    """Which form the mapped columns make. Raises DataError for none, or a mixture of several."""
+    given = set(columns.model_dump(exclude_none=True)) - {"label"}
+    for names, kind in _FORMS:
+        if given == names:
+            return kind
+    forms = ", ".join("+".join(sorted(names)) for names, _ in _FORMS)
+    raise DataError(
+        f"the columns {'+'.join(sorted(given)) or '(none)'} make no example",
+        where=where,
+        fix=f"map exactly one of {forms}",
+    )
+
+
+def has_categories(columns: Columns) -> bool:
+    """Whether the label is a category that may be counted in the open, not an answer's private text."""
+    literal = isinstance(columns.choices, list) and not any(is_template(c) for c in columns.choices)
+    return columns.label is not None or literal
+
+
+def map_rows(
+    rows: Iterable[RawRow], source: SourceSpec, malformed: str, *, domain: str, partition: PartitionSpec | None = None
+) -> Iterator[Example | str]:
+    """Turn raw rows into examples, in order; a malformed row becomes its reason where the policy is to skip.
+
+    Args:
+        rows: what `sources.read_rows` gives.
+        source: the mapping.
+        malformed: 'fail' or 'skip'.
+        domain: the source's name.
+        partition: its `by` and `pattern` make the column `group`.
+
+    Raises:
+        DataError: a malformed row under 'fail', with file and row, without its text.
+    """
+    content = _CONTENT[kind_of(source.columns, source.path)](source.columns)
+    labelled = None if source.columns.label is None else compile_text(source.columns.label)
+    grouped = None if partition is None or partition.by is None else _group(partition.by, partition.pattern)
+    for raw in rows:
+        try:
+            if raw.values is None:
+                raise MalformedRowError(raw.fault)
+            example = content(raw.values)
+            example["hash"] = content_hash(example)
+            default = example["choices"][example["answer"]] if "choices" in example else ""
+            label = labelled(raw.values) if labelled else default
+            example |= {"label": label, "domain": domain, "row": raw.where}
+            example["group"] = grouped(raw.values) if grouped else label
+        except MalformedRowError as fault:
+            if malformed == "fail":
+                raise DataError(
+                    str(fault), where=raw.where, fix="mend the row or the recipe's columns, or set data.malformed: skip"
+                ) from None
+            yield f"{raw.where}: {fault}"
+        else:
+            yield example
+
+
+def content_hash(example: Mapping[str, Any]) -> str:
+    """Hex SHA-256 of an example's content; white space is not content, so copies that differ in it count as equal."""
+    text = json.dumps(_squeezed(example), sort_keys=True, ensure_ascii=False)
+    try:
+        return hashlib.sha256(text.encode()).hexdigest()
+    except UnicodeEncodeError:
+        raise MalformedRowError("the text holds half a surrogate pair, which is no character") from None
+
+
+def _squeezed(value: Any) -> Any:
+    if isinstance(value, str):
+        return " ".join(value.split())
+    if isinstance(value, Mapping):
+        return {key: _squeezed(item) for key, item in value.items()}
+    return [_squeezed(item) for item in value] if isinstance(value, list) else value
+
+
+def _group(by: str, pattern: str | None) -> Callable[[Row], str]:
+    value = compile_text(by)
+    if pattern is None:
+        return value
+    try:
+        regex = re.compile(pattern)
+    except re.error as fault:
+        raise DataError(f"not a regular expression: {fault}", where="data.partition.pattern") from fault
+
+    def first_group(row: Row) -> str:
+        match = regex.search(value(row))
+        found = match and (match[1] if regex.groups else match[0])
+        if not found:
+            raise MalformedRowError(f"column '{by}' does not match partition.pattern")
+        return found
+
+    return first_group
+
+
+def _text(columns: Columns) -> Callable[[Row], Example]:
+    text = compile_text(str(columns.text))
+    return lambda row: {"text": text(row)}
+
+
+def _turns(columns: Columns) -> Callable[[Row], Example]:
+    prompt, response = compile_text(str(columns.prompt)), compile_text(str(columns.response))
+
+    def build(row: Row) -> Example:
+        user = {"role": "user", "content": prompt(row)}
+        return {"messages": [user, {"role": "assistant", "content": response(row)}]}
+
+    return build
+
+
+def _messages(columns: Columns) -> Callable[[Row], Example]:
+    if columns.messages is None:
+        return _turns(columns)
+    name = columns.messages
+
+    def build(row: Row) -> Example:
+        value = look_up(row, name)
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError):
+                raise MalformedRowError(f"column '{name}' holds text that is not a JSON list of messages") from None
+        if not isinstance(value, list):
+            raise MalformedRowError(f"column '{name}' is not a list of messages")
+        if not value:
+            raise MalformedRowError(f"column '{name}' is an empty list of messages")
+        return {"messages": [_message(item, f"message {i + 1} of '{name}'") for i, item in enumerate(value)]}
+
+    return build
+
+
+def _message(item: Any, where: str) -> dict[str, str]:
+    if not isinstance(item, Mapping):
+        raise MalformedRowError(f"{where} is not a record")
+    if "role" in item and "content" in item:
+        role, content = item["role"], item["content"]
+    elif "from" in item and "value" in item:
+        role, content = item["from"], item["value"]
+    else:
+        raise MalformedRowError(f"{where} has neither role and content nor from and value")
+    if isinstance(content, list) and all(isinstance(c, Mapping) and c.get("type") == "text" for c in content):
+        content = "".join(str(c.get("text", "")) for c in content)
+    if not isinstance(role, str) or role not in _ROLES:
+        raise MalformedRowError(f"{where} has an unknown role (known: {', '.join(_ROLES)})")
+    if not isinstance(content, str) or not content.strip():
+        raise MalformedRowError(f"{where} is empty or not text")
+    return {"role": _ROLES[role], "content": content}
+
+
+def _preference(columns: Columns) -> Callable[[Row], Example]:
+    parts = {name: compile_text(str(getattr(columns, name))) for name in ("prompt", "chosen", "rejected")}
+
+    def build(row: Row) -> Example:
+        example = {name: text(row) for name, text in parts.items()}
+        if example["chosen"] == example["rejected"]:
+            raise MalformedRowError("the chosen and the rejected text are equal")
+        return example
+
+    return build
+
+
+def _choice(columns: Columns) -> Callable[[Row], Example]:
+    question, answer = compile_text(str(columns.question)), str(columns.answer)
+    read_answer = compile_text(answer) if is_template(answer) else lambda row: look_up(row, answer)
+    options = _options(columns.choices)
+
+    def build(row: Row) -> Example:
+        choices = options(row)
+        if len(choices) < 2:
+            raise MalformedRowError("there are fewer than two choices")
+        return {"question": question(row), "choices": choices, "answer": right_choice(read_answer(row), choices)}
+
+    return build
+
+
+def _options(choices: str | list[str] | None) -> Callable[[Row], list[str]]:
+    if isinstance(choices, list):
+        parts = [compile_text(c) if is_template(c) else _literal(c) for c in choices]
+        return lambda row: [part(row) for part in parts]
+    name = str(choices)
+
+    def build(row: Row) -> list[str]:
+        value = look_up(row, name)
+        if isinstance(value, Mapping) and isinstance(value.get("text"), list):  # the ARC family on the hub
+            value = value["text"]
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError):
+                raise MalformedRowError(f"column '{name}' holds text that is not a JSON list of choices") from None
+        if not isinstance(value, list):
+            raise MalformedRowError(f"column '{name}' is not a list of choices")
+        return [as_text(item, f"{name}[{i}]") for i, item in enumerate(value)]
+
+    return build
+
+
+def _literal(text: str) -> Callable[[Row], str]:
+    return lambda _: text
+
+
+def right_choice(answer: Any, choices: list[str]) -> int:
+    """The index of the right choice.
+
+    A number is an index from 0. Text is compared with the choices (case, white space, a final stop and a leading
+    'A. ' aside), then read as a letter A.. and last, if all digits, as an index from 0.
+
+    Raises:
+        MalformedRowError: the answer is not among the choices, or is equal to several.
+    """
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        if 0 <= answer < len(choices):
+            return answer
+        raise MalformedRowError(f"the answer's index is not between 0 and {len(choices) - 1}")
+    normal = [_normal(c) for c in choices]
+    if isinstance(answer, bool):
+        words = ("yes", "true") if answer else ("no", "false")
+        answer = next((w for w in words if w in normal), None)
+    if not isinstance(answer, str) or not answer.strip():
+        raise MalformedRowError("the answer is neither an index nor text")
+    for text in (_normal(answer), _normal(re.sub(r"^\(?[A-Za-z][.):]\s+", "", answer.strip()))):
+        hits = [i for i, c in enumerate(normal) if c == text]
+        if len(hits) > 1:
+            raise MalformedRowError("the answer's text is equal to several choices")
+        if hits:
+            return hits[0]
+    letter = re.fullmatch(r"\(?([A-Za-z])[.):]?\)?", answer.strip())
+    index = ord(letter[1].upper()) - ord("A") if letter else int(answer) if re.fullmatch(r"[0-9]{1,3}", answer) else -1
+    if 0 <= index < len(choices):
+        return index
+    raise MalformedRowError("the answer is not among the choices")
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.casefold().split()).removesuffix(".")
+
+
+_CONTENT: dict[str, Callable[[Columns], Callable[[Row], Example]]] = {
+    "text": _text,
+    "messages": _messages,
+    "preference": _preference,
+    "choice": _choice,
+}
