@@ -1,0 +1,66 @@
+"""`fedlm init`: write a commented recipe to start from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedlm.errors import RecipeError
+from fedlm.recipe.starters import DEFAULT, read_template, templates
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("init")(init)
+
+
+def _complete(incomplete: str) -> list[str]:
+    return [name for name in templates() if name.startswith(incomplete)]
+
+
+def init(
+    template: Annotated[str, typer.Argument(help="Which recipe; see --list.", autocompletion=_complete)] = DEFAULT,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write it; - prints it.")] = Path("recipe.yaml"),
+    list_: Annotated[bool, typer.Option("--list", help="List the templates.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Write a commented recipe to start from.
+
+    \b
+    Examples:
+      fedlm init                       for your own files
+      fedlm init --list                what else there is
+      fedlm init news --out news.yaml  a demo that learns something on a laptop
+    """
+    if list_:
+        found = templates()
+        if as_json:
+            typer.echo(json.dumps(found, indent=1))
+            return
+        width = max(map(len, found))
+        for name, about in found.items():
+            typer.echo(f"{name:<{width}}  {about}")
+        return
+    text = read_template(template)
+    if str(out) == "-":
+        typer.echo(text, nl=False)
+        return
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("w" if force else "x", encoding="utf-8") as handle:
+            handle.write(text)
+    except FileExistsError:
+        raise RecipeError(
+            "this file exists already", where=str(out), fix="choose another --out, or overwrite it with --force"
+        ) from None
+    except IsADirectoryError:
+        raise RecipeError("this is a folder, --out names a file", where=str(out)) from None
+    if as_json:
+        typer.echo(json.dumps({"template": template, "path": str(out)}, indent=1))
+        return
+    typer.echo(f"Wrote {out} ({template}).")
+    typer.echo(f"Next: fedlm recipe check {out}")
