@@ -1,0 +1,37 @@
+"""How updates become one model: one file per algorithm, each one screen."""
+
+from __future__ import annotations
+
+from fedlm.algorithms.base import Algorithm
+from fedlm.algorithms.fedadagrad import FedAdagrad
+from fedlm.algorithms.fedadam import FedAdam
+from fedlm.algorithms.fedavg import FedAvg
+from fedlm.algorithms.fedavgm import FedAvgM
+from fedlm.algorithms.fedprox import FedProx
+from fedlm.algorithms.fedyogi import FedYogi
+from fedlm.algorithms.scaffold import Scaffold
+from fedlm.errors import RecipeError, nearest
+from fedlm.recipe.schema import AlgorithmSpec
+
+CLASSES: dict[str, type[Algorithm]] = {
+    "fedavg": FedAvg,
+    "fedprox": FedProx,
+    "scaffold": Scaffold,
+    "fedavgm": FedAvgM,
+    "fedadam": FedAdam,
+    "fedyogi": FedYogi,
+    "fedadagrad": FedAdagrad,
+}
+
+
+def get_algorithm(spec: AlgorithmSpec) -> Algorithm:
+    """The algorithm of this name.
+
+    Raises:
+        RecipeError: there is none of this name; another one never takes its place.
+    """
+    if spec.name not in CLASSES:
+        raise RecipeError(
+            f"unknown algorithm '{spec.name}'", where="federation.algorithm.name", fix=nearest(spec.name, CLASSES)
+        )
+    return CLASSES[spec.name](spec)

@@ -6,37 +6,118 @@ update, p_i its weight. All arithmetic on updates is fp32 whatever dtype arrives
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
 import torch
+from torch import Tensor
 
-from fedlm.messages import Tensors
+from fedlm.errors import RunError, UpdateRefused
+from fedlm.messages import Fields, Tensors
+from fedlm.recipe.methods import ALGORITHMS
 from fedlm.recipe.schema import AlgorithmSpec
+
+BLOCK = 1 << 17
+"""Elements widened to fp32 at a time when an update arrives in another dtype: 512 KiB, which stays in cache."""
+
+
+def weight_of(spec: AlgorithmSpec, fields: Fields) -> float:
+    """A silo's weight in the mean, read from its reply: target tokens, examples, or 1 for everybody.
+
+    Raises:
+        UpdateRefused: the reply does not say how many.
+    """
+    counted = {"tokens": "target_tokens", "examples": "examples", "equal": None}[
+        "equal" if ALGORITHMS[spec.name].equal_weights else spec.weights or "examples"
+    ]
+    if counted is None:
+        return 1.0
+    value = fields.get(counted)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UpdateRefused(f"the reply has no number '{counted}', which weights the update")
+    return float(value)
+
+
+def flat_view(tensors: Sequence[Tensor]) -> Tensor | None:
+    """One vector over tensors that lie end to end in one buffer (as a safetensors file loads), else None.
+
+    Hundreds of small matrices cost more in calls than in bytes; one vector costs the bytes.
+    """
+    if not tensors:
+        return None
+    first, end = tensors[0], tensors[0].data_ptr()
+    for tensor in tensors:
+        if tensor.data_ptr() != end or tensor.dtype is not first.dtype or not tensor.is_contiguous():
+            return None
+        end += tensor.nbytes
+    storage = first.untyped_storage()
+    if end > storage.data_ptr() + storage.nbytes():  # neighbours by chance, in buffers of their own
+        return None
+    return first.as_strided(((end - first.data_ptr()) // first.itemsize,), (1,))
 
 
 @dataclass
 class Accumulator:
-    """Weighted sum of the updates folded so far: one fp32 copy of an update, however many silos there are."""
+    """Weighted sum of the updates folded so far: one fp32 copy of an update, however many silos there are.
+
+    `total` maps names to views of one buffer, in sorted order of names, so that an update laid out the same way is
+    added in one sweep. Every element is one fused multiply-add, whatever the layout: the bits do not depend on it.
+    """
 
     total: Tensors = field(default_factory=dict)
     weight: float = 0.0
     count: int = 0
 
     def add(self, update: Tensors, weight: float) -> None:
-        """total += weight * update, in fp32. Silos must be folded in canonical order: float sums depend on it."""
-        for name, tensor in update.items():
-            if name in self.total:
-                self.total[name].add_(tensor.to(torch.float32), alpha=weight)
-            else:
-                self.total[name] = tensor.to(torch.float32) * weight
+        """total += weight * update, in fp32. Silos must be folded in canonical order: float sums depend on it.
+
+        Raises:
+            UpdateRefused: the names are not those of the updates before.
+        """
+        if not self.total:
+            self._lay_out(update)
+        if update.keys() != self.total.keys():
+            raise UpdateRefused("the update's tensors are not those of the other silos")
+        totals, tensors = list(self.total.values()), [update[name] for name in self.total]
+        whole, flat = flat_view(totals), flat_view(tensors)
+        if whole is not None and flat is not None and whole.numel() == flat.numel():
+            _add_weighted(whole, flat, weight)
+        elif all(tensor.dtype is torch.float32 for tensor in tensors):
+            torch._foreach_add_(totals, tensors, alpha=weight)
+        else:
+            for total, tensor in zip(totals, tensors, strict=True):
+                _add_weighted(total.view(-1), tensor.reshape(-1), weight)
         self.weight += weight
         self.count += 1
 
-    def mean(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The weighted mean, one tensor at a time, divided in place."""
+    def mean(self) -> Iterator[tuple[str, Tensor]]:
+        """The weighted mean, one tensor at a time, divided in place: read it once.
+
+        Raises:
+            RunError: nothing was folded.
+        """
+        if not self.count:
+            raise RunError("no silo's update was accepted, so there is no mean")
         for name, tensor in self.total.items():
             yield name, tensor.div_(self.weight)
+
+    def _lay_out(self, update: Tensors) -> None:
+        names = sorted(update)
+        ends = list(accumulate((update[name].numel() for name in names), initial=0))
+        buffer = torch.zeros(ends[-1])
+        for name, (start, end) in zip(names, pairwise(ends), strict=True):
+            self.total[name] = buffer[start:end].view(update[name].shape)
+
+
+def _add_weighted(total: Tensor, update: Tensor, weight: float) -> None:
+    """total += weight * update for vectors, widening block by block where the dtypes differ."""
+    if update.dtype is torch.float32:
+        total.add_(update, alpha=weight)
+        return
+    for start in range(0, total.numel(), BLOCK):
+        block = slice(start, start + BLOCK)
+        total[block].add_(update[block].to(torch.float32), alpha=weight)
 
 
 class LocalRule:
@@ -50,7 +131,7 @@ class LocalRule:
         return self.received
 
     def correct(self, parameters: dict[str, torch.nn.Parameter]) -> None:
-        """Change `.grad` in place; called after clipping and before every optimiser step."""
+        """Change `.grad` in place; called once after clipping and before every optimiser step."""
 
     def finish(self, trained: Tensors) -> tuple[Tensors, Tensors]:
         """The update that leaves the silo and the state that stays in it, from the trained parameters (fp32)."""
@@ -61,8 +142,15 @@ class LocalRule:
 class Algorithm:
     """How updates become one model. The base class is FedAvg's shape; subclasses override what differs."""
 
+    default_server_lr = 1.0
+
     def __init__(self, spec: AlgorithmSpec) -> None:
         self.spec = spec
+
+    @property
+    def server_lr(self) -> float:
+        """eta of the server step: the recipe's, or the algorithm's own default."""
+        return self.default_server_lr if self.spec.server_lr is None else self.spec.server_lr
 
     # at both ends
     def trainable(self, name: str) -> bool:  # noqa: ARG002

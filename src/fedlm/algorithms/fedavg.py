@@ -1,0 +1,26 @@
+"""FedAvg: the weighted mean of what the silos learnt."""
+
+from __future__ import annotations
+
+import torch
+
+from fedlm.algorithms.base import Accumulator, Algorithm
+from fedlm.messages import Tensors
+
+
+class FedAvg(Algorithm):
+    """theta <- theta + eta * sum_i p_i u_i, with p_i = weight_i / sum of weights (McMahan et al., AISTATS 2017).
+
+    With eta = 1 (the default) this is the weighted mean of the silos' models.
+    """
+
+    def server_step(
+        self,
+        parameters: Tensors,
+        accumulator: Accumulator,
+        state: Tensors,
+        *,
+        silos_total: int,  # noqa: ARG002
+    ) -> tuple[Tensors, Tensors]:
+        stepped = {name: torch.add(parameters[name], u, alpha=self.server_lr) for name, u in accumulator.mean()}
+        return stepped, state
