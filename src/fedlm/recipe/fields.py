@@ -30,7 +30,7 @@ def annotation_at(model: type[BaseModel], path: Sequence[str | int]) -> Any:
         if isinstance(part, int):
             annotation = _item(annotation)
         else:
-            found = models_in(annotation) if not _is_list(annotation) else []
+            found = models_in(annotation) if not is_list(annotation) else []
             if found:
                 fields = found[0].model_fields
                 annotation = fields[part].annotation if part in fields else None
@@ -44,7 +44,7 @@ def annotation_at(model: type[BaseModel], path: Sequence[str | int]) -> Any:
 def model_at(model: type[BaseModel], path: Sequence[str | int]) -> type[BaseModel] | None:
     """The model whose fields stand at a path, or None."""
     annotation = annotation_at(model, path) if path else model
-    found = models_in(annotation) if annotation is not None and not _is_list(annotation) else []
+    found = models_in(annotation) if annotation is not None and not is_list(annotation) else []
     return found[0] if found else None
 
 
@@ -58,7 +58,8 @@ def parts(annotation: Any) -> list[Any]:
     return [annotation]
 
 
-def _is_list(annotation: Any) -> bool:
+def is_list(annotation: Any) -> bool:
+    """Whether an annotation allows a list."""
     return any(get_origin(part) in (list, tuple) for part in parts(annotation))
 
 

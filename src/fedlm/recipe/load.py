@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from fedlm.errors import RecipeError, nearest
-from fedlm.recipe.fields import annotation_at, literals_in, model_at
+from fedlm.recipe.fields import annotation_at, is_list, literals_in, model_at
 from fedlm.recipe.schema import Recipe
 from fedlm.recipe.yamltree import Path as Dotted
 from fedlm.recipe.yamltree import Tree, parse_value, parse_yaml
@@ -137,7 +137,8 @@ def _override(tree: Tree, override: str) -> None:
         if isinstance(here, list):
             if not piece.isdigit() or int(piece) >= len(here):
                 what = f"'{'.'.join(map(str, path))}' is a list of {len(here)}: use an index 0 to {len(here) - 1}"
-                raise RecipeError(f"{what}, not '{piece}'" if here else "this list is empty", where=where)
+                empty = f"'{'.'.join(map(str, path))}' is empty: there is no item to change"
+                raise RecipeError(f"{what}, not '{piece}'" if here else empty, where=where)
             path.append(int(piece))
         else:
             if model is not None and piece not in model.model_fields:
@@ -151,7 +152,7 @@ def _override(tree: Tree, override: str) -> None:
             here[key] = parse_value(text, where)
         else:
             if isinstance(here, dict) and here.get(key) is None:
-                here[key] = {}
+                here[key] = [] if is_list(annotation_at(Recipe, path)) else {}
             here = here[key]
     for known in [p for p in tree.places if p[: len(path)] == tuple(path)]:
         del tree.places[known]

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fedlm.cli.main import app
+from fedlm.recipe.starters import templates
+
+run = CliRunner().invoke
+
+
+@pytest.mark.parametrize("name", templates())
+def test_init_then_check(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "recipe.yaml"
+    assert run(app, ["init", name, "--out", str(path)]).exit_code == 0
+    result = run(app, ["recipe", "check", str(path)])
+    assert result.exit_code == 0, result.output
+
+
+def test_init_writes_own_data_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(app, ["init"]).exit_code == 0
+    assert "name: own-data" in Path("recipe.yaml").read_text()
+
+
+def test_init_does_not_overwrite_unless_told(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("mine")
+    result = run(app, ["init", "--out", str(path)])
+    assert result.exit_code == 2
+    assert "exists already" in result.stderr and path.read_text() == "mine"
+    assert run(app, ["init", "--out", str(path), "--force"]).exit_code == 0
+    assert path.read_text() != "mine"
+
+
+def test_unknown_template_names_the_nearest() -> None:
+    result = run(app, ["init", "educatoin", "--out", "-"])
+    assert result.exit_code == 2
+    assert "did you mean 'education'?" in result.stderr
+
+
+def test_list() -> None:
+    assert set(json.loads(run(app, ["init", "--list", "--json"]).stdout)) == set(templates())
+    assert all(name in run(app, ["init", "--list"]).stdout for name in templates())
+
+
+def test_dash_prints() -> None:
+    assert run(app, ["init", "news", "--out", "-"]).stdout.startswith("# Which desk")
