@@ -1,0 +1,144 @@
+"""Run a recipe on this machine, from the start or from where it stopped: what `fedlm run` calls."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import fedlm
+from fedlm.errors import RunError
+from fedlm.federation.rundir import RunDir, disk_errors
+from fedlm.messages import Event, Observe
+from fedlm.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from fedlm.federation.records import RunResult
+
+MAY_CHANGE = ("federation.workers", "federation.keep", "trackers")
+"""Recipe fields that change no bit of the result, so a resumed run may have others."""
+
+
+def run_recipe(
+    recipe: Recipe | None,
+    *,
+    base: Path | None = None,
+    run_dir: Path | None = None,
+    resume: bool = False,
+    force: bool = False,
+    observe: Observe | None = None,
+    silos: Sequence[str] | None = None,
+) -> RunResult:
+    """Run a federation of simulated silos on the local engine.
+
+    Args:
+        recipe: what to run; may be None to resume with the run's own recipe.
+        base: folder that relative paths of the recipe start from; the current one by default, when resuming the one
+            the run started with.
+        run_dir: by default runs/<name>-<UTC time>.
+        resume: continue the run in `run_dir`.
+        force: replace the run that `run_dir` holds.
+        observe: receives progress events.
+        silos: names that take part; all by default.
+
+    Raises:
+        RunError: see `RunDir` and `coordinator.run`; also a resume with a changed recipe, naming what changed.
+        FedlmError: the model or the data cannot be loaded.
+    """
+    if resume:
+        if run_dir is None:
+            raise RunError("resuming needs the run directory", fix="name it: --resume RUN")
+        directory = RunDir.open(run_dir)
+        try:
+            recipe = _same_recipe(directory, recipe)
+            base = base or Path(directory.meta["base"])
+        except BaseException:
+            directory.close()
+            raise
+    else:
+        if recipe is None:
+            raise RunError("there is no recipe to run")
+        base = base or Path()
+        run_dir = run_dir or Path("runs") / f"{recipe.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+        directory = new_run(recipe, run_dir, base=base, force=force)
+    try:
+        return _run(recipe, directory, base, resume, observe, silos)
+    finally:
+        directory.close()
+
+
+def new_run(recipe: Recipe, run_dir: Path, *, base: Path = Path(), force: bool = False) -> RunDir:
+    """A new, locked run directory for this recipe.
+
+    Raises:
+        RunError: the directory is taken (without `force`) or cannot be written.
+    """
+    from fedlm.recipe.load import dump_recipe
+
+    if force and (run_dir / "run.json").is_file():
+        # Only ever a directory that is a run, and only when nobody is running in it.
+        RunDir.open(run_dir).close()
+        with disk_errors(run_dir):
+            shutil.rmtree(run_dir)
+    now = datetime.now(UTC)
+    meta = {
+        "run": f"{recipe.name}-{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}",
+        "name": recipe.name,
+        "fedlm": fedlm.__version__,
+        "versions": {},
+        "created": now.isoformat(timespec="seconds"),
+        "base": str(base.resolve()),
+    }
+    return RunDir.create(run_dir, meta=meta, recipe_text=dump_recipe(recipe))
+
+
+def _run(
+    recipe: Recipe,
+    directory: RunDir,
+    base: Path,
+    resume: bool,
+    observe: Observe | None,
+    silos: Sequence[str] | None,
+) -> RunResult:
+    from fedlm.data.federated import load_data
+    from fedlm.federation import coordinator
+    from fedlm.federation.engines.local import LocalEngine, resolve_workers
+    from fedlm.federation.sampling import invited
+
+    def tell(event: Event) -> None:
+        if observe:
+            observe(event)
+
+    tell({"kind": "phase", "text": "reading the data"})
+    data = load_data(recipe, base)
+    names = list(silos) if silos is not None else data.names
+    workers = resolve_workers(recipe.federation, invited(recipe.federation, len(names)), recipe.model.device)
+    engine = LocalEngine(recipe, data, directory.path, workers=workers, observe=observe, base=base)
+    try:
+        return coordinator.run(recipe, engine, directory, observe=observe, resume=resume, silos=silos)
+    finally:
+        engine.close()
+
+
+def _same_recipe(directory: RunDir, recipe: Recipe | None) -> Recipe:
+    """The recipe to go on with.
+
+    Raises:
+        RunError: it differs from the run's own where that changes results, and how.
+    """
+    from fedlm.recipe.load import diff_recipes, load_recipe
+
+    own = load_recipe(directory.path / "recipe.yaml")
+    if recipe is None:
+        return own
+    changes = [c for c in diff_recipes(own, recipe) if not c.startswith(MAY_CHANGE)]
+    if changes:
+        raise RunError(
+            "the recipe is not the one this run started with: " + "; ".join(changes),
+            where=str(directory.path),
+            fix="resume without changes, or start a new run (a run whose end or schedule moves is another run)",
+        )
+    return recipe

@@ -1,0 +1,191 @@
+"""What the coordinator says to the silos and what it makes of their answers: hello, train, evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from fedlm.algorithms.base import Accumulator, Algorithm, weight_of
+from fedlm.errors import RunError
+from fedlm.evaluation import summarise
+from fedlm.federation.folding import fold_in_order
+from fedlm.federation.records import RoundUpdates, Traffic, failure_lines, reasons, silo_line
+from fedlm.federation.rundir import RunDir, disk_errors
+from fedlm.federation.sampling import quorum, sample
+from fedlm.federation.silo import PROTOCOL
+from fedlm.federation.updates import check_update
+from fedlm.files import read_json, write_json
+from fedlm.messages import Engine, Event, Failure, FailureKind, Fields, Observe, Reply, Request, Tensors
+from fedlm.recipe.schema import Recipe
+
+MAX_WEIGHT = 1e12
+"""No silo trains on more examples or tokens than this in a round; a larger weight is refused as absurd."""
+
+
+class Conversations:
+    """One run's exchanges with its silos.
+
+    Attributes:
+        trainers: after `enrol`, names of the silos with training rows, sorted.
+        measurers: by role, names of the silos with rows of that role.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        engine: Engine,
+        run_dir: RunDir,
+        algorithm: Algorithm,
+        names: list[str],
+        observe: Observe | None,
+    ) -> None:
+        self.recipe, self.spec, self.engine, self.dir = recipe, recipe.federation, engine, run_dir
+        self.algorithm, self.names = algorithm, names
+        self.trainers: list[str] = []
+        self.measurers: dict[str, list[str]] = {}
+        self._observe = observe
+
+    def enrol(self) -> None:
+        """Ask every silo for its versions and row counts; those without training rows are not sampled later.
+
+        Raises:
+            RunError: no silo answers, or one speaks another protocol version.
+        """
+        file = self.dir.path / "data.json"
+        if not file.exists():
+            self.phase("greeting the silos")
+            cards: dict[str, Any] = {}
+            refused: list[Failure] = []
+            versions: dict[str, Any] = {}
+            hello = (self.request(name, "hello", -1, {}, {"protocol": PROTOCOL}) for name in self.names)
+            for answer in self.engine.exchange(hello):
+                if isinstance(answer, Failure):
+                    refused.append(answer)
+                    self.failed(-1, answer)
+                else:
+                    cards[answer.silo] = answer.fields["card"]
+                    versions = versions or answer.fields["versions"]
+            mismatch = [f for f in refused if f.kind is FailureKind.VERSION_MISMATCH]
+            if mismatch or not cards:
+                raise RunError("no run is possible with these silos: " + reasons(mismatch or refused))
+            with disk_errors(file):
+                write_json(file, {"silos": {name: cards[name] for name in sorted(cards)}})
+            self.dir.update_meta(versions=versions)
+        cards = read_json(file)["silos"]
+        rows = {name: card["rows"] for name, card in cards.items() if name in cards}
+        self.trainers = [n for n in self.names if n in rows and rows[n].get("train", 0) > 0]
+        self.measurers = {
+            role: [n for n in self.names if n in rows and rows[n].get(role, 0)] for role in ("validation", "test")
+        }
+        if not self.trainers:
+            raise RunError("no silo holds a training row", fix="check the sources, the partition and the split")
+        if idle := len(self.names) - len(self.trainers):
+            self.phase(f"{idle} of {len(self.names)} silos hold no training row or did not answer, and are not sampled")
+
+    def train(
+        self,
+        number: int,
+        sampled: list[str],
+        want: int,
+        broadcast: Tensors,
+        expected: dict[str, torch.Size],
+        accepted: dict[str, int],
+        accumulator: Accumulator,
+        traffic: Traffic,
+    ) -> RoundUpdates:
+        """Send the broadcast, fold the updates that come back, refuse bad ones.
+
+        Args:
+            sampled: silos asked, in canonical order; the first `want` replies are used.
+            expected: names and shapes of an update.
+            accepted: by silo, the last round whose update was aggregated.
+            accumulator: receives the good updates.
+            traffic: receives the bytes.
+        """
+        folded = RoundUpdates()
+
+        def requests() -> Iterator[Request]:
+            for name in sampled:
+                fields = {"round": number, "rounds": self.spec.rounds, "accepted": accepted.get(name, -1)}
+                yield self.request(name, "train", number, broadcast, fields)
+
+        def check(reply: Reply) -> float:
+            """The weight of a good update. Raises UpdateRefused for any other."""
+            weight = weight_of(self.spec.algorithm, reply.fields)
+            check_update(reply.silo, reply.tensors, expected, weight, max_weight=MAX_WEIGHT)
+            return weight
+
+        def arrivals() -> Iterator[Reply | Failure]:
+            good = 0
+            for answer in self.engine.exchange(requests(), self.spec.deadline):
+                if isinstance(answer, Reply):
+                    good += 1
+                    traffic.add(answer)
+                    folded.fields[answer.silo] = answer.fields
+                    self.done(number, answer)
+                yield answer
+                if good == want:
+                    return
+
+        result = fold_in_order(self.algorithm, accumulator, sampled, arrivals(), self.dir.spool, check)
+        folded.take(result)
+        for failure in folded.failures:
+            self.failed(number, failure)
+        return folded
+
+    def validate(self, parameters: Tensors, number: int, traffic: Traffic) -> Fields | None:
+        """Summary on validation rows; None when no silo has any."""
+        if not self.measurers["validation"]:
+            return None
+        return self.measure(parameters, "validation", number, traffic)
+
+    def measure(self, parameters: Tensors, role: str, number: int, traffic: Traffic) -> Fields:
+        """Let silos measure a model on their rows of one role, and summarise.
+
+        Raises:
+            RunError: fewer answers than the quorum.
+        """
+        names = self.measurers[role]
+        panel = sample(names, self.recipe.evaluation.silos or len(names), self.recipe.seed, "panel")
+        requests = (self.request(n, "evaluate", number, parameters, {"role": role, "items": False}) for n in panel)
+        counts: dict[str, Fields] = {}
+        failures: list[Failure] = []
+        for answer in self.engine.exchange(requests, self.spec.deadline):
+            if isinstance(answer, Failure):
+                failures.append(answer)
+                self.failed(number, answer)
+            else:
+                counts[answer.silo] = answer.fields
+                traffic.add(answer)
+                self.done(number, answer)
+        needed = quorum(self.spec, len(panel))
+        if len(counts) < needed:
+            raise RunError(
+                f"only {len(counts)} of {len(panel)} silos measured the model, the quorum is {needed}: "
+                + reasons(failures),
+                where=str(self.dir.path),
+                fix="mend the silos and continue with --resume",
+            )
+        return {**summarise(counts), "failures": failure_lines(failures)}
+
+    def request(self, silo: str, verb: str, number: int, tensors: Tensors, fields: Fields) -> Request:
+        attempt = int(self.dir.meta.get("restarts", 0))
+        return Request(silo, verb, self.dir.run, number, attempt, tensors, fields)
+
+    def tell(self, event: Event) -> None:
+        if self._observe:
+            self._observe({**event, "run": self.dir.run})
+
+    def phase(self, text: str) -> None:
+        self.tell({"kind": "phase", "text": text})
+
+    def done(self, number: int, reply: Reply) -> None:
+        self.tell(
+            {"kind": "silo_done", "round": number, "silo": reply.silo, "verb": reply.verb, **silo_line(reply.fields)}
+        )
+
+    def failed(self, number: int, failure: Failure) -> None:
+        event = {"kind": "silo_failed", "round": number, "silo": failure.silo}
+        self.tell({**event, "failure": failure.kind.value, "reason": failure.reason})

@@ -1,0 +1,346 @@
+"""The coordinator: runs rounds and never sees text.
+
+A round is four steps: sample the silos, exchange the model for their updates and fold these as they arrive, take the
+server step, validate and checkpoint. Whatever ends the process between two steps, the run continues from its last
+checkpoint to the same final bits: sampling is keyed by the round, silos answer repeated requests from their stored
+replies, and folding has one order.
+
+With `oversample` or `deadline` the silos whose updates are used depend on who answers first; `replied` and `failures`
+in rounds.jsonl are the record of that.
+
+Memory does not grow with the number of silos: updates are folded one at a time; what is kept per silo is its name and
+two integers.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedlm.algorithms import get_algorithm
+from fedlm.errors import RunError
+from fedlm.federation.conversations import Conversations
+from fedlm.federation.interrupt import Interrupt
+from fedlm.federation.memory import MemorySampler
+from fedlm.federation.records import (
+    RoundUpdates,
+    RunResult,
+    Traffic,
+    failure_lines,
+    reasons,
+    silo_line,
+    summarise_run,
+)
+from fedlm.federation.rundir import Checkpoint, Progress, RunDir, disk_errors
+from fedlm.federation.sampling import invited, quorum, sample, wanted
+from fedlm.files import read_json, sync_folder, write_json
+from fedlm.messages import Engine, Fields, Observe, Tensors
+from fedlm.recipe.schema import Recipe
+
+
+def run(
+    recipe: Recipe,
+    engine: Engine,
+    run_dir: RunDir,
+    *,
+    observe: Observe | None = None,
+    resume: bool = False,
+    silos: Sequence[str] | None = None,
+    final_test: bool = True,
+) -> RunResult:
+    """Run a federation from its start, or from its last checkpoint, to its end.
+
+    Args:
+        run_dir: opened for writing (see `RunDir`).
+        silos: names that take part; all of the engine's by default.
+        final_test: measure the base and the best model on the silos' test rows at the end.
+
+    Raises:
+        RunError: a round stays below its quorum, the disk fails, a checkpoint is corrupt. The state is kept; the run
+            can be resumed.
+        FedlmError: the model or the data cannot be loaded.
+    """
+    federation = Federation(recipe, engine, run_dir, observe, silos)
+    with Interrupt() as interrupt, MemorySampler() as memory:
+        federation.interrupt, federation.memory = interrupt, memory
+        try:
+            return federation.run(resume, final_test)
+        except KeyboardInterrupt:
+            with interrupt.deferred():
+                return federation.interrupted()
+        except Exception:
+            # The disk may be what failed: the error itself matters more than the status.
+            federation.mark("failed")
+            raise
+
+
+@dataclass
+class _State:
+    """What a checkpoint holds: the global model, the server's tensors, and the progress."""
+
+    parameters: Tensors
+    server: Tensors
+    progress: Progress = field(default_factory=lambda: Progress(round=-1))
+
+
+class Federation:
+    """One run. `run` tells its story; `one_round` is the heart."""
+
+    interrupt: Interrupt
+    memory: MemorySampler
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        engine: Engine,
+        run_dir: RunDir,
+        observe: Observe | None = None,
+        silos: Sequence[str] | None = None,
+    ) -> None:
+        self.recipe, self.spec, self.engine, self.dir = recipe, recipe.federation, engine, run_dir
+        self.algorithm = get_algorithm(self.spec.algorithm)
+        self.names = sorted(engine.silos() if silos is None else silos)
+        self.silos = Conversations(recipe, engine, run_dir, self.algorithm, self.names, observe)
+
+    # ---------------------------------------------------------------- the story
+
+    def run(self, resume: bool, final_test: bool) -> RunResult:
+        if resume and self.dir.meta["status"] == "finished":
+            return self.result("finished", "this run had already finished; nothing was left to do")
+        self.silos.tell(
+            {"kind": "run_started", "rounds": self.spec.rounds, "silos": self.names, "run_dir": str(self.dir.path)}
+        )
+        self.silos.enrol()
+        state = self.restore() if resume else None
+        self.mark("running")
+        if state is None:
+            state = self.begin()
+        while state.progress.round + 1 < self.spec.rounds and not self.stale(state.progress):
+            state = self.one_round(state)
+        evaluation = self.finish(state, final_test)
+        result = self.result("finished", evaluation=evaluation)
+        self.silos.tell(
+            {"kind": "run_done", "status": "finished", "best_round": result.best_round, "evaluation": evaluation}
+        )
+        return result
+
+    def begin(self) -> _State:
+        """The first global model, measured before anything is trained (round -1 in rounds.jsonl)."""
+        state = self.fresh()
+        started = time.monotonic()
+        traffic = Traffic()
+        validation = self.silos.validate(state.parameters, -1, traffic)
+        self.record_round(-1, [], RoundUpdates(), validation, traffic, started, commit=self.dir.append_round)
+        return state
+
+    def one_round(self, state: _State) -> _State:
+        """From one checkpoint to the next.
+
+        Raises:
+            RunError: fewer good updates than the quorum.
+        """
+        number, started, traffic = state.progress.round + 1, time.monotonic(), Traffic()
+
+        # 1. Sample: who takes part is keyed by the seed and the round alone.
+        want = wanted(self.spec, len(self.silos.trainers))
+        sampled = sample(
+            self.silos.trainers, invited(self.spec, len(self.silos.trainers)), self.recipe.seed, "sample", number
+        )
+        self.silos.tell({"kind": "round_started", "round": number, "sampled": sampled})
+
+        # 2. Exchange and fold: every silo gets the same tensors; updates are folded in canonical order as they arrive.
+        broadcast = self.algorithm.broadcast(state.parameters, state.server)
+        accumulator = self.algorithm.accumulator()
+        folded = self.silos.train(
+            number,
+            sampled,
+            want,
+            broadcast,
+            self.algorithm.expected_update(state.parameters),
+            state.progress.accepted,
+            accumulator,
+            traffic,
+        )
+        needed = quorum(self.spec, want)
+        if len(folded.replied) < needed:
+            raise RunError(
+                f"round {number} got {len(folded.replied)} good updates of {want} wanted, the quorum is {needed}: "
+                + reasons(folded.failures),
+                where=str(self.dir.path),
+                fix="mend the silos and continue with --resume, or lower federation.quorum in a new run",
+            )
+
+        # 3. Server step: the folded updates become the next global model.
+        parameters, server = self.algorithm.server_step(
+            state.parameters, accumulator, state.server, silos_total=len(self.silos.trainers)
+        )
+
+        # 4. Validate and checkpoint: from here on the round is done, whatever happens to this process.
+        last = number + 1 == self.spec.rounds
+        due = last or (number + 1) % self.recipe.evaluation.every == 0
+        validation = self.silos.validate(parameters, number, traffic) if due else None
+        progress = _advance(state.progress, number, folded.replied, validation)
+        following = _State(parameters, server, progress)
+
+        def commit(record: dict[str, Any]) -> None:
+            progress.record = record
+            self.dir.save_checkpoint(Checkpoint(parameters, server, progress))
+            self.dir.append_round(record)
+            if self.spec.keep == "best-and-last":
+                # The previous round stays until the end: it is the way back when the last one is damaged.
+                before = state.progress
+                self.dir.prune({number, number - 1, progress.best_round, before.best_round})
+            self.dir.update_meta(rounds_done=number + 1, best_round=_round_or_none(progress.best_round))
+
+        self.record_round(number, sampled, folded, validation, traffic, started, commit)
+        return following
+
+    def finish(self, state: _State, final_test: bool) -> dict[str, Any] | None:
+        """Measure the best model on the test rows, save it as an adapter, tidy up."""
+        from fedlm.models.export import save_adapter
+
+        best = state.progress.best_round
+        if best != state.progress.round:
+            checkpoint = self.dir.load_checkpoint(best)
+            assert checkpoint is not None
+            state = _State(checkpoint.parameters, checkpoint.server_state, state.progress)
+        evaluation = None
+        if final_test and self.silos.measurers["test"]:
+            self.silos.phase("measuring the base and the best model on test rows")
+            evaluation = {
+                "base": self.silos.measure(self.fresh().parameters, "test", -1, Traffic()),
+                "final": self.silos.measure(state.parameters, "test", best, Traffic()),
+            }
+        with self.interrupt.deferred(), disk_errors(self.dir.path):
+            if evaluation is not None:
+                write_json(self.dir.path / "evaluation.json", evaluation)
+            temporary = self.dir.path / ".adapter.tmp"
+            for folder in (temporary, self.dir.adapter):
+                shutil.rmtree(folder, ignore_errors=True)
+            save_adapter(temporary, {**self.untrained(), **state.parameters}, self.recipe)
+            temporary.rename(self.dir.adapter)
+            sync_folder(self.dir.path)
+            if self.spec.keep == "best-and-last":
+                self.dir.prune({best, state.progress.round})
+            self.mark("finished")
+        return evaluation
+
+    # ---------------------------------------------------------------- state
+
+    def fresh(self) -> _State:
+        """The state before round 0, the same on every call."""
+        from fedlm.models.adapters import initial_tensors
+
+        parameters = {n: t for n, t in initial_tensors(self.recipe).items() if self.algorithm.trainable(n)}
+        return _State(parameters, self.algorithm.init_state(parameters))
+
+    def untrained(self) -> Tensors:
+        """Adapter tensors that the algorithm neither trains nor exchanges."""
+        from fedlm.models.adapters import initial_tensors
+
+        return {n: t for n, t in initial_tensors(self.recipe).items() if not self.algorithm.trainable(n)}
+
+    def restore(self) -> _State | None:
+        """The state of the last checkpoint, or None when no round was finished yet.
+
+        Raises:
+            RunError: the checkpoint is corrupt; says how to go on from an earlier one.
+        """
+        checkpoint = self.dir.load_checkpoint()
+        progress = checkpoint.progress if checkpoint else None
+        if any(r["round"] > (progress.round if progress else -1) for r in self.dir.iterate_rounds()):
+            # Put back to an earlier round: silos may be asked other things than before, so the attempt is a new one.
+            # Counted before the lines are dropped, so that a kill in between cannot lose it.
+            self.dir.update_meta(restarts=int(self.dir.meta.get("restarts", 0)) + 1)
+        self.dir.repair_rounds(progress)
+        self.dir.update_meta(
+            rounds_done=progress.round + 1 if progress else 0,
+            best_round=_round_or_none(progress.best_round) if progress else None,
+        )
+        if checkpoint is None:
+            return None
+        self.silos.phase(f"continuing after round {checkpoint.progress.round}")
+        return _State(checkpoint.parameters, checkpoint.server_state, checkpoint.progress)
+
+    def stale(self, progress: Progress) -> bool:
+        """Early stopping: `patience` validated rounds without a better one."""
+        if self.spec.patience is None or progress.stale < self.spec.patience:
+            return False
+        self.silos.phase(f"stopping early: {progress.stale} rounds without a better validation loss")
+        return True
+
+    # ---------------------------------------------------------------- telling
+
+    def record_round(
+        self,
+        number: int,
+        sampled: list[str],
+        folded: RoundUpdates,
+        validation: Fields | None,
+        traffic: Traffic,
+        started: float,
+        commit: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """Build the round's object, commit it undisturbed by Ctrl-C, then tell."""
+        record = {
+            "round": number,
+            "sampled": sampled,
+            "replied": folded.replied,
+            "failures": failure_lines(folded.failures),
+            "loss": folded.loss(),
+            "silos": {name: silo_line(folded.fields[name]) for name in folded.replied},
+            "validation": validation,
+            "seconds": time.monotonic() - started,
+            "bytes_up": traffic.up,
+            "bytes_down": traffic.down,
+            "peak_pss": self.memory.take(),
+        }
+        with self.interrupt.deferred():
+            commit(record)
+        self.silos.tell({"kind": "round_done", **record})
+
+    def result(self, status: str, message: str = "", evaluation: dict[str, Any] | None = None) -> RunResult:
+        file = self.dir.path / "evaluation.json"
+        if evaluation is None and status == "finished" and file.exists():
+            evaluation = read_json(file)
+        return summarise_run(self.dir, status, message, evaluation)
+
+    def interrupted(self) -> RunResult:
+        """Ctrl-C: what was finished is on disk, silos keep the replies they have given."""
+        self.mark("interrupted")
+        done = self.dir.meta["rounds_done"]
+        message = f"interrupted after {done} finished rounds; continue with: fedlm run --resume {self.dir.path}"
+        self.silos.tell({"kind": "run_done", "status": "interrupted", "text": message})
+        return self.result("interrupted", message)
+
+    def mark(self, status: str) -> None:
+        if status == "failed":
+            try:
+                self.dir.update_meta(status=status)
+            except RunError:
+                return
+        else:
+            self.dir.update_meta(status=status)
+
+
+def _round_or_none(number: int) -> int | None:
+    return number if number >= 0 else None
+
+
+def _advance(before: Progress, number: int, replied: list[str], validation: Fields | None) -> Progress:
+    """The progress after a round. Without validation rows anywhere the last round counts as the best."""
+    loss = None if validation is None else validation.get("loss")
+    accepted = {**before.accepted, **dict.fromkeys(replied, number)}
+    progress = Progress(number, before.best_round, before.best_loss, before.stale, accepted)
+    if loss is None:
+        if before.best_loss is None:
+            progress.best_round = number
+    elif math.isfinite(loss) and (before.best_loss is None or loss < before.best_loss):
+        progress.best_round, progress.best_loss, progress.stale = number, loss, 0
+    else:
+        progress.stale += 1
+    return progress

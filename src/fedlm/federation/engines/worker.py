@@ -1,0 +1,127 @@
+"""A worker process of the local engine: holds the base model and answers requests for any simulated silo.
+
+Started by the engine with one end of a socket pair. It ends when the socket closes, so no worker outlives its engine,
+however the engine ends. Anything it prints goes to the run's log of this worker.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import sys
+import threading
+from pathlib import Path
+
+from fedlm.errors import FedlmError
+from fedlm.federation.engines.wire import (
+    ClosedError,
+    Lines,
+    Message,
+    parse_request,
+    reply_message,
+    spooled,
+    write_spool,
+)
+from fedlm.messages import Event, Failure, FailureKind, Reply, Tensors
+
+
+class Inbox:
+    """Requests in order of arrival; a thread reads them, so that a cancellation or the engine's end is seen at once."""
+
+    def __init__(self, lines: Lines) -> None:
+        self._lines = lines
+        self._requests: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._cancelled: set[int] = set()
+        threading.Thread(target=self._read, name="fedlm-inbox", daemon=True).start()
+
+    def next(self) -> Message:
+        return self._requests.get()
+
+    def cancelled(self, job: int) -> bool:
+        return job in self._cancelled
+
+    def _read(self) -> None:
+        try:
+            while (message := self._lines.receive()) is not None:
+                if message["type"] == "cancel":
+                    self._cancelled.add(int(message["job"]))
+                else:
+                    self._requests.put(message)
+        except ClosedError:
+            pass
+        finally:
+            # The engine is gone: nothing here is worth finishing, stored states are written atomically.
+            os._exit(0)
+
+
+def main() -> None:
+    lines = Lines(socket.socket(fileno=int(sys.argv[1])))
+    start = lines.receive()
+    assert start is not None
+    inbox = Inbox(lines)
+    try:
+        serve(lines, inbox, start)
+    except FedlmError as error:
+        lines.send(
+            {"type": "fatal", "error": type(error).__name__, "what": error.what, "where": error.where, "fix": error.fix}
+        )
+    except ClosedError:
+        return
+
+
+def serve(lines: Lines, inbox: Inbox, start: Message) -> None:
+    """Load the model, then answer requests one after another until the engine closes the socket.
+
+    Raises:
+        FedlmError: the model or the data cannot be loaded.
+    """
+    from fedlm.data.federated import load_data
+    from fedlm.federation.silo import Silo, Workbench
+    from fedlm.files import read_tensors
+    from fedlm.recipe.schema import Recipe
+
+    recipe = Recipe.model_validate(start["recipe"])
+    spool, states = Path(start["spool"]), Path(start["states"])
+    bench = Workbench(recipe, load_data(recipe, Path(start["base"])))
+    bench.load()
+    lines.send({"type": "ready"})
+    broadcast: tuple[str, Tensors] = ("", {})
+    while True:
+        message = inbox.next()
+        job, name = int(message["job"]), message["tensors"]
+
+        def observe(event: Event, job: int = job) -> None:
+            lines.send({"type": "event", "job": job, "event": event})
+
+        def should_stop(job: int = job) -> bool:
+            return inbox.cancelled(job)
+
+        answer: Reply | Failure
+        try:
+            # Silos of one round receive the same tensors: the file is read once.
+            if name is not None and name != broadcast[0]:
+                broadcast = (name, read_tensors(spooled(spool, name)))
+            request = parse_request(message, broadcast[1] if name is not None else {})
+        except FileNotFoundError:
+            answer = Failure(
+                str(message["silo"]), FailureKind.TIMED_OUT, "the coordinator no longer waits for this reply"
+            )
+        else:
+            silo = Silo(request.silo, bench, states, observe=observe, should_stop=should_stop)
+            answer = silo.handle(request)
+        file = None
+        if isinstance(answer, Reply) and answer.tensors:
+            file = f"reply-{os.getpid()}-{job}.safetensors"
+            try:
+                write_spool(spooled(spool, file), answer.tensors)
+            except Exception as error:
+                file = None
+                answer = Failure(
+                    answer.silo, FailureKind.ERROR, f"the reply cannot be written ({type(error).__name__})"
+                )
+        lines.send(reply_message(job, answer, file))
+
+
+if __name__ == "__main__":
+    main()

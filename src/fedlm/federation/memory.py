@@ -1,0 +1,80 @@
+"""Peak memory of a whole run: the proportional set size (PSS) of this process and its children, sampled in a thread.
+
+PSS counts a page shared by n processes as 1/n in each, so that a base model mapped by every worker counts once.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import threading
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+
+def peak_rss() -> int:
+    """Highest resident size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def process_pss(pid: int) -> int:
+    """PSS of one process in bytes (its resident size where the system reports no PSS); 0 when it is gone."""
+    try:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.Error:
+        return 0
+
+
+class MemorySampler:
+    """Samples the run's PSS every `interval` seconds; `take()` gives the peak since the last call.
+
+    One sample reads a kernel summary per process (about a millisecond for a gigabyte mapped).
+    """
+
+    def __init__(self, interval: float = 0.5) -> None:
+        self._interval = interval
+        self._peak = 0
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="fedlm-memory", daemon=True)
+
+    def __enter__(self) -> MemorySampler:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def take(self) -> int:
+        """Bytes at the highest sample since the last call; always includes a sample of this moment."""
+        self._sample()
+        with self._lock:
+            peak, self._peak = self._peak, 0
+        return peak
+
+    def _sample(self) -> None:
+        total = process_pss(os.getpid())
+        for child in psutil.Process().children(recursive=True):
+            total += process_pss(child.pid)
+        with self._lock:
+            self._peak = max(self._peak, total)
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._interval):
+            try:
+                self._sample()
+            except psutil.Error:
+                continue

@@ -1,0 +1,99 @@
+"""What is written down of a round and of a run: who contributed, what it cost, how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedlm.federation.folding import FoldResult
+from fedlm.federation.rundir import RunDir
+from fedlm.messages import Failure, Fields, Reply
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended."""
+
+    run: str
+    path: Path
+    status: str
+    """'finished' or 'interrupted'."""
+    rounds_done: int
+    best_round: int | None
+    best_loss: float | None
+    evaluation: dict[str, Any] | None
+    """Summaries on the silos' test rows: {"base": ..., "final": ...}."""
+    cost: dict[str, float]
+    """Over all rounds: bytes_up, bytes_down, seconds, tokens, steps, tokens_per_second (of a silo), peak_pss."""
+    message: str = ""
+    """What the user should know or do next."""
+
+
+@dataclass
+class Traffic:
+    """Bytes of one round, validation included; up is from silos to the coordinator."""
+
+    up: int = 0
+    down: int = 0
+
+    def add(self, reply: Reply) -> None:
+        self.up += int(reply.fields.get("sent_bytes", 0))
+        self.down += int(reply.fields.get("received_bytes", 0))
+
+
+@dataclass
+class RoundUpdates:
+    """Who contributed to a round, and what each reported."""
+
+    replied: list[str] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    fields: dict[str, Fields] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+
+    def take(self, result: FoldResult) -> None:
+        self.replied, self.failures = list(result.replied), list(result.failures)
+
+    def loss(self) -> float | None:
+        """Mean training loss over target tokens of the silos used; None where none was."""
+        total = sum(self.fields[n]["loss"] * self.fields[n]["target_tokens"] for n in self.replied)
+        tokens = sum(self.fields[n]["target_tokens"] for n in self.replied)
+        return total / tokens if tokens else None
+
+
+_LINE = ("loss", "examples", "tokens", "target_tokens", "steps", "seconds", "tokens_per_second", "peak_rss")
+
+
+def silo_line(fields: Fields) -> dict[str, Any]:
+    line = {name: fields[name] for name in _LINE if name in fields}
+    return {**line, "bytes_up": fields.get("sent_bytes", 0), "bytes_down": fields.get("received_bytes", 0)}
+
+
+def failure_lines(failures: Iterable[Failure]) -> list[dict[str, str]]:
+    return [{"silo": f.silo, "kind": f.kind.value, "reason": f.reason} for f in failures]
+
+
+def reasons(failures: Sequence[Failure], limit: int = 5) -> str:
+    shown = "; ".join(f"{f.silo}: {f.kind.value}: {f.reason}" for f in failures[:limit])
+    more = f"; and {len(failures) - limit} more" if len(failures) > limit else ""
+    return (shown or "no silo answered") + more
+
+
+def summarise_run(run_dir: RunDir, status: str, message: str, evaluation: dict[str, Any] | None) -> RunResult:
+    """The result of a run from its directory, read one round at a time."""
+    cost = {"bytes_up": 0.0, "bytes_down": 0.0, "seconds": 0.0, "tokens": 0.0, "steps": 0.0, "peak_pss": 0.0}
+    meta = run_dir.meta
+    training, best_loss, best = 0.0, None, meta["best_round"]
+    for record in run_dir.iterate_rounds():
+        for name in ("bytes_up", "bytes_down", "seconds"):
+            cost[name] += record[name]
+        cost["peak_pss"] = max(cost["peak_pss"], record["peak_pss"])
+        for line in record["silos"].values():
+            cost["tokens"] += line["tokens"]
+            cost["steps"] += line["steps"]
+            training += line["seconds"]
+        if record["round"] == best:
+            best_loss = (record["validation"] or {}).get("loss")
+    cost["tokens_per_second"] = cost["tokens"] / training if training else 0.0
+    return RunResult(meta["run"], run_dir.path, status, meta["rounds_done"], best, best_loss, evaluation, cost, message)

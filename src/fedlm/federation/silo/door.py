@@ -1,0 +1,216 @@
+"""The only door into private data: a request comes in, a reply or a typed failure goes out, and never any text.
+
+Requests are idempotent. (run, round, attempt, silo, verb) is the key: a repeat is answered from the stored reply
+without training again, and the same key with other content is refused. A new attempt (the coordinator was put back to
+an earlier checkpoint) with the same content also gets the stored reply, since training is deterministic; with other
+content it trains again from the state named by `accepted`.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fedlm
+from fedlm.errors import DataError, FedlmError
+from fedlm.federation.memory import peak_rss
+from fedlm.federation.silo.state import StateStore, Trained, request_digest, request_key
+from fedlm.federation.silo.workbench import POOLED, Workbench
+from fedlm.messages import Failure, FailureKind, Fields, Observe, Reply, Request, Tensors
+
+PROTOCOL = 1
+"""Version of requests and replies; a silo refuses another one at `hello`."""
+
+VERBS = frozenset({"hello", "train", "evaluate"})
+
+
+class StoppedError(Exception):
+    """The coordinator no longer waits for this reply."""
+
+
+class Silo:
+    """One participant: its private rows, its private state, and the verbs its owner allows.
+
+    Args:
+        bench: the model and data shared by the silos of this process.
+        state_root: folder of private states; this silo uses only its own subfolder.
+        allow: verbs that the owner allows; others are refused.
+        observe: receives progress events without text.
+        should_stop: asked between optimiser steps; True abandons the request without storing anything.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        bench: Workbench,
+        state_root: Path,
+        *,
+        allow: frozenset[str] = VERBS,
+        observe: Observe | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> None:
+        self.name, self.bench = name, bench
+        self._store = StateStore(state_root, name)
+        self._allow = allow
+        self._observe = observe
+        self._should_stop = should_stop or (lambda: False)
+
+    def handle(self, request: Request) -> Reply | Failure:
+        """Answer one request. Never raises for anything that happens inside; the reason holds no training text."""
+        verbs: dict[str, Callable[[Request], tuple[Tensors, Fields]]] = {
+            "hello": self._hello,
+            "train": self._train,
+            "evaluate": self._evaluate,
+        }
+        if request.verb not in verbs or request.verb not in self._allow:
+            allowed = ", ".join(sorted(self._allow))
+            return self._failure(
+                FailureKind.REFUSED, f"the verb '{request.verb}' is not allowed here (allowed: {allowed})"
+            )
+        if request.silo != self.name:
+            return self._failure(FailureKind.REFUSED, "the request names another silo")
+        if request.verb == "hello" and request.fields.get("protocol", PROTOCOL) != PROTOCOL:
+            return self._failure(
+                FailureKind.VERSION_MISMATCH, f"this silo speaks protocol {PROTOCOL}, not {request.fields['protocol']}"
+            )
+        if self._observe and request.verb != "hello":
+            self._observe({"kind": "silo_started", "round": request.round, "silo": self.name, "verb": request.verb})
+        try:
+            with self.bench.lock:
+                tensors, fields = verbs[request.verb](request)
+        except StoppedError:
+            return self._failure(FailureKind.TIMED_OUT, "stopped: the coordinator no longer waits for this reply")
+        except _RefusedError as error:
+            return self._failure(FailureKind.REFUSED, str(error))
+        except FedlmError as error:
+            return self._failure(FailureKind.ERROR, error.sentence())
+        except Exception as error:
+            return self._failure(*classify(error))
+        return Reply(self.name, request.verb, request.run, request.round, request.attempt, tensors, fields)
+
+    # ---------------------------------------------------------------- verbs
+
+    def _hello(self, request: Request) -> tuple[Tensors, Fields]:  # noqa: ARG002
+        """Versions and row counts: enough to enrol, nothing of the text."""
+        fields: Fields = {
+            "protocol": PROTOCOL,
+            "versions": {"fedlm": fedlm.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        }
+        if self.name == POOLED:
+            data = self.bench.silo_data(self.name)
+            fields["card"] = {"rows": {r: len(getattr(data, r)) for r in ("train", "validation", "test")}, "labels": {}}
+        else:
+            fields["card"] = self.bench.data.card(self.name)
+        return {}, fields
+
+    def _train(self, request: Request) -> tuple[Tensors, Fields]:
+        key, digest = request_key(request), request_digest(request)
+        held = self._store.load(request.run, request.round)
+        if held is not None and held.digest == digest:
+            return held.reply, {**held.fields, "repeated": True}
+        if held is not None and held.key == key:
+            raise _RefusedError(f"round {request.round} was already answered for other content under the same attempt")
+        accepted = int(request.fields["accepted"])
+        before = self._store.load(request.run, accepted) if accepted >= 0 else None
+        if accepted >= 0 and before is None:
+            raise _RefusedError(f"this silo no longer holds its state of round {accepted}")
+
+        trained = self._train_round(request, before, key, digest)
+        self._store.save(request.run, request.round, trained)
+        self._store.keep_only(request.run, {accepted, request.round})
+        return trained.reply, trained.fields
+
+    def _train_round(self, request: Request, before: Trained | None, key: str, digest: str) -> Trained:
+        from fedlm.training.loop import Window, train
+
+        recipe, bench = self.bench.recipe, self.bench
+        bench.load()
+        started = time.monotonic()
+        tokens = bench.training_tokens(self.name)
+        rule = bench.algorithm.local(request.tensors, before.rule if before else {})
+        keep = recipe.training.keep_optimizer
+        result = train(
+            bench.model,
+            bench.parameters,
+            tokens,
+            recipe.training,
+            Window(request.round, int(request.fields["rounds"])),
+            generator_key=(recipe.seed, self.name),
+            rule=rule,
+            optimizer_state=before.optimizer if before and keep else None,
+            observe=self._observe,
+            silo=self.name,
+            should_stop=self._should_stop,
+        )
+        if self._should_stop():
+            raise StoppedError
+        update, rule_state = rule.finish(bench.take())
+        fields: Fields = {
+            "examples": result.examples,
+            "tokens": result.tokens,
+            "target_tokens": result.target_tokens,
+            "steps": result.steps,
+            "loss": result.loss,
+            "losses": result.losses,
+            "seconds": time.monotonic() - started,
+            "tokens_per_second": result.tokens / result.seconds if result.seconds > 0 else 0.0,
+            "rows": len(tokens),
+            "peak_rss": peak_rss(),
+        }
+        return Trained(key, digest, rule_state, result.optimizer_state if keep else {}, update, fields)
+
+    def _evaluate(self, request: Request) -> tuple[Tensors, Fields]:
+        from fedlm.evaluation import measure
+
+        role = request.fields["role"]
+        if role not in ("validation", "test"):
+            raise DataError("only the roles 'validation' and 'test' can be evaluated", where=f"role '{role}'")
+        recipe, bench = self.bench.recipe, self.bench
+        data = bench.silo_data(self.name)
+        rows = getattr(data, role)
+        started = time.monotonic()
+        if len(rows) == 0:
+            return {}, {"examples": 0, "seconds": 0.0, "peak_rss": peak_rss()}
+        bench.load()
+        bench.put(request.tensors)
+        counts: dict[str, Any] = measure(
+            bench.model,
+            bench.tokenizer,
+            rows,
+            data.kind,
+            recipe.task,
+            recipe.evaluation,
+            max_length=recipe.training.max_length,
+            items=bool(request.fields.get("items", False)),
+        )
+        return {}, {**counts, "seconds": time.monotonic() - started, "peak_rss": peak_rss()}
+
+    def _failure(self, kind: FailureKind, reason: str) -> Failure:
+        return Failure(self.name, kind, reason)
+
+
+class _RefusedError(Exception):
+    """The request cannot be answered as it stands."""
+
+
+def classify(error: Exception) -> tuple[FailureKind, str]:
+    """The kind and a text-free reason of an unexpected error: its type and the place in the code, never its message."""
+    text = str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return (
+            FailureKind.OUT_OF_MEMORY,
+            "out of memory; lower training.micro_batch_size or training.max_length, or use gradient_checkpointing",
+        )
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    ours = [f for f in frames if "fedlm" in Path(f.filename).parts]
+    via = f" (from {Path(ours[-1].filename).name}:{ours[-1].lineno})" if ours and ours[-1] is not frames[-1] else ""
+    print(f"silo error: {type(error).__name__}{place}{via}", file=sys.stderr)
+    return FailureKind.ERROR, f"unexpected {type(error).__name__}{place}{via}"
