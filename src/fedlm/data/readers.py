@@ -161,14 +161,9 @@ def _json(name: str, stream: BinaryIO, encoding: str) -> Iterator[RawRow]:
         raise DataError("this JSON has numbers too long or nesting too deep", where=name) from None
     if isinstance(value, dict):
         lists = [value[key] for key in ("data", "records", "rows", "examples") if isinstance(value.get(key), list)]
-        if len(lists) != 1:
-            raise DataError(
-                "a JSON file must hold a list of records, or one under 'data', 'records', 'rows' or 'examples'",
-                where=name,
-            )
-        value = lists[0]
+        value = lists[0] if len(lists) == 1 else [value]  # a file may be one record
     if not isinstance(value, list):
-        raise DataError("a JSON file must hold a list of records", where=name)
+        raise DataError("a JSON file must hold a record or a list of records", where=name)
     for number, item in enumerate(value, 1):
         yield _record(f"{name}:{number}", item)
 

@@ -1,0 +1,244 @@
+"""Rows become examples: column expressions, chats, choices; and what is said of rows that do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedlm.data.columns import MalformedRowError, compile_text, look_up
+from fedlm.data.examples import content_hash, right_choice
+from fedlm.data.federated import FederatedData
+from fedlm.errors import DataError
+
+Load = Callable[..., FederatedData]
+WHOLE = {"validation": 0, "test": 0}
+
+
+def test_look_up() -> None:
+    row = {"doc": {"query": "q", "deep": {"x": 1}}, "a.b": 2}
+    assert (look_up(row, "doc.query"), look_up(row, "doc.deep.x"), look_up(row, "a.b")) == ("q", 1, 2)
+    with pytest.raises(MalformedRowError, match=r"no column 'doc.qery' \(did you mean 'doc.query'"):
+        look_up(row, "doc.qery")
+    with pytest.raises(MalformedRowError, match=r"valid names: a\.b, doc, doc\.deep, doc\.deep\.x, doc\.query"):
+        look_up(row, "zzzzzz")
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{text:.4}|{n}", "long|3"),
+        ("{{literal}} {doc.x}", "{literal} deep"),
+        ("{n:>5d}", "    3"),
+        ("{n:.2f}", "3.00"),
+        ("plain {text}", "plain longer"),
+    ],
+)
+def test_templates(template: str, expected: str) -> None:
+    assert compile_text(template)({"text": "longer", "n": 3, "doc": {"x": "deep"}}) == expected
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{text[0]}",
+        "{text.__class__!r}",
+        "{text!s}",
+        "{}",
+        "{text:{n}}",
+        "{text:999999999}",
+        "{text:.99999999}",
+        "{text",
+        "}",
+    ],
+)
+def test_templates_refused(template: str) -> None:
+    with pytest.raises(DataError, match="template"):
+        compile_text(template)
+
+
+def test_templates_reach_no_attributes() -> None:
+    with pytest.raises(MalformedRowError, match="no column"):
+        compile_text("{text.__class__}")({"text": "x"})
+
+
+@pytest.mark.parametrize("value", ["", "  \n", None, [], {}])
+def test_empty_values_are_malformed(value: Any) -> None:
+    for expression in ("text", "{text} tail"):
+        with pytest.raises(MalformedRowError, match="'text'"):
+            compile_text(expression)({"text": value})
+
+
+@pytest.mark.parametrize(
+    ("answer", "index"),
+    [
+        (0, 0),
+        (2.0, 2),
+        ("Blue ", 1),
+        ("RED.", 0),
+        ("c", 2),
+        ("(B)", 1),
+        ("B.", 1),
+        ("2", 2),
+        ("B. blue", 1),
+        (True, None),
+        (3, None),
+        (-1, None),
+        ("E", None),
+        ("purple", None),
+        ("", None),
+        (None, None),
+        (0.5, None),
+        (["red"], None),
+    ],
+)
+def test_right_choice(answer: Any, index: int | None) -> None:
+    choices = ["red", "blue", "green"]
+    if index is None:
+        with pytest.raises(MalformedRowError):
+            right_choice(answer, choices)
+    else:
+        assert right_choice(answer, choices) == index
+
+
+def test_right_choice_prefers_text_and_refuses_doubt() -> None:
+    assert right_choice("B", ["C", "A", "B"]) == 2
+    assert right_choice(True, ["yes", "no", "maybe"]) == 0
+    assert right_choice(False, ["True", "False"]) == 1
+    with pytest.raises(MalformedRowError, match="several"):
+        right_choice("same", ["Same", "same", "other"])
+
+
+def test_choices_in_three_ways(load: Load, jsonl: Callable[..., Path]) -> None:
+    jsonl([{"q": "which?", "list": ["x", "y"], "a": "x", "b": "y", "gold": "y", "json": '["x", "y"]'}])
+    for choices in ("list", "json", ["{a}", "{b}"], ["x", "{b}"], ["x", "y"]):
+        columns = {"question": "q", "choices": choices, "answer": "gold"}
+        row = load([{"path": "rows.jsonl", "columns": columns}], split=WHOLE).pooled().train[0]
+        assert (row["choices"], row["answer"], row["label"]) == (["x", "y"], 1, "y")
+
+
+def test_chats(load: Load, jsonl: Callable[..., Path]) -> None:
+    expected = [{"role": r, "content": c} for r, c in (("system", "s"), ("user", "u"), ("assistant", "a"))]
+    jsonl(
+        [
+            {"chat": expected},
+            {"chat": [{"from": f, "value": v} for f, v in (("system", "s"), ("human", "u"), ("gpt", "a"))]},
+            {"chat": [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in expected]},
+        ]
+    )
+    data = load([{"path": "rows.jsonl", "columns": {"messages": "chat"}}], split=WHOLE)
+    assert data.kind == "messages"
+    assert data.pooled().train["messages"][:] == [expected] * 3
+    assert data.duplicates == 2
+
+
+def test_prompt_and_response_are_a_chat(load: Load, jsonl: Callable[..., Path]) -> None:
+    jsonl([{"p": "hello", "r": "world"}])
+    row = load([{"path": "rows.jsonl", "columns": {"prompt": "{p}!", "response": "r"}}], split=WHOLE).pooled().train[0]
+    assert row["messages"] == [{"role": "user", "content": "hello!"}, {"role": "assistant", "content": "world"}]
+
+
+def test_preferences(load: Load, jsonl: Callable[..., Path]) -> None:
+    jsonl([{"p": "q", "c": "good", "r": "bad"}, {"p": "q", "c": "same", "r": "same"}])
+    columns = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    data = load([{"path": "rows.jsonl", "columns": columns}], split=WHOLE, malformed="skip")
+    assert data.kind == "preference"
+    row = data.pooled().train[0]
+    assert (row["prompt"], row["chosen"], row["rejected"], data.skipped["malformed"]) == ("q", "good", "bad", 1)
+
+
+BAD_CHATS: list[tuple[Any, str]] = [
+    ([], "empty list"),
+    ("text", "not a list"),
+    ([{"role": "user", "content": " "}], "message 1 of 'chat' is empty"),
+    (
+        [{"role": "user", "content": "x"}, {"role": "hacker", "content": "SECRETWORD"}],
+        "message 2 of 'chat' has an unknown role",
+    ),
+    ([{"role": "user"}], "neither role and content"),
+    (["SECRETWORD"], "not a record"),
+]
+
+
+@pytest.mark.parametrize(("chat", "message"), BAD_CHATS)
+def test_bad_chats(load: Load, jsonl: Callable[..., Path], chat: Any, message: str) -> None:
+    jsonl([{"chat": chat}])
+    with pytest.raises(DataError, match=message) as caught:
+        load([{"path": "rows.jsonl", "columns": {"messages": "chat"}}])
+    assert "rows.jsonl:1" in str(caught.value)
+    assert "SECRETWORD" not in str(caught.value)
+
+
+def test_answer_not_among_the_choices(load: Load, jsonl: Callable[..., Path]) -> None:
+    jsonl([{"q": "which?", "a": "x"}, {"q": "which?", "a": "SECRETWORD"}])
+    columns = {"question": "q", "choices": ["x", "y"], "answer": "a"}
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: the answer is not among the choices") as caught:
+        load([{"path": "rows.jsonl", "columns": columns}])
+    assert "SECRETWORD" not in str(caught.value)
+
+
+def test_row_without_the_mapped_column(load: Load, jsonl: Callable[..., Path]) -> None:
+    jsonl([{"text": "fine", "id": 1}, {"txet": "SECRETWORD", "id": 2}])
+    source = {"path": "rows.jsonl", "columns": {"text": "text"}}
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: there is no column 'text' \(did you mean 'txet'") as caught:
+        load([source])
+    assert "SECRETWORD" not in str(caught.value)
+    assert load([source], malformed="skip", split=WHOLE).skipped == {"malformed": 1}
+    with pytest.raises(
+        DataError, match=r"all 2 rows are malformed, the first at rows\.jsonl:1: there is no column 'x'"
+    ):
+        load([{"path": "rows.jsonl", "columns": {"text": "x"}}], malformed="skip")
+
+
+def test_where_unique_and_subset(load: Load, jsonl: Callable[..., Path]) -> None:
+    jsonl(
+        [
+            {"doc": {"id": i // 2}, "text": f"row {i}", "lang": "en" if i % 4 < 2 else "de", "ok": True}
+            for i in range(40)
+        ]
+    )
+    source = {
+        "path": "rows.jsonl",
+        "columns": {"text": "text"},
+        "unique_by": "doc.id",
+        "where": {"lang": "en", "ok": True},
+    }
+    rows = load([source], split=WHOLE).pooled().train["text"][:]
+    assert rows == [f"row {i}" for i in range(0, 40, 4)]
+    some = load([{**source, "max_rows": 4}], split=WHOLE).pooled().train["text"][:]
+    assert len(some) == 4
+    assert set(some) < set(rows)
+    assert some == load([{**source, "max_rows": 4}], split=WHOLE).pooled().train["text"][:]
+    assert some != load([{**source, "max_rows": 4}], split=WHOLE, seed=1).pooled().train["text"][:]
+    both = load([{**source, "where": {"lang": ["en", "de"]}}], split=WHOLE).pooled().train
+    assert len(both) == 20
+    with pytest.raises(DataError, match=r"no rows.*where"):
+        load([{**source, "where": {"lang": "fr"}}])
+    with pytest.raises(DataError, match="no column 'language'"):
+        load([{**source, "where": {"language": "en"}}])
+
+
+def test_csv_values_compare_as_written(load: Load, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,n,flag\none,1,true\ntwo,2,false\n")
+    for where in ({"n": 1}, {"flag": True}):
+        data = load([{"path": "a.csv", "columns": {"text": "text"}, "where": where}], split=WHOLE)
+        assert data.pooled().train["text"][:] == ["one"]
+
+
+def test_content_hash_ignores_white_space_only() -> None:
+    assert content_hash({"text": "a  b\n"}) == content_hash({"text": "a b"})
+    assert content_hash({"text": "a b"}) != content_hash({"text": "ab"})
+    assert content_hash({"text": r"a\nb"}) != content_hash({"text": "a\nb"})
+    first = {"question": "q", "choices": ["x", "y"], "answer": 0}
+    assert content_hash(first) != content_hash({**first, "answer": 1})
+
+
+def test_mixed_forms_are_refused(load: Load, jsonl: Callable[..., Path]) -> None:
+    jsonl([{"text": "x", "p": "p", "r": "r"}])
+    sources = [{"path": "rows.jsonl", "columns": c} for c in ({"text": "text"}, {"prompt": "p", "response": "r"})]
+    with pytest.raises(DataError, match="same form"):
+        load(sources)
+    with pytest.raises(DataError, match="map exactly one of"):
+        load([{"path": "rows.jsonl", "columns": {"text": "text", "prompt": "p"}}])
