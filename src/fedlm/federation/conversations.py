@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -10,24 +11,22 @@ import torch
 from fedlm.algorithms.base import Accumulator, Algorithm, weight_of
 from fedlm.errors import RunError
 from fedlm.evaluation import summarise
-from fedlm.federation.folding import fold_in_order
-from fedlm.federation.records import RoundUpdates, Traffic, failure_lines, reasons, silo_line
+from fedlm.federation.folding import FoldResult, fold_in_order
+from fedlm.federation.records import Traffic, failure_lines, reasons, silo_line
 from fedlm.federation.rundir import RunDir, disk_errors
 from fedlm.federation.sampling import quorum, sample
 from fedlm.federation.silo import PROTOCOL
-from fedlm.federation.updates import check_update
+from fedlm.federation.updates import check_update, largest_weight
 from fedlm.files import read_json, write_json
 from fedlm.messages import Engine, Event, Failure, FailureKind, Fields, Observe, Reply, Request, Tensors
 from fedlm.recipe.schema import Recipe
-
-MAX_WEIGHT = 1e12
-"""No silo trains on more examples or tokens than this in a round; a larger weight is refused as absurd."""
 
 
 class Conversations:
     """One run's exchanges with its silos.
 
     Attributes:
+        rows: after `enrol`, by silo, its number of rows by role.
         trainers: after `enrol`, names of the silos with training rows, sorted.
         measurers: by role, names of the silos with rows of that role.
     """
@@ -43,6 +42,7 @@ class Conversations:
     ) -> None:
         self.recipe, self.spec, self.engine, self.dir = recipe, recipe.federation, engine, run_dir
         self.algorithm, self.names = algorithm, names
+        self.rows: dict[str, dict[str, int]] = {}
         self.trainers: list[str] = []
         self.measurers: dict[str, list[str]] = {}
         self._observe = observe
@@ -74,7 +74,7 @@ class Conversations:
                 write_json(file, {"silos": {name: cards[name] for name in sorted(cards)}})
             self.dir.update_meta(versions=versions)
         cards = read_json(file)["silos"]
-        rows = {name: card["rows"] for name, card in cards.items() if name in cards}
+        self.rows = rows = {name: card["rows"] for name, card in cards.items()}
         self.trainers = [n for n in self.names if n in rows and rows[n].get("train", 0) > 0]
         self.measurers = {
             role: [n for n in self.names if n in rows and rows[n].get(role, 0)] for role in ("validation", "test")
@@ -94,7 +94,7 @@ class Conversations:
         accepted: dict[str, int],
         accumulator: Accumulator,
         traffic: Traffic,
-    ) -> RoundUpdates:
+    ) -> FoldResult:
         """Send the broadcast, fold the updates that come back, refuse bad ones.
 
         Args:
@@ -104,7 +104,6 @@ class Conversations:
             accumulator: receives the good updates.
             traffic: receives the bytes.
         """
-        folded = RoundUpdates()
 
         def requests() -> Iterator[Request]:
             for name in sampled:
@@ -114,26 +113,25 @@ class Conversations:
         def check(reply: Reply) -> float:
             """The weight of a good update. Raises UpdateRefused for any other."""
             weight = weight_of(self.spec.algorithm, reply.fields)
-            check_update(reply.silo, reply.tensors, expected, weight, max_weight=MAX_WEIGHT)
+            most = largest_weight(self.recipe, self.rows[reply.silo]["train"])
+            check_update(reply.silo, reply.tensors, expected, weight, max_weight=most)
             return weight
 
-        def arrivals() -> Iterator[Reply | Failure]:
-            good = 0
-            for answer in self.engine.exchange(requests(), self.spec.deadline):
-                if isinstance(answer, Reply):
-                    good += 1
-                    traffic.add(answer)
-                    folded.fields[answer.silo] = answer.fields
-                    self.done(number, answer)
-                yield answer
-                if good == want:
-                    return
+        def arrivals() -> Generator[Reply | Failure]:
+            with closing(self.exchange(requests())) as answers:
+                for answer in answers:
+                    if isinstance(answer, Reply):
+                        traffic.add(answer)
+                        self.done(number, answer)
+                    yield answer
+                    del answer
 
-        result = fold_in_order(self.algorithm, accumulator, sampled, arrivals(), self.dir.spool, check)
-        folded.take(result)
-        for failure in folded.failures:
+        # Closing stops the silos that are no longer waited for.
+        with closing(arrivals()) as arriving:
+            result = fold_in_order(self.algorithm, accumulator, sampled, arriving, self.dir.spool, check, enough=want)
+        for failure in result.failures:
             self.failed(number, failure)
-        return folded
+        return result
 
     def validate(self, parameters: Tensors, number: int, traffic: Traffic) -> Fields | None:
         """Summary on validation rows; None when no silo has any."""
@@ -152,7 +150,7 @@ class Conversations:
         requests = (self.request(n, "evaluate", number, parameters, {"role": role, "items": False}) for n in panel)
         counts: dict[str, Fields] = {}
         failures: list[Failure] = []
-        for answer in self.engine.exchange(requests, self.spec.deadline):
+        for answer in self.exchange(requests):
             if isinstance(answer, Failure):
                 failures.append(answer)
                 self.failed(number, answer)
@@ -169,6 +167,10 @@ class Conversations:
                 fix="mend the silos and continue with --resume",
             )
         return {**summarise(counts), "failures": failure_lines(failures)}
+
+    def exchange(self, requests: Iterable[Request]) -> Generator[Reply | Failure]:
+        """The engine's exchange under the round's deadline."""
+        yield from self.engine.exchange(requests, self.spec.deadline)
 
     def request(self, silo: str, verb: str, number: int, tensors: Tensors, fields: Fields) -> Request:
         attempt = int(self.dir.meta.get("restarts", 0))

@@ -24,16 +24,17 @@ from typing import Any
 from fedlm.algorithms import get_algorithm
 from fedlm.errors import RunError
 from fedlm.federation.conversations import Conversations
+from fedlm.federation.folding import FoldResult
 from fedlm.federation.interrupt import Interrupt
 from fedlm.federation.memory import MemorySampler
 from fedlm.federation.records import (
-    RoundUpdates,
     RunResult,
     Traffic,
     failure_lines,
     reasons,
     silo_line,
     summarise_run,
+    training_loss,
 )
 from fedlm.federation.rundir import Checkpoint, Progress, RunDir, disk_errors
 from fedlm.federation.sampling import invited, quorum, sample, wanted
@@ -134,7 +135,7 @@ class Federation:
         started = time.monotonic()
         traffic = Traffic()
         validation = self.silos.validate(state.parameters, -1, traffic)
-        self.record_round(-1, [], RoundUpdates(), validation, traffic, started, commit=self.dir.append_round)
+        self.record_round(-1, [], FoldResult(), validation, traffic, started, commit=self.dir.append_round)
         return state
 
     def one_round(self, state: _State) -> _State:
@@ -146,10 +147,9 @@ class Federation:
         number, started, traffic = state.progress.round + 1, time.monotonic(), Traffic()
 
         # 1. Sample: who takes part is keyed by the seed and the round alone.
-        want = wanted(self.spec, len(self.silos.trainers))
-        sampled = sample(
-            self.silos.trainers, invited(self.spec, len(self.silos.trainers)), self.recipe.seed, "sample", number
-        )
+        trainers = self.silos.trainers
+        want = wanted(self.spec, len(trainers))
+        sampled = sample(trainers, invited(self.spec, len(trainers)), self.recipe.seed, "sample", number)
         self.silos.tell({"kind": "round_started", "round": number, "sampled": sampled})
 
         # 2. Exchange and fold: every silo gets the same tensors; updates are folded in canonical order as they arrive.
@@ -176,7 +176,7 @@ class Federation:
 
         # 3. Server step: the folded updates become the next global model.
         parameters, server = self.algorithm.server_step(
-            state.parameters, accumulator, state.server, silos_total=len(self.silos.trainers)
+            state.parameters, accumulator, state.server, silos_total=len(trainers)
         )
 
         # 4. Validate and checkpoint: from here on the round is done, whatever happens to this process.
@@ -279,7 +279,7 @@ class Federation:
         self,
         number: int,
         sampled: list[str],
-        folded: RoundUpdates,
+        folded: FoldResult,
         validation: Fields | None,
         traffic: Traffic,
         started: float,
@@ -291,7 +291,7 @@ class Federation:
             "sampled": sampled,
             "replied": folded.replied,
             "failures": failure_lines(folded.failures),
-            "loss": folded.loss(),
+            "loss": training_loss(folded),
             "silos": {name: silo_line(folded.fields[name]) for name in folded.replied},
             "validation": validation,
             "seconds": time.monotonic() - started,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,23 +43,11 @@ class Traffic:
         self.down += int(reply.fields.get("received_bytes", 0))
 
 
-@dataclass
-class RoundUpdates:
-    """Who contributed to a round, and what each reported."""
-
-    replied: list[str] = field(default_factory=list)
-    failures: list[Failure] = field(default_factory=list)
-    fields: dict[str, Fields] = field(default_factory=dict)
-    weights: dict[str, float] = field(default_factory=dict)
-
-    def take(self, result: FoldResult) -> None:
-        self.replied, self.failures = list(result.replied), list(result.failures)
-
-    def loss(self) -> float | None:
-        """Mean training loss over target tokens of the silos used; None where none was."""
-        total = sum(self.fields[n]["loss"] * self.fields[n]["target_tokens"] for n in self.replied)
-        tokens = sum(self.fields[n]["target_tokens"] for n in self.replied)
-        return total / tokens if tokens else None
+def training_loss(folded: FoldResult) -> float | None:
+    """Mean training loss over target tokens of the silos used; None where none was."""
+    fields = [folded.fields[name] for name in folded.replied]
+    tokens = sum(f["target_tokens"] for f in fields)
+    return sum(f["loss"] * f["target_tokens"] for f in fields) / tokens if tokens else None
 
 
 _LINE = ("loss", "examples", "tokens", "target_tokens", "steps", "seconds", "tokens_per_second", "peak_rss")

@@ -165,6 +165,8 @@ class Worker:
     def _answer(self, job: Job) -> Any:
         ended = ""
         for _ in range(2):
+            if self._stopped:
+                return Failure(job.request.silo, FailureKind.UNREACHABLE, "the engine was closed")
             try:
                 if self._lines is None:
                     self.spawn()
@@ -176,7 +178,7 @@ class Worker:
             except Exception as error:
                 self._end()
                 return error
-            if self._stopped or job.batch.closed is not None:
+            if job.batch.closed is not None:
                 break
         return Failure(job.request.silo, FailureKind.UNREACHABLE, f"its worker process died twice ({ended})")
 
