@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedlm.comparison.verdict import ArmResult, arm_metrics, judge, table
+
 TOPICS = ["business", "entertainment", "politics", "sport", "tech"]
 
 RECIPE = """schema_version: 1
@@ -63,6 +65,7 @@ def write_run(
     sample: int | None = None,
     names: list[str] | None = None,
     labels: list[str] | None = None,
+    seeds: list[int] | None = None,
 ) -> Path:
     """Write a run directory; `done` below `rounds` makes it an interrupted one."""
     rng = np.random.default_rng(0)
@@ -134,29 +137,50 @@ def write_run(
         final = summary(0.45, 0.84 if accuracy else None, silo_names[:50], rng)
         (folder / "evaluation.json").write_text(json.dumps({"base": base, "final": final}))
     if comparison:
-        (folder / "comparison.json").write_text(json.dumps({"arms": arms(silo_names, rng), "table": [], "verdict": {}}))
+        (folder / "comparison.json").write_text(json.dumps(compared(silo_names, seeds or [0])))
     return folder
 
 
-def arms(silos: list[str], rng: np.random.Generator) -> list[dict[str, Any]]:
-    """Arms of a comparison with the accuracies of a skewed four-silo federation."""
+def compared(silos: list[str], seeds: list[int]) -> dict[str, Any]:
+    """comparison.json of a skewed federation, judged by the comparison itself."""
+    rng = np.random.default_rng(1)
     alone = [0.72, 0.68, 0.47, 0.58]
-    rows: list[tuple[str, float, float]] = [("base", 0.59, 1.9), ("federated", 0.84, 0.45), ("centralised", 0.92, 0.3)]
-    rows += [(f"alone:{s}", alone[i % 4], 1.3 - alone[i % 4] / 2) for i, s in enumerate(silos)]
-    rows += [(f"alone-compute:{s}", alone[i % 4] + 0.03, 1.2 - alone[i % 4] / 2) for i, s in enumerate(silos)]
-    found = []
-    for arm, accuracy, loss in rows:
-        cost: dict[str, Any] = {
-            "bytes_up": 78_400_000 if arm == "federated" else 0,
-            "bytes_down": 78_400_000 if arm == "federated" else 0,
-            "seconds": 0.0 if arm == "base" else 132.0,
-            "peak_pss": 1_500_000_000,
-            "tokens": 0 if arm == "base" else 83_000,
-            "tokens_per_second": None if arm == "base" else 640.0,
-            "steps": 0 if arm == "base" else 20,
-        }
-        found.append({"arm": arm, "seed": 0, "metrics": summary(loss, accuracy, silos[:50], rng), "cost": cost})
-    return found
+    rows: list[tuple[str, float]] = [("base", 0.59), ("federated", 0.84), ("centralised", 0.92)]
+    rows += [(f"alone:{s}", alone[i % 4]) for i, s in enumerate(silos)]
+    rows += [(f"alone-compute:{s}", alone[i % 4] + 0.03) for i, s in enumerate(silos)]
+    results = []
+    for seed in seeds:
+        for arm, accuracy in rows:
+            counts = {s: counted(rng, accuracy, 25) for s in silos}
+            federated, base = arm == "federated", arm == "base"
+            cost = {
+                "bytes_up": 78_400_000 if federated else 0,
+                "bytes_down": 78_400_000 if federated else 0,
+                "seconds": 0.0 if base else 132.0 + float(rng.normal(0, 5)),
+                "wall_seconds": 0.0 if base else 150.0,
+                "peak_pss": 0 if base else 1_500_000_000,
+                "tokens": 0 if base else 83_000,
+                "tokens_per_second": None if base else 640.0,
+                "steps": 0 if base else 20 if arm.startswith("alone:") else 80,
+            }
+            results.append(ArmResult(arm, seed, counts, cost))
+    found = [{"arm": r.arm, "seed": r.seed, "metrics": arm_metrics(r), "cost": r.cost} for r in results]
+    return {"arms": found, "table": table(results), "verdict": judge(results, silos_total=len(silos)), "seeds": seeds}
+
+
+def counted(rng: np.random.Generator, accuracy: float, n: int) -> dict[str, Any]:
+    """Counts with items as `fedlm.evaluation.measure` returns them."""
+    right = (rng.random(n) < accuracy).astype(int)
+    nll = rng.gamma(2.0, 2.0 - accuracy, n)
+    return {
+        "examples": n,
+        "loss_sum": float(nll.sum()),
+        "loss_tokens": 2 * n,
+        "choice_correct": int(right.sum()),
+        "choice_correct_norm": int(right.sum()),
+        "choice_total": n,
+        "items": {"choice": right.tolist(), "nll": nll.tolist(), "tokens": [2] * n},
+    }
 
 
 @pytest.fixture

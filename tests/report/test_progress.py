@@ -134,8 +134,8 @@ def test_the_live_display_shows_round_silos_and_arm() -> None:
         observe({**event, "arm": "federated"})
         observe.live.refresh()
         shown = out.getvalue()
-    assert "arm 1 of 3: federated" in shown
-    assert "round 1 of 4" in shown and "1 min 15 s left" in shown
+    assert "0 of 3 arms trained" in shown and "federated" in shown
+    assert "round 1 of 4" in shown and "about 1 min 15 s left" in shown
     assert "step 5/10" in shown and "loss 3.000" in shown and "412 tok/s" in shown
 
 
@@ -159,3 +159,20 @@ def test_events_from_many_threads_are_all_counted() -> None:
         thread.join()
     tally = observe._tallies[""]
     assert tally.answered == 800 and tally.share() == 1.0 and not tally.active
+
+
+def test_arms_side_by_side_are_all_shown_and_named_in_a_log() -> None:
+    console, out = plain()
+    observe = Progress(console)
+    for arm in ("alone:a", "alone:b"):
+        observe({"kind": "run_started", "rounds": 4, "silos": ["a"], "arm": arm, "arms": 4})
+        observe({"kind": "round_started", "round": 0, "sampled": ["a"], "arm": arm})
+        observe({"kind": "silo_started", "silo": "a", "verb": "train", "arm": arm})
+    observe({**done(0, validation=None), "arm": "alone:a"})
+    observe({**done(1), "arm": "alone:b"})
+    log = out.getvalue()
+    assert "round 1/4" not in log  # not validated
+    assert any(line.startswith("alone:b") and "round 2/4" in line for line in log.splitlines())
+    console.print(observe._render())
+    screen = out.getvalue()[len(log) :]
+    assert "0 of 4 arms trained" in screen and "alone:b" in screen

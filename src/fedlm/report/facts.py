@@ -33,27 +33,18 @@ class Group:
     key: str
     name: str
     arms: list[Json]
+    row: Json
+    """The comparison's own table row for the whole kind: means with their intervals."""
 
     def estimate(self, metric: str) -> Estimate | None:
-        """Mean over the group's arms; the interval where the group is one arm (a mean of silos has none of its own)."""
-        found = [e for e in (estimate(arm.get("metrics") or {}, metric) for arm in self.arms) if e is not None]
-        if not found:
-            return None
-        if len(found) == 1:
-            return found[0]
-        return Estimate(sum(e.value for e in found) / len(found))
+        return estimate(self.row, metric)
 
     def members(self) -> str:
-        """What the mean is taken over, e.g. `4 silos x 2 seeds`."""
+        """What the mean is taken over, e.g. `4 silos × 2 seeds`."""
         silos = len({arm.get("arm") for arm in self.arms})
         seeds = len({arm.get("seed") for arm in self.arms})
         over = [plural(n, what) for n, what in ((silos, "silo"), (seeds, "seed")) if n > 1]
         return " × ".join(over) or "1 arm"
-
-    def mean_cost(self, key: str) -> float | None:
-        """Mean cost of one arm of the group."""
-        values = [v for v in ((arm.get("cost") or {}).get(key) for arm in self.arms) if is_number(v)]
-        return sum(values) / len(values) if values else None
 
 
 GROUPS = {
@@ -110,13 +101,14 @@ class RunFacts:
         return max((line[key] for line in self.rounds if is_number(line.get(key))), default=None)
 
     def groups(self) -> list[Group]:
-        """The comparison's arms by kind, in the order to show them."""
-        arms = self.comparison.get("arms") or []
-        kinds: dict[str, list[Json]] = {}
-        for arm in arms:
-            kinds.setdefault(str(arm.get("arm", "")).split(":")[0], []).append(arm)
-        order = [k for k in GROUPS if k in kinds] + sorted(k for k in kinds if k not in GROUPS)
-        return [Group(k, GROUPS.get(k, k), kinds[k]) for k in order]
+        """The comparison's kinds of arm, in the order to show them."""
+        found = []
+        rows = [row for row in self.comparison.get("table") or [] if row.get("of") is None]
+        for row in sorted(rows, key=lambda row: [*GROUPS, row["kind"]].index(row["kind"])):
+            kind = str(row["kind"])
+            arms = [a for a in self.comparison.get("arms") or [] if str(a.get("arm", "")).split(":")[0] == kind]
+            found.append(Group(kind, GROUPS.get(kind, kind), arms, row))
+        return found
 
     def before_after(self) -> tuple[Json, Json, str]:
         """Held-out results of the base and the final model, and on which rows: the test set, else validation."""

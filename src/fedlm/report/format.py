@@ -46,7 +46,9 @@ def metric(key: str, value: Any) -> str:
     """A metric's value: shares as per cent, the rest as a number."""
     if not is_number(value):
         return MISSING
-    return f"{100 * value:.1f} %" if is_share(key) else number(value, 4 if key == "loss" else 3)
+    if is_share(key):
+        return f"{100 * value:.1f} %"
+    return f"{value:.3f}" if key == "loss" else number(value)
 
 
 def is_share(key: str) -> bool:

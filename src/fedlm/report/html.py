@@ -17,7 +17,7 @@ from typing import Any
 from fedlm import __version__
 from fedlm.files import write_atomic
 from fedlm.report import plots
-from fedlm.report.facts import Estimate, Group, RunFacts, estimate, fairness, metric_keys, read_run, spread
+from fedlm.report.facts import GROUPS, Estimate, Group, RunFacts, estimate, fairness, metric_keys, read_run, spread
 from fedlm.report.format import (
     MISSING,
     count,
@@ -35,6 +35,9 @@ from fedlm.report.words import federation_sentence, verdict
 
 ROWS = 40
 """A table of failures or silos shows this many rows and says how many it left out."""
+
+
+COSTS = ("steps", "tokens", "bytes up", "bytes down", "training time", "peak memory")
 
 
 def write_report(run_dir: Path) -> Path:
@@ -167,19 +170,20 @@ def _headline(facts: RunFacts) -> str:
         card("failures", count(len(facts.failures()))),
     ]
     small = f'<div class="cards small">{"".join(totals)}</div>' if facts.rounds else ""
-    return f'<p class="verdict">{e(verdict(facts))}</p><div class="cards">{"".join(cards)}</div>{small}'
+    opening, _, rest = verdict(facts).partition(": ")
+    told = f"<b>{e(opening)}:</b> {e(rest)}" if rest else e(opening)
+    return f'<p class="verdict">{told}</p><div class="cards">{"".join(cards)}</div>{small}'
 
 
 def _main_metric(groups: list[Group]) -> str | None:
-    keys = metric_keys(arm.get("metrics") or {} for group in groups for arm in group.arms)
+    keys = metric_keys(group.row for group in groups)
     return keys[0] if keys else None
 
 
 def _arm_card(group: Group, key: str) -> str:
     found = group.estimate(key)
-    note = _interval(key, found) + " (95 %)" if found and found.low is not None else metric_name(key)
-    if len(group.arms) > 1:
-        note = f"mean of {group.members()}"
+    note = f"mean of {group.members()} " if len(group.arms) > 1 else ""
+    note += _interval(key, found) if found and found.low is not None else ""
     return card(group.name, metric(key, found.value) if found else MISSING, note, main=group.key == "federated")
 
 
@@ -196,14 +200,14 @@ def _comparison(facts: RunFacts) -> str:
     groups = facts.groups()
     if not groups:
         return ""
-    keys = metric_keys(arm.get("metrics") or {} for group in groups for arm in group.arms)
+    keys = metric_keys(group.row for group in groups)
     shown = [k for k in keys if k != "perplexity"][:2]
     figures = [figure(plots.comparison(groups, k), metric_name(k).capitalize()) for k in shown]
-    head = ["how it was trained", *[metric_name(k) for k in keys], "steps", "tokens", "up", "down", "time", "memory"]
+    head = ["how it was trained", *[metric_name(k) for k in keys], *COSTS]
     rows, main = [], []
     for group in groups:
         values = [with_interval(k, group.estimate(k)) for k in keys]
-        rows.append([_group_label(group), *values, *_cost_cells(group.mean_cost)])
+        rows.append([_group_label(group), *values, *_cost_cells(group.row.get)])
         main.append(group.key == "federated")
     each = [
         [
@@ -219,12 +223,30 @@ def _comparison(facts: RunFacts) -> str:
     return (
         "<h2>Does federating help?</h2>"
         f'<p class="note">All results are on the same held-out test rows; {e(plural(len(seeds), "seed"))}. '
-        "Whiskers and brackets are 95 % intervals over test items; circles are single silos. "
-        "Costs are those of one training on average.</p>"
-        f'<div class="pair">{"".join(figures)}</div>{table(head, rows, main=main)}'
+        f"Whiskers and brackets are 95 % intervals over {'seeds' if len(seeds) > 1 else 'test items'}; circles are "
+        "single silos. Costs are those of one arm on average; training time is summed over silos.</p>"
+        f'<div class="pair">{"".join(figures)}</div>{table(head, rows, main=main)}{_differences(facts)}'
         f"<details><summary>All {len(each):,} arms</summary>"
         f"{table(['arm', 'seed', *head[1:]], each[:200])}</details>"
     )
+
+
+def _differences(facts: RunFacts) -> str:
+    """Paired differences, item by item: sharper than comparing two intervals by eye."""
+    judged = facts.comparison.get("verdict") or {}
+    key = str(judged.get("metric", ""))
+    factor = 100 if is_share(key) else 1
+    unit, digits = (" points", 1) if factor == 100 else ("", 3)
+    rows = []
+    for c in judged.get("comparisons") or []:
+        low, high = (f"{factor * v:+.{digits}f}" for v in c["interval"])
+        interval = f"{factor * c['difference']:+.{digits}f}{unit} [{low}, {high}]"
+        rows.append([GROUPS.get(c["against"], c["against"]), interval, c["outcome"]])
+    if not rows:
+        return ""
+    note = f"Federated minus the other in {metric_name(key)}, paired item by item, with 95 % intervals."
+    head = ["federated against", "difference", "federated is"]
+    return f'<h3>Differences</h3><p class="note">{e(note)}</p>{table(head, rows)}'
 
 
 def _group_label(group: Group) -> str:

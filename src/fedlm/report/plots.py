@@ -207,7 +207,7 @@ def holdings(facts: RunFacts) -> Figure | None:
             "x": counts,
             "marker": {
                 "color": PALETTE[i % len(PALETTE)],
-                "pattern": {"shape": PATTERNS[i // len(PALETTE) % len(PATTERNS)], "fgcolor": "#fff", "solidity": 0.25},
+                "pattern": {"shape": PATTERNS[i // len(PALETTE)], "fillmode": "overlay", "fgcolor": "#fff"},
             },
         }
         for i, (label, counts) in enumerate(parts)
@@ -229,6 +229,7 @@ def traffic(facts: RunFacts) -> Figure | None:
             sums.append(total / 1e6)
         if points:
             data.append(_line(name, [x for x, _ in points], sums, i))
+            data[-1]["line"]["dash"] = ["solid", "dash"][i]  # the two often coincide
     if not data:
         return None
     return _figure(data, x="round", y="MB since the start", xaxis=_rounds_axis(facts), yaxis={"rangemode": "tozero"})

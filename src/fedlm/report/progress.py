@@ -24,7 +24,7 @@ from rich.text import Text
 from fedlm.messages import Event
 from fedlm.report.format import duration, is_number, metric, metric_name, number, plural, size
 
-SILO_LINES = 8
+SILO_LINES, ARM_LINES = 8, 4
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Tally:
             self.phase = str(event.get("text", ""))
         elif kind == "round_started":
             self._start_round(int(event["round"]), event.get("sampled", []), now)
-        elif kind == "silo_started":
+        elif kind == "silo_started" and self.rounds and not self.finished:
             self.active[silo] = ActiveSilo(str(event.get("verb", "")))
         elif kind == "step":
             self._step(silo, event)
@@ -103,7 +103,7 @@ class Tally:
     def _leave(self, silo: str, verb: str, *, failed: bool) -> None:
         left = self.active.pop(silo, None)
         self.failures += failed
-        if (verb or (left.verb if left else "")) == "train":
+        if (verb or (left.verb if left else "train")) == "train" and self.answered < self.sampled:
             self.answered += 1
 
     def _finish_round(self, event: Event) -> None:
@@ -137,7 +137,7 @@ class Tally:
         per_round = (self.sampled or 1) * (self.steps_per_silo or 1.0)
         done = self.steps_before + self.share_of_round() * per_round
         rounds_left = self.rounds - self.rounds_done - self.share_of_round()
-        if done <= 0:
+        if done <= 0 or rounds_left <= 0:
             return None
         rounds_seen = self.rounds_done - self.first_round + self.share_of_round()
         left = done * rounds_left / rounds_seen if rounds_seen > 0 else per_round * rounds_left
@@ -199,13 +199,17 @@ class Progress:
         for line in lines:
             self.console.print(line, highlight=False, soft_wrap=True)
 
+    def warn(self, sentence: str) -> None:
+        """One sentence that stays on the screen even when silent: something needs the user's attention."""
+        self.console.print(sentence, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
     # lines that stay on the screen or in the log
 
     def _lines(self, event: Event, tally: Tally, *, new_arm: bool) -> Iterator[str]:
         kind = event.get("kind")
-        if new_arm:
-            yield f"[bold]{escape(tally.arm)}[/bold]"
-        if kind == "run_started":
+        if tally.arm and kind in ("run_started", "phase", "round_done"):
+            yield from self._arm_lines(event, tally, new_arm=new_arm)
+        elif kind == "run_started":
             where = f" → {escape(str(event['run_dir']))}" if event.get("run_dir") else ""
             yield f"{plural(tally.rounds, 'round')} over {plural(tally.silos, 'silo')}{where}"
         elif kind == "phase" and self.live is None:
@@ -219,6 +223,16 @@ class Progress:
                 yield "  [red]✗ further failures of this round are in rounds.jsonl[/red]"
         elif kind == "round_done":
             yield self._round_line(event, tally)
+
+    def _arm_lines(self, event: Event, tally: Tally, *, new_arm: bool) -> Iterator[str]:
+        """Arms run side by side, so every line names its own; most of an arm's rounds aren't validated and get none."""
+        name = f"[cyan]{escape(tally.arm):<24}[/cyan] "
+        if event["kind"] == "round_done" and event.get("validation"):
+            yield name + self._round_line(event, tally)
+        elif event["kind"] == "run_started" and new_arm:
+            yield f"{name}{plural(tally.rounds, 'round')} over {plural(tally.silos, 'silo')}"
+        elif event["kind"] == "phase" and self.live is None:
+            yield f"{name}{escape(tally.phase)} …"
 
     def _round_line(self, event: Event, tally: Tally) -> str:
         index, parts = int(event.get("round", 0)), []
@@ -242,7 +256,7 @@ class Progress:
             parts.append(duration(event["seconds"]))
         left = self._left(tally)
         if self.live is None and left is not None and tally.rounds_done < tally.rounds:
-            parts.append(f"left {duration(left)}")
+            parts.append(f"about {duration(left)} left")
         return f"[bold]{name:<15}[/bold] " + "  ".join(parts)
 
     # the live part
@@ -252,22 +266,41 @@ class Progress:
 
     def _render(self) -> RenderableType:
         with self._lock:
-            tally = self._tallies.get(self._current)
-            if tally is None:
+            if self._current not in self._tallies:
                 return Text("starting …", style="dim")
-            return Group(*self._live_lines(tally))
+            return Group(*self._live_lines())
 
-    def _live_lines(self, tally: Tally) -> Iterator[RenderableType]:
-        if tally.arm:
-            position = list(self._tallies).index(tally.arm) + 1 - ("" in self._tallies)
-            of = f" of {self._arms}" if self._arms else ""
-            yield Text(f"arm {position}{of}: {tally.arm}", style="bold")
-        if tally.rounds and tally.round is not None:
-            yield self._round_bar(tally)
-        if tally.phase:
-            yield self._spin(tally.phase)
-        if tally.active:
-            yield from self._silo_lines(tally)
+    def _live_lines(self) -> Iterator[RenderableType]:
+        arms = [t for t in self._tallies.values() if t.arm]
+        if arms:
+            done = sum(t.finished for t in arms)
+            parts = [f"{done} of {self._arms or len(arms)} arms trained"]
+            if (left := self._left_of_arms(arms)) is not None:
+                parts.append(f"about {duration(left)} left")
+            yield Text("  ".join(parts), style="bold")
+        current = self._tallies[self._current]
+        at_work = [t for t in self._tallies.values() if t.active or t is current]
+        room = SILO_LINES
+        for tally in at_work[:ARM_LINES]:
+            if tally.arm:
+                yield Text(tally.arm, style="bold cyan")
+            if tally.rounds and not tally.finished:
+                yield self._round_bar(tally)
+            if tally.phase:
+                yield self._spin(tally.phase)
+            if tally.active and room > 0:
+                yield from self._silo_lines(tally, room)
+                room -= len(tally.active)
+        if len(at_work) > ARM_LINES:
+            yield Text(f"… and {len(at_work) - ARM_LINES} more arms at work", style="dim")
+
+    def _left_of_arms(self, arms: list[Tally]) -> float | None:
+        """Arms that haven't begun count like the others; one arm, the base model, trains nothing."""
+        share = sum(t.share() for t in arms)
+        begun = min((t.started for t in arms if t.started is not None), default=None)
+        if begun is None or share <= 0 or self._arms is None:
+            return None
+        return max(0.0, (self._clock() - begun) * (self._arms - 1 - share) / share)
 
     def _spin(self, text: str) -> RenderableType:
         self._spinner.update(text=Text(text, style="cyan"))
@@ -281,9 +314,10 @@ class Progress:
         elif is_number(tally.train_loss):
             facts.append(f"train loss {number(tally.train_loss, 4)}")
         left = self._left(tally)
-        facts.append(f"{duration(left)} left" if left is not None else "time left unknown yet")
+        if left is not None:
+            facts.append(f"about {duration(left)} left")
         grid = Table.grid(padding=(0, 1))
-        label = "before training" if (tally.round or 0) < 0 else f"round {shown} of {tally.rounds}"
+        label = f"round {shown} of {tally.rounds}" if tally.round is not None else "before training"
         grid.add_row(
             Text(label, style="bold"),
             ProgressBar(total=1.0, completed=tally.share(), width=30),
@@ -291,10 +325,10 @@ class Progress:
         )
         return grid
 
-    def _silo_lines(self, tally: Tally) -> Iterator[RenderableType]:
+    def _silo_lines(self, tally: Tally, room: int) -> Iterator[RenderableType]:
         at_work = sorted(tally.active.items())
         grid = Table.grid(padding=(0, 2))
-        for name, silo in at_work[:SILO_LINES]:
+        for name, silo in at_work[:room]:
             if silo.verb == "train" or silo.steps:
                 steps = f"step {silo.step}/{silo.steps}" if silo.steps else "starting"
             else:
@@ -305,5 +339,5 @@ class Progress:
                 Text(f"  {name}", overflow="ellipsis", no_wrap=True), Text(steps), Text(loss), Text(speed, style="dim")
             )
         yield grid
-        if len(at_work) > SILO_LINES:
-            yield Text(f"  … and {len(at_work) - SILO_LINES:,} more silos at work", style="dim")
+        if len(at_work) > room:
+            yield Text(f"  … and {len(at_work) - room:,} more silos at work", style="dim")

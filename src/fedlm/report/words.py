@@ -49,10 +49,9 @@ def federation_sentence(facts: RunFacts) -> str:
 
 def verdict(facts: RunFacts) -> str:
     """Whether it helped, in a sentence or two."""
-    groups = {group.key: group for group in facts.groups()}
-    keys = metric_keys(arm.get("metrics") or {} for group in groups.values() for arm in group.arms)
-    if "federated" in groups and keys:
-        return _compared({k: g.estimate(keys[0]) for k, g in groups.items()}, keys[0])
+    judged = (facts.comparison.get("verdict") or {}).get("sentence")
+    if judged:
+        return str(judged)
     before, after, rows = facts.before_after()
     both = metric_keys([before, after]) if before and after else []
     if not both:
@@ -62,28 +61,13 @@ def verdict(facts: RunFacts) -> str:
     key = both[0]
     first, last = estimate(before, key), estimate(after, key)
     assert first is not None and last is not None
-    values = f"from {metric(key, first.value)} to {metric(key, last.value)} ({_change(first, last, key)})"
-    text = f"On held-out {rows} rows, {metric_name(key)} went {values}."
+    change = _change(first, last, key)
+    verb = {"better": "improved", "worse": "got worse", "unchanged": "stayed the same,"}.get(change, "went")
+    values = f"from {metric(key, first.value)} to {metric(key, last.value)}"
+    text = f"On held-out {rows} rows, {metric_name(key)} {verb} {values}"
+    text += ", a difference within the 95 % interval." if change == "not clearly different" else "."
     if facts.run.get("status") == "interrupted":
         text += f" The run was interrupted; continue it with: fedlm run --resume {facts.folder}"
-    return text
-
-
-def _compared(values: dict[str, Estimate | None], key: str) -> str:
-    federated, alone, together = values["federated"], values.get("alone"), values.get("centralised")
-    assert federated is not None
-    text = f"The federated model reaches {metric_name(key)} {metric(key, federated.value)}"
-    if alone is not None:
-        text = {
-            "better": "Federating helped. ",
-            "worse": "Federating did not help. ",
-        }.get(_change(alone, federated, key).split(" ")[0], "") + text
-        text += f", each silo alone {metric(key, alone.value)} on average"
-    if together is not None:
-        text += f"; all data in one place would reach {metric(key, together.value)}"
-    text += "."
-    if alone is not None and "not clearly" in _change(alone, federated, key):
-        text += " The difference to silo-alone lies within the 95 % interval."
     return text
 
 

@@ -1,0 +1,203 @@
+"""`fedlm run`: run the federation that a recipe describes, or resume one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedlm.cli.output import print_json
+from fedlm.errors import FedlmError, RecipeError, RunError
+
+if TYPE_CHECKING:
+    from fedlm.federation.records import RunResult
+    from fedlm.messages import Event
+    from fedlm.recipe.schema import Recipe
+
+INTERRUPTED = 130
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("run")(run)
+
+
+def run(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe (YAML).", show_default=False)] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one value of the recipe; repeatable.")
+    ] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", help="Where to write; default runs/<name>-<time>.", show_default=False)
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", metavar="RUN", help="Continue this run.", show_default=False)
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that train silos side by side.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the run that --run-dir holds.")] = False,
+    no_report: Annotated[bool, typer.Option("--no-report", help="Write no report.html.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no progress.")] = False,
+) -> None:
+    """Run the federation that a recipe describes, or resume one.
+
+    \b
+    Examples:
+      fedlm run recipe.yaml
+      fedlm run recipe.yaml --set federation.rounds=2 --set training.lr=1e-4
+      fedlm run recipe.yaml --run-dir runs/first --workers 2
+      fedlm run --resume runs/first
+    """
+    from rich.console import Console
+
+    from fedlm.report.progress import Progress
+
+    changes = [*(overrides or []), *([f"federation.workers={workers}"] if workers else [])]
+    chosen = _choose(recipe, changes, resume, run_dir, force)
+    console = Console(stderr=True)
+    with Progress(console, silent=as_json) as progress:
+        result, folder = _run(chosen, recipe, resume, run_dir, force, progress, not no_report)
+    _tell(result, folder, as_json, report=not no_report)
+    if result.status == "interrupted":
+        raise typer.Exit(INTERRUPTED)
+
+
+def _choose(
+    path: Path | None, changes: list[str], resume: Path | None, run_dir: Path | None, force: bool
+) -> Recipe | None:
+    """The recipe to run; None to resume with the run's own.
+
+    Raises:
+        RecipeError: it cannot be read, is impossible, or is the name of a template.
+        RunError: options that contradict each other, or no run to resume.
+    """
+    from fedlm.recipe.load import load_recipe
+
+    if resume is not None:
+        if run_dir is not None or force:
+            option = "--run-dir" if run_dir is not None else "--force"
+            raise RunError(f"--resume continues a run where it lies, {option} does not apply", fix=f"drop {option}")
+        if not (resume / "run.json").is_file():
+            raise RunError("there is no run here to resume (run.json is missing)", where=str(resume))
+        if path is None and not changes:
+            return None
+        return load_recipe(path or resume / "recipe.yaml", changes)
+    if path is None:
+        raise RecipeError("there is no recipe to run", fix="name one: fedlm run recipe.yaml; `fedlm init` writes one")
+    if (path / "run.json").is_file():
+        raise RecipeError("this is a run, not a recipe", where=str(path), fix=f"continue it with --resume {path}")
+    if not path.exists():
+        _suggest_template(path)
+    return load_recipe(path, changes)
+
+
+def _suggest_template(path: Path) -> None:
+    """Raise RecipeError where a path that isn't there looks like the name of a template."""
+    import difflib
+
+    from fedlm.recipe.starters import templates
+
+    stem = path.name.removesuffix(".yaml").removesuffix(".yml")
+    close = difflib.get_close_matches(stem, templates(), n=1, cutoff=0.7)
+    if close and path.parent == Path():
+        out = f"{close[0]}.yaml"
+        raise RecipeError(
+            f"there is no such file; '{close[0]}' is a template",
+            where=str(path),
+            fix=f"fedlm init {close[0]} --out {out}, then fedlm run {out}",
+        )
+
+
+def _run(
+    chosen: Recipe | None,
+    path: Path | None,
+    resume: Path | None,
+    run_dir: Path | None,
+    force: bool,
+    progress: Any,
+    report: bool,
+) -> tuple[RunResult, Path]:
+    """Run with everyone watching: the display and the recipe's trackers."""
+    progress({"kind": "phase", "text": "loading"})
+    from fedlm.federation.api import run_recipe
+    from fedlm.recipe.load import load_recipe
+    from fedlm.report.trackers import Tracking, get_tracker
+
+    recipe = chosen or load_recipe(_required(resume) / "recipe.yaml")
+    facts = {"name": recipe.name, "recipe": recipe.model_dump(mode="json")}
+    tracking = Tracking({name: get_tracker(name) for name in recipe.trackers}, facts, warn=progress.warn)
+    place = [resume or run_dir]
+
+    def observe(event: Event) -> None:
+        if event.get("kind") == "run_started":
+            place[0] = Path(event["run_dir"])
+        progress(event)
+        tracking(event)
+
+    try:
+        result = run_recipe(
+            chosen,
+            base=path.parent if path is not None else None,
+            run_dir=resume or run_dir,
+            resume=resume is not None,
+            force=force,
+            observe=observe,
+        )
+    except BaseException as error:
+        _after_failure(error, place[0], progress, report)
+        raise
+    finally:
+        tracking.finish()
+    if report:
+        progress({"kind": "phase", "text": "writing report.html"})
+        from fedlm.report.html import write_report
+
+        write_report(result.path)
+    return result, result.path
+
+
+def _after_failure(error: BaseException, folder: Path | None, progress: Any, report: bool) -> None:
+    """Leave a report of what was done, and say how to go on; never hide the failure itself."""
+    if folder is None or not (folder / "rounds.jsonl").is_file():
+        return
+    if report:
+        from fedlm.report.html import write_report
+
+        try:
+            write_report(folder)
+        except (OSError, FedlmError) as second:
+            progress.warn(f"report.html was not written: {second}")
+    if isinstance(error, FedlmError | KeyboardInterrupt):
+        progress.warn(f"What was finished is kept. To continue: fedlm run --resume {folder}")
+
+
+def _required(path: Path | None) -> Path:
+    if path is None:
+        raise RecipeError("there is no recipe to run")
+    return path
+
+
+def _tell(result: RunResult, folder: Path, as_json: bool, *, report: bool) -> None:
+    """What came out, and what to do next, on standard output."""
+    from fedlm.report.facts import read_run
+    from fedlm.report.summary import summary_json, summary_lines
+
+    facts = read_run(folder)
+    page = str(folder / "report.html") if report else None
+    if as_json:
+        value = summary_json(facts)
+        print_json({**value, "status": result.status, "report": page, "message": result.message})
+        return
+    for line in summary_lines(facts):
+        typer.echo(line)
+    typer.echo()
+    rows = [["run directory", str(folder)], *([["report", page]] if page else [])]
+    if result.status == "interrupted":
+        typer.secho("Interrupted; every finished round is kept.", fg=typer.colors.YELLOW)
+        rows.append(["continue", f"fedlm run --resume {folder}"])
+    else:
+        if result.message:
+            typer.echo(result.message[:1].upper() + result.message[1:] + ".")
+        rows += [["talk to it", f"fedlm chat {folder}"], ["take it along", f"fedlm export {folder} --out ADAPTER"]]
+    for name, what in rows:
+        typer.echo(f"{name:<15}{what}")
