@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlm.comparison.arms import BASE, BUDGETS, FEDERATED, Arm, federated_recipe, local_recipe, plan_arms
+from fedlm.comparison.measuring import measure_on_silos
 from fedlm.comparison.verdict import ArmResult, arm_metrics, judge, table
 from fedlm.errors import RunError
 from fedlm.federation.api import MAY_CHANGE, new_run
@@ -30,7 +31,7 @@ from fedlm.federation.engines.local import LocalEngine, resolve_workers
 from fedlm.federation.rundir import RunDir, disk_errors
 from fedlm.federation.sampling import sample
 from fedlm.files import read_json, write_json
-from fedlm.messages import Event, Failure, Fields, Observe, Request, Tensors
+from fedlm.messages import Event, Fields, Observe, Tensors
 from fedlm.recipe.load import diff_recipes, load_recipe
 from fedlm.recipe.schema import Recipe
 
@@ -254,16 +255,7 @@ class _Comparison:
         self._tell({"kind": "phase", "text": "measuring on the test rows of all silos"}, arm)
         name = f"test-{arm}".replace(":", ".")
         self._arm_of_run[name] = arm
-        requests = [
-            Request(silo, "evaluate", name, -1, tensors=tensors, fields={"role": "test", "items": True})
-            for silo in self.testers
-        ]
-        measured: dict[str, Any] = {}
-        for answer in engine.exchange(requests):
-            if isinstance(answer, Failure):
-                raise RunError(f"a silo could not be measured: {answer.reason}", where=f"arm {arm}, silo {answer.silo}")
-            measured[answer.silo] = answer.fields
-        return {silo: measured[silo] for silo in sorted(measured)}
+        return measure_on_silos(engine, self.testers, tensors, role="test", run=name, items=True)
 
     def _measured(self, arm: str, work: Any, folder: str | None = None) -> ArmResult:
         """The arm's stored result, or that of `work`, stored."""

@@ -1,0 +1,171 @@
+"""`fedlm eval`: measure a run's adapter, or a recipe's base model, on the silos' held-out text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedlm.cli.output import print_json
+from fedlm.errors import RecipeError, RunError
+
+if TYPE_CHECKING:
+    from fedlm.messages import Tensors
+    from fedlm.recipe.schema import Recipe
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("eval")(evaluate)
+
+
+def evaluate(
+    target: Annotated[
+        Path, typer.Argument(metavar="RUN|RECIPE", help="A run directory, or a recipe with --base.", show_default=False)
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one value of the recipe; repeatable.")
+    ] = None,
+    base: Annotated[bool, typer.Option("--base", help="Measure the base model instead of what was trained.")] = False,
+    role: Annotated[str, typer.Option(help="Which held-out rows: test or validation.")] = "test",
+    round_: Annotated[
+        str | None, typer.Option("--round", help="best, last or a number; default: the run's adapter.")
+    ] = None,
+    items: Annotated[bool, typer.Option("--items", help="With --json: every row's result, without its text.")] = False,
+    harness: Annotated[
+        str | None, typer.Option(metavar="TASKS", help="Run these lm-eval tasks instead, e.g. arc_easy,piqa.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="With --harness: examples per task.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that measure silos side by side.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Measure a run's model on held-out text of all silos: loss, accuracy, and how evenly they are spread.
+
+    \b
+    Examples:
+      fedlm eval runs/news
+      fedlm eval runs/news --role validation --round last
+      fedlm eval recipe.yaml --base
+      fedlm eval runs/news --harness arc_easy --limit 100
+    """
+    if role not in ("test", "validation"):
+        raise RunError(f"'{role}' is no held-out role", where="--role", fix="test or validation")
+    recipe, folder, tensors, name = _resolve(target, overrides or [], base, round_)
+    if harness is not None:
+        result: dict[str, Any] = {"model": name, "harness": _harness(recipe, tensors, harness, limit)}
+    else:
+        result = {"model": name, "role": role, **_on_silos(recipe, folder, tensors, role, items, workers, as_json)}
+    if as_json:
+        print_json(result)
+    elif harness is not None:
+        for task, values in result["harness"].items():
+            typer.echo(f"{task}: " + ", ".join(f"{key} {value:.4f}" for key, value in values.items()))
+    else:
+        tell(result)
+
+
+def _resolve(target: Path, overrides: list[str], base: bool, round_: str | None) -> tuple[Recipe, Path, Tensors, str]:
+    """The recipe, the folder its relative paths start from, what to measure, and its name.
+
+    Raises:
+        RecipeError, RunError: no such run or recipe, or nothing trained to measure.
+    """
+    from fedlm.inference.session import is_run, run_recipe, run_tensors
+    from fedlm.recipe.load import load_recipe
+
+    if target.is_dir() or is_run(target):
+        from fedlm.files import read_json
+
+        run = run_recipe(target)
+        recipe = load_recipe(target / "recipe.yaml", overrides) if overrides else run
+        folder = Path(read_json(target / "run.json")["base"]) if (target / "run.json").is_file() else Path()
+        if not base:
+            tensors, which = run_tensors(target, round_)
+            return recipe, folder, tensors, f"{target}, {which}"
+    else:
+        recipe, folder = load_recipe(target, overrides), target.parent
+        if not base:
+            raise RecipeError(
+                "a recipe has no trained model to measure",
+                where=str(target),
+                fix="add --base for the base model, or name a run directory",
+            )
+    from fedlm.models.adapters import initial_tensors
+
+    return recipe, folder, initial_tensors(recipe), "base model"
+
+
+def _on_silos(
+    recipe: Recipe, folder: Path, tensors: Tensors, role: str, items: bool, workers: int | None, silent: bool
+) -> dict[str, Any]:
+    """The summary over all silos' rows of this role; with `items` each silo's rows under "items"."""
+    import tempfile
+
+    from fedlm.comparison.measuring import measure_on_silos
+    from fedlm.data.federated import load_data
+    from fedlm.evaluation import summarise
+    from fedlm.federation.engines.local import LocalEngine, resolve_workers
+    from fedlm.report.progress import Progress
+
+    spec = recipe.federation if workers is None else recipe.federation.model_copy(update={"workers": workers})
+    with Progress(silent=silent) as progress, tempfile.TemporaryDirectory(prefix="fedlm-eval-") as scratch:
+        progress({"kind": "phase", "text": "reading the data"})
+        data = load_data(recipe, folder)
+        holders = [name for name in data.names if len(getattr(data.silo(name), role))]
+        if not holders:
+            raise RunError(f"no silo holds a {role} row", where="data.split", fix=f"raise data.split.{role}")
+        count = resolve_workers(spec, len(holders), recipe.model.device)
+        engine = LocalEngine(recipe, data, Path(scratch), workers=count, observe=progress, base=folder)
+        try:
+            progress({"kind": "phase", "text": f"measuring on the {role} rows of {len(holders)} silos"})
+            measured = measure_on_silos(engine, holders, tensors, role=role, run="eval", items=items)
+        finally:
+            engine.close()
+    summary = summarise(measured)
+    return {**summary, "items": {silo: m.get("items", {}) for silo, m in measured.items()}} if items else summary
+
+
+def _harness(recipe: Recipe, tensors: Tensors, tasks: str, limit: int | None) -> dict[str, Any]:
+    from fedlm.evaluation.harness import run_harness
+    from fedlm.models.adapters import attach, set_tensors
+    from fedlm.models.load import load_base, load_tokenizer
+
+    model = attach(load_base(recipe.model), recipe.adapter, recipe.seed)
+    set_tensors(model, tensors)
+    model.eval()
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    return run_harness(model, load_tokenizer(recipe.model), names, limit=limit, chat=recipe.task == "instruct")
+
+
+def tell(result: dict[str, Any]) -> None:
+    """The figures over all silos, and a row per silo where they are few."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fedlm.report.format import METRICS, count, metric, metric_name
+
+    console = Console(highlight=False)
+    keys = [key for key in METRICS if key in result]
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("", no_wrap=True)
+    table.add_column("rows", justify="right")
+    for key in keys:
+        table.add_column(metric_name(key), justify="right")
+    silos = result["silos"]
+    for name, values in silos.items() if len(silos) <= 20 else ():
+        table.add_row(name, count(values["examples"]), *[metric(key, values.get(key)) for key in keys])
+    table.add_row("all silos", count(result["examples"]), *[metric(key, result[key]) for key in keys], style="bold")
+    console.print(f"{result['model']} on {result['role']} rows", soft_wrap=True)
+    console.print(table)
+    for key in keys:
+        if interval := result.get(f"{key}_interval"):
+            low, high = (metric(key, bound) for bound in interval)
+            console.print(f"{metric_name(key)}: 95 % interval {low} to {high}", style="dim")
+        if (spread := result["fairness"].get(key)) and len(silos) > 1:
+            worst = f"worst {metric(key, spread['worst'])} ({spread['worst_silo']})"
+            console.print(
+                f"{metric_name(key)} over silos: mean {metric(key, spread['mean'])}, {worst}, "
+                f"variance {spread['variance']:.2g}",
+                style="dim",
+            )
