@@ -93,7 +93,13 @@ class Chat:
         return isinstance(self.tokenizer.chat_template, str)
 
     def reply(self, text: str, sampling: Sampling) -> Iterator[str]:
-        """Stream the answer; question and answer join the history once the answer is complete."""
+        """Stream the answer; question and answer join the history once the answer is complete.
+
+        Raises:
+            ModelError: the text is empty, or leaves no room in the model's context.
+        """
+        if not text.strip():
+            raise ModelError("the prompt is empty")
         asked = [*self.history, {"role": "user", "content": text}]
         pieces = []
         with base_only(self.model) if self.use_base else nullcontext():

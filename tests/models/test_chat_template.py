@@ -1,0 +1,79 @@
+"""Chat templates: which one is used, and what a hostile or failing one can do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fedlm.errors import ModelError
+from fedlm.models.load import load_tokenizer, render
+
+from .helpers import spec
+
+MESSAGES = [{"role": "user", "content": "secret words"}]
+
+
+@pytest.fixture
+def bare(tiny_model_dir: Path, tmp_path: Path) -> Path:
+    """The tiny model without a chat template and without a padding token."""
+    folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "bare"))
+    (folder / "chat_template.jinja").unlink()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["pad_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_the_tokenizers_own_template_comes_first(tiny_model_dir: Path) -> None:
+    tokenizer = load_tokenizer(spec(tiny_model_dir, chat_template="no-such-file.jinja"), needs_template=True)
+    assert render(tokenizer, MESSAGES, True).endswith("secret words<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_without_a_template_the_error_says_what_to_set(bare: Path) -> None:
+    tokenizer = load_tokenizer(spec(bare))
+    for act in (lambda: render(tokenizer, MESSAGES), lambda: load_tokenizer(spec(bare), needs_template=True)):
+        with pytest.raises(ModelError, match=r"no chat template.*Fix: set model.chat_template to 'chatml'"):
+            act()
+
+
+def test_the_fallback_template(bare: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(spec(bare, chat_template="chatml"), needs_template=True)
+    assert render(tokenizer, MESSAGES) == "<|im_start|>user\nsecret words<|im_end|>\n"
+    file = tmp_path / "mine.jinja"
+    file.write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}")
+    assert render(load_tokenizer(spec(bare, chat_template=str(file))), MESSAGES) == "[user] secret words"
+    with pytest.raises(ModelError, match=r"gone\.jinja' cannot be read"):
+        load_tokenizer(spec(bare, chat_template=str(tmp_path / "gone.jinja")))
+
+
+def test_padding_is_the_end_token_when_there_is_none(bare: Path) -> None:
+    tokenizer = load_tokenizer(spec(bare))
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
+    assert len(tokenizer) <= 512, "no token is added: the embeddings would have to grow"
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ ''.__class__.__mro__ }}", "Python's internals"),
+        ("{{ messages.__class__.__base__.__subclasses__() }}", "Python's internals"),
+        ("{{ cycler.__init__.__globals__.os.popen('id').read() }}", "Python's internals"),
+        ("{{ messages.append(1) }}", "refuses these messages|Python's internals"),
+        ("{% for m in messages %}", "does not parse"),
+        ("{{ raise_exception('roles must alternate') }}", "refuses these messages: roles must alternate"),
+        ("{{ raise_exception(messages[0].content) }}", "refuses these messages: TemplateError"),
+        ("{{ messages[0].content + 1 }}", "refuses these messages: TypeError"),
+    ],
+)
+def test_a_hostile_or_failing_template_is_a_sentence_without_text(
+    bare: Path, tmp_path: Path, template: str, words: str
+) -> None:
+    file = tmp_path / "t.jinja"
+    file.write_text(template)
+    tokenizer = load_tokenizer(spec(bare, chat_template=str(file)))
+    with pytest.raises(ModelError, match=words) as caught:
+        render(tokenizer, MESSAGES)
+    assert "secret" not in str(caught.value)
