@@ -57,7 +57,7 @@ clean:  ## remove caches and build products; runs/ and .venv stay
 # constraints.txt pins torch too, so no extra can bring another one.
 $(VENV)/.stamp-core: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "fedlm needs Python 3.11 or newer with venv; name it: make PYTHON=/path/to/python"; exit 1; }
-	@echo "Installing fedlm into $(VENV) (with $(PYTHON), about a minute)"
+	@echo "Installing fedlm into $(VENV) (with $(PYTHON), a few minutes)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(INSTALL) -e .
 	@touch $@
