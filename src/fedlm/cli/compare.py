@@ -13,6 +13,8 @@ from fedlm.errors import FedlmError, RunError
 if TYPE_CHECKING:
     from rich.table import Table
 
+HEADS = {"accuracy": "accuracy", "generation_accuracy": "accuracy, generated", "loss": "loss"}
+
 SILO_ROWS = 12
 """Silos that train alone are listed one by one up to this many."""
 
@@ -108,9 +110,16 @@ def tell(outcome: dict[str, Any], folder: Path, page: Path | None) -> None:
     from fedlm.report.format import duration
 
     console = Console(highlight=False)
-    console.print(table_of(outcome["table"]))
-    console.print("Every model was measured after its last round on the same held-out rows of all silos.", style="dim")
-    console.print("Brackets: 95 % intervals. Costs are those of one training; time is summed over silos.", style="dim")
+    if not console.is_terminal:  # a log has no width to fit into
+        console = Console(highlight=False, width=160)
+    for columns in (results_table(outcome["table"]), costs_table(outcome["table"])):
+        console.print(columns)
+        console.print()
+    console.print(
+        "Every model was measured after its last round, on the same held-out rows of all silos. 95 % intervals.\n"
+        "Costs are those of one training; time is training time summed over silos; memory is that of all processes.",
+        style="dim",
+    )
     console.print()
     console.print(outcome["verdict"]["sentence"], style="bold", soft_wrap=True)
     console.print()
@@ -120,39 +129,54 @@ def tell(outcome: dict[str, Any], folder: Path, page: Path | None) -> None:
     console.print(f"took            {duration(outcome['seconds'])}")
 
 
-def table_of(rows: list[dict[str, Any]]) -> Table:
-    """The comparison's rows as a table: kinds of arms, and silos one by one where they are few."""
+def results_table(rows: list[dict[str, Any]]) -> Table:
+    """What each kind of arm reached, and each silo alone where they are few."""
     from rich.table import Table
 
-    from fedlm.report.format import MISSING, count, duration, metric, size
+    from fedlm.report.format import metric, number
 
     table = Table(box=None, header_style="bold", pad_edge=False)
-    measured = [name for name in ("accuracy", "generation_accuracy", "loss") if any(name in row for row in rows)]
-    headline = measured[0] if measured else "loss"
-    heads = {"accuracy": "accuracy", "generation_accuracy": "generated", "loss": "loss"}
-    table.add_column("arm", no_wrap=True)
-    for name in measured:
-        table.add_column(heads[name], justify="right", no_wrap=True)
-    for head in ("perplexity", "worst silo", "steps", "moved", "time", "memory", "tokens/s"):
+    measured = [name for name in HEADS if any(name in row for row in rows)]
+    table.add_column("how it was trained", no_wrap=True)
+    for head in (*[HEADS[name] for name in measured], "perplexity", "worst silo"):
         table.add_column(head, justify="right", no_wrap=True)
-    for row in rows:
-        if row["of"] is not None and sum(other["of"] == row["of"] for other in rows) > SILO_ROWS:
-            continue
-        moved = None if row["bytes_up"] is None else row["bytes_up"] + row["bytes_down"]
-        trained = bool(row["steps"])
+    for row in shown(rows):
+        perplexity, worst = number(row.get("perplexity")), metric(measured[0], row.get(f"worst_{measured[0]}"))
         table.add_row(
-            ("  " if row["of"] else "") + row["arm"],
-            *[_with_interval(name, row) for name in measured],
-            metric("perplexity", row.get("perplexity")),
-            metric(headline, row.get(f"worst_{headline}")),
-            count(row["steps"]),
-            size(moved) if trained else MISSING,
-            duration(row["seconds"]) if trained else MISSING,
-            size(row["peak_pss"]) if trained else MISSING,
-            count(row["tokens_per_second"]) if trained else MISSING,
-            style="bold" if row["kind"] == "federated" else "dim" if row["of"] else None,
+            _label(row), *[_with_interval(name, row) for name in measured], perplexity, worst, style=_style(row)
         )
     return table
+
+
+def costs_table(rows: list[dict[str, Any]]) -> Table:
+    """What one training of each kind cost."""
+    from rich.table import Table
+
+    from fedlm.report.format import count, duration, size
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("what it cost", no_wrap=True)
+    for head in ("steps", "tokens", "bytes up", "bytes down", "time", "memory", "tokens/s"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for row in shown(rows):
+        if row["steps"]:
+            figures = [count(row["steps"]), count(row["tokens"]), size(row["bytes_up"]), size(row["bytes_down"])]
+            figures += [duration(row["seconds"]), size(row["peak_pss"]), count(row["tokens_per_second"])]
+            table.add_row(_label(row), *figures, style=_style(row))
+    return table
+
+
+def shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All rows but those of single silos where these are many."""
+    return [r for r in rows if r["of"] is None or sum(other["of"] == r["of"] for other in rows) <= SILO_ROWS]
+
+
+def _label(row: dict[str, Any]) -> str:
+    return ("  " if row["of"] else "") + str(row["arm"])
+
+
+def _style(row: dict[str, Any]) -> str | None:
+    return "bold" if row["kind"] == "federated" else "dim" if row["of"] else None
 
 
 def _with_interval(name: str, row: dict[str, Any]) -> str:
