@@ -189,6 +189,7 @@ class Silo:
             recipe.evaluation,
             max_length=recipe.training.max_length,
             items=bool(request.fields.get("items", False)),
+            packing=recipe.training.packing,
         )
         return {}, {**counts, "seconds": time.monotonic() - started, "peak_rss": peak_rss()}
 
