@@ -1,0 +1,62 @@
+"""Killed anywhere, resumed exactly: SIGKILL at random moments, resume, and the final bits are the uninterrupted run's."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.federation.conftest import Tiny
+
+DRIVER = Path(__file__).parent / "kill_driver.py"
+
+
+def drive(recipe: Path, root: Path, seed: int, kills: int, *changes: str) -> int:
+    """Run whole and killed; asserts that both end in the same bits. Returns how many kills hit a live run."""
+    sets = [part for change in changes for part in ("--set", change)]
+    done = subprocess.run(
+        [sys.executable, str(DRIVER), str(recipe), str(root), str(seed), str(kills), *sets],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert "adapter/adapter_model.safetensors" in result["whole"]
+    assert result["killed"] == result["whole"]
+    return int(result["hits"])
+
+
+def test_three_kills_of_a_stateful_algorithm(tiny: Tiny, tmp_path: Path) -> None:
+    """SCAFFOLD with kept optimiser moments: every silo holds private state between rounds."""
+    assert drive(tiny.base / "recipe.yaml", tmp_path, 11, 3, "training.keep_optimizer=true") > 0
+
+
+CASES = [
+    *[("scaffold", 1, seed) for seed in range(5)],
+    *[("fedavg", 1, seed) for seed in range(3)],
+    *[("fedadam", 1, seed) for seed in range(3)],
+    *[("fedavgm", 1, seed) for seed in range(3)],
+    *[("scaffold", 2, seed) for seed in range(4)],
+    *[("fedyogi", 2, seed) for seed in range(2)],
+]
+
+
+@pytest.mark.slow
+def test_twenty_of_twenty(tiny: Tiny, tmp_path: Path) -> None:
+    """Twenty killed runs, two kills each: state in the silos, at the server, in neither; one process and two workers."""
+    assert len(CASES) == 20
+    hits = 0
+    for algorithm, workers, seed in CASES:
+        changes = [f"federation.algorithm.name={algorithm}", f"federation.workers={workers}"]
+        if seed % 2:
+            changes.append("training.keep_optimizer=true")
+        root = tmp_path / f"{algorithm}-{workers}-{seed % 2}"
+        root.mkdir(exist_ok=True)
+        hits += drive(tiny.base / "recipe.yaml", root, seed, 2, *changes)
+    assert hits >= 20, "the kills must hit live runs to prove anything"
