@@ -111,12 +111,13 @@ class RunFacts:
         return found
 
     def before_after(self) -> tuple[Json, Json, str]:
-        """Held-out results of the base and the final model, and on which rows: the test set, else validation."""
+        """Held-out results of the base and the best model, and on which rows: the test set, else validation."""
         base, final = self.evaluation.get("base") or {}, self.evaluation.get("final") or {}
         if final:
             return base, final, "test"
-        validated = [line["validation"] for line in self.rounds if line.get("validation")]
-        return self.base_validation, (validated[-1] if validated else {}), "validation"
+        validated = {line["round"]: line["validation"] for line in self.rounds if line.get("validation")}
+        last = validated[max(validated)] if validated else {}
+        return self.base_validation, validated.get(self.run.get("best_round"), last), "validation"
 
 
 def metric_keys(many: Iterable[Json]) -> list[str]:

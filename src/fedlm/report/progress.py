@@ -74,6 +74,7 @@ class Tally:
         elif kind == "round_started":
             self._start_round(int(event["round"]), event.get("sampled", []), now)
         elif kind == "silo_started" and self.rounds and not self.finished:
+            self.phase = ""
             self.active[silo] = ActiveSilo(str(event.get("verb", "")))
         elif kind == "step":
             self._step(silo, event)

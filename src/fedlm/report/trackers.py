@@ -5,6 +5,7 @@ A tracker sees numbers and the recipe, never text. `Tracking` makes trackers an 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -72,6 +73,8 @@ class MLflow:
             from mlflow.tracking import MlflowClient
         except ImportError as error:
             raise MissingExtra("tracker 'mlflow'", "trackers") from error
+        for noisy in ("mlflow.store.db.utils", "alembic"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)  # it tells of every table that it makes
         self._client_class, self._metric, self._param = MlflowClient, Metric, Param
         self._client: Any = None
         self._run_id = ""
