@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny random Llama with a real byte-level tokenizer and a chat template, saved like any model folder."""
+"""Shared fixtures: a tiny random Llama with a byte-level tokenizer and a chat template, saved like any model folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHATML = (
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random 2-layer Llama (vocabulary 512, hidden 64) in fp32 safetensors and a byte-level BPE tokenizer."""
+    """A folder with a random 2-layer Llama (vocabulary 512, hidden 64) in fp32, and a byte-level BPE tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -30,7 +30,10 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=512,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     words = "the patient was given a dose of medicine and the bank lent money to the school for science books"
     tokenizer.train_from_iterator([words, words.title(), "question answer user assistant system"] * 20, trainer)

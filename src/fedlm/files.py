@@ -77,4 +77,5 @@ def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None 
 
 
 def read_tensors(path: Path) -> Tensors:
-    return safetensors.torch.load_file(path)
+    tensors: Tensors = safetensors.torch.load_file(path)
+    return tensors
