@@ -112,9 +112,11 @@ def test_failed_download_says_why_and_what_to_do_behind_a_mirror(index: Path) ->
 def test_sdist_is_never_built_but_may_be_laid_into_the_cache(index: Path, tmp_path: Path) -> None:
     source = tmp_path / "evil-1.0"
     source.mkdir()
-    (source / "setup.py").write_text(
-        f"open({str(tmp_path / 'ran')!r}, 'w')\nimport setuptools; setuptools.setup(name='evil', version='1.0')"
+    (source / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: evil\nVersion: 1.0\n")
+    (source / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
     )
+    (source / "backend.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     archive = index / "evil-1.0.tar.gz"
     subprocess.run(["tar", "czf", archive, "-C", tmp_path, "evil-1.0"], check=True)
     with pytest.raises(PackageError, match="by hand"):

@@ -133,9 +133,11 @@ def test_shards_hold_few_labels() -> None:
 
 
 def test_natural_leaves_small_groups_out_and_keeps_the_largest() -> None:
-    groups = ["big"] * 9 + ["mid"] * 5 + ["small"] * 3 + ["tiny"]
+    groups = ["tiny"] + ["big"] * 9 + ["mid"] * 5 + ["small"] * 3
     table = rows(["x"] * len(groups), groups)
-    assert list(deal(table, spec("natural", by="g", min_rows=2), 0)) == ["big", "mid", "small"]
+    dealt = deal(table, spec("natural", by="g", min_rows=2), 0)
+    held = {name: [groups[i] for i in part] for name, part in dealt.items()}
+    assert held == {"big": ["big"] * 9, "mid": ["mid"] * 5, "small": ["small"] * 3}
     assert list(deal(table, spec("natural", by="g", max_silos=2), 0)) == ["big", "mid"]
     with pytest.raises(DataError, match="none of the 4 groups by 'g' has min_rows: 10"):
         deal(table, spec("natural", by="g", min_rows=10), 0)
