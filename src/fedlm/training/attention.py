@@ -17,10 +17,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from fedlm.errors import ModelError
-from fedlm.training.packing import Packed, pack
+from fedlm.training.packing import Grid, Packed, pack
+from fedlm.training.short_attention import short_attention, visible
 from fedlm.training.tasks.base import Encoded
 
 NAME = "fedlm_packed"
+SHORT = 1024
+"""On a CPU, rows up to this long attend by plain matrix products: several times faster than torch's fused kernel, whose
+bf16 backward is slow there, and at this length the scores still fit in memory."""
 _FIX = "set `training.packing: false`"
 
 
@@ -41,35 +45,38 @@ def packed_attention(
     unknown = [name for name in ("softcap", "s_aux", "position_bias", "cache") if others.get(name) is not None]
     if unknown:
         raise ModelError(f"packed attention does not know this model's {', '.join(unknown)}", fix=_FIX)
-    q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)  # [T, heads, d]
-    groups = q.shape[1] // k.shape[1]
-    parts = []
-    for index, grid in enumerate(packed.grids):
-        mask = _mask(packed, index, sliding_window)
-        kk, vv = k[grid.keys].transpose(1, 2), v[grid.keys].transpose(1, 2)  # [n, kv heads, K, d]
-        if groups > 1:
-            kk, vv = kk.repeat_interleave(groups, 1), vv.repeat_interleave(groups, 1)
-        out = scaled_dot_product_attention(
-            q[grid.queries].transpose(1, 2), kk, vv, attn_mask=mask, scale=scaling, dropout_p=dropout
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, d]
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    longest = max(len(g.ancestors) + g.length for g in packed.grids)
+    if q.device.type == "cpu" and dropout == 0.0 and longest <= SHORT:
+        return short_attention(q, k, v, packed.grids, scale, sliding_window)[None], None
+    return _sdpa(q, k, v, packed.grids, scale, sliding_window, dropout)[None], None
+
+
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, grids: list[Grid], scale: float, window: int | None, dropout: float
+) -> Tensor:
+    """torch's fused attention, grid by grid: [T, heads, d]."""
+    out = torch.empty_like(q)
+    parts, rows = [], []
+    for grid in grids:
+        n, wide, before = grid.segments, grid.length, len(grid.ancestors)
+        keys = torch.cat([grid.ancestors.expand(n, before), grid.rows.view(n, wide)], 1)
+        mask = None if before == 0 and window is None else visible(wide, before, window, q.device)
+        part = scaled_dot_product_attention(
+            q[grid.rows].view(n, wide, *q.shape[1:]).transpose(1, 2),
+            k[keys].transpose(1, 2),
+            v[keys].transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            dropout_p=dropout,
+            enable_gqa=q.shape[1] != k.shape[1],
         )
-        parts.append(out.transpose(1, 2).flatten(0, 1)[grid.valid])
-    if len(parts) == 1:
-        result, rows = parts[0], packed.grids[0].rows
-    else:
-        result, rows = torch.cat(parts), torch.cat([g.rows for g in packed.grids])
-    back = torch.empty_like(rows)
-    back[rows] = torch.arange(len(rows), device=rows.device)
-    return result[back][None], None
-
-
-def _mask(packed: Packed, index: int, window: int | None) -> Tensor:
-    grid = packed.grids[index]
-    if window is None:
-        return grid.mask
-    slot = (index, window, torch.bool)
-    if slot not in packed.masks:
-        packed.masks[slot] = grid.mask & (grid.distance < window)
-    return packed.masks[slot]
+        part = part.transpose(1, 2).flatten(0, 1)
+        parts.append(part if grid.valid is None else part[grid.valid])
+        rows.append(grid.rows if grid.valid is None else grid.rows[grid.valid])
+    return out.index_copy(0, torch.cat(rows), torch.cat(parts))
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -21,6 +21,7 @@ from fedlm.training.attention import causal_model, packed
 from fedlm.training.batches import batches, steps_per_round
 from fedlm.training.encode import TokenSet
 from fedlm.training.forward import by_tokens, model_device, padded_nll, precision, target_nll
+from fedlm.training.fused_lora import fused_lora
 from fedlm.training.packing import pack
 from fedlm.training.schedule import learning_rate
 from fedlm.training.tasks.base import Encoded
@@ -159,8 +160,13 @@ def batch_nll(model: Module, examples: list[Encoded], spec: TrainingSpec, device
     """Negative log-likelihood of every target of one forward pass."""
     with precision(model):
         if spec.packing:
-            return target_nll(model, pack(examples).to(device))
+            return target_nll(model, pack(examples, share=not drops(model)).to(device))
         return padded_nll(model, examples)
+
+
+def drops(model: Module) -> bool:
+    """Whether dropout is on: then a shared beginning must not be computed once, or its examples would drop alike."""
+    return any(isinstance(m, torch.nn.Dropout) and m.p > 0 and m.training for m in model.modules())
 
 
 def micro_batches(examples: list[Encoded], spec: TrainingSpec) -> Iterator[list[Encoded]]:
@@ -194,6 +200,7 @@ def training_mode(model: Module, spec: TrainingSpec) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(packed(model) if spec.packing else nullcontext())
         model.train()
+        stack.enter_context(fused_lora(model))
         stack.callback(model.train, was_training)
         if spec.gradient_checkpointing:
             inner.activation_checkpointing_enable({"use_reentrant": False})

@@ -8,7 +8,7 @@ state depends on its ancestors alone, so every sequence gets exactly the logits 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,25 +21,32 @@ MIN_SHARED = 8
 """A common beginning shorter than this is computed for each sequence: splitting it off costs more than it saves."""
 
 WASTE = 1.3
-"""Segments attend together, padded to a grid, while the grid has at most this many times the cells it needs."""
+"""Segments attend together, padded to one length, while that computes at most this many times the cells they need."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Segments that attend in one call: row numbers of their queries and keys, padded, and who may see whom."""
+    """Segments with the same ancestors that attend in one call, padded to one length Q.
 
-    queries: Tensor
-    """int64 [n, Q]: rows of the packed batch; padding repeats row 0 and its result is dropped."""
-    keys: Tensor
-    """int64 [n, K]: ancestors' rows, then the segment's own."""
-    valid: Tensor
-    """int64 [tokens of these segments]: where in the flattened [n * Q] the real queries are."""
+    Query i of a segment sees all P ancestors and the segment's keys 0..i, so one causal mask [Q, P + Q] serves all, and
+    padding at the end is in everyone's future.
+    """
+
+    ancestors: Tensor
+    """int64 [P]: rows of the packed batch."""
     rows: Tensor
-    """int64 [tokens of these segments]: the rows those queries came from."""
-    mask: Tensor
-    """bool [n, 1, Q, K]"""
-    distance: Tensor
-    """int64 [n, 1, Q, K]: query position minus key position, for sliding windows."""
+    """int64 [n * Q]: the segments' rows; padding repeats a segment's first row."""
+    valid: Tensor | None
+    """int64 [tokens]: where in `rows` the real ones are; None when all are."""
+    segments: int
+
+    @property
+    def length(self) -> int:
+        return len(self.rows) // self.segments
+
+    def to(self, device: torch.device) -> Grid:
+        valid = None if self.valid is None else self.valid.to(device)
+        return Grid(self.ancestors.to(device), self.rows.to(device), valid, self.segments)
 
 
 @dataclass
@@ -60,12 +67,11 @@ class Packed:
     sequences: int
     tokens: int
     """Tokens of all sequences, shared ones counted for each: at least T."""
-    masks: dict[tuple[int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Packed:
         if device.type == "cpu":
             return self
-        moved = [Grid(**{k: v.to(device, non_blocking=True) for k, v in vars(g).items()}) for g in self.grids]
+        moved = [grid.to(device) for grid in self.grids]
         names = ("ids", "positions", "predictors", "targets", "owners")
         tensors = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
         return Packed(**tensors, grids=moved, sequences=self.sequences, tokens=self.tokens)
@@ -153,41 +159,33 @@ def _common(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
 
 
 def _groups(segments: list[_Segment]) -> list[list[_Segment]]:
-    """Segments of similar size together, so that their padded grid wastes little."""
+    """Children of one parent together, of similar length, so that padding wastes little."""
     groups: list[list[_Segment]] = []
-    needed = queries = keys = 0
-    for segment in sorted(segments, key=lambda s: (-len(s.ancestors) - len(s.tokens), -len(s.tokens), s.start)):
+    needed = 0
+
+    def kin(s: _Segment) -> tuple[int, int]:
+        return (len(s.ancestors), int(s.ancestors[-1]) if len(s.ancestors) else -1)
+
+    for segment in sorted(segments, key=lambda s: (kin(s), -len(s.tokens), s.start)):
         q, k = len(segment.tokens), len(segment.ancestors) + len(segment.tokens)
-        wide, tall = max(queries, q), max(keys, k)
-        if groups and (len(groups[-1]) + 1) * wide * tall <= WASTE * (needed + q * k):
-            groups[-1].append(segment)
-            needed, queries, keys = needed + q * k, wide, tall
-        else:
-            groups.append([segment])
-            needed, queries, keys = q * k, q, k
+        if groups and kin(groups[-1][0]) == kin(segment):
+            wide = len(groups[-1][0].tokens)
+            if (len(groups[-1]) + 1) * wide * (k - q + wide) <= WASTE * (needed + q * k):
+                groups[-1].append(segment)
+                needed += q * k
+                continue
+        groups.append([segment])
+        needed = q * k
     return groups
 
 
 def _grid(segments: list[_Segment]) -> Grid:
-    n = len(segments)
-    wide = max(len(s.tokens) for s in segments)
-    tall = max(len(s.ancestors) + len(s.tokens) for s in segments)
-    queries, keys = np.zeros((n, wide), np.int64), np.zeros((n, tall), np.int64)
-    query_position = np.zeros((n, wide), np.int64)
-    key_position = np.full((n, tall), np.iinfo(np.int32).max, np.int64)  # padding lies in everyone's future
-    valid = np.zeros((n, wide), np.bool_)
-    for i, s in enumerate(segments):
-        q, k = len(s.tokens), len(s.ancestors) + len(s.tokens)
-        queries[i, :q], valid[i, :q] = s.rows, True
-        keys[i, :k] = np.concatenate([s.ancestors, s.rows])
-        query_position[i, :q] = s.position + np.arange(q)
-        key_position[i, :k] = np.arange(k)
-    distance = query_position[:, :, None] - key_position[:, None, :]
+    wide = len(segments[0].tokens)
+    rows = np.stack([np.where(np.arange(wide) < len(s.tokens), s.start + np.arange(wide), s.start) for s in segments])
+    real = np.arange(wide) < np.array([[len(s.tokens)] for s in segments])
     return Grid(
-        queries=torch.from_numpy(queries),
-        keys=torch.from_numpy(keys),
-        valid=torch.from_numpy(np.flatnonzero(valid.reshape(-1))),
-        rows=torch.from_numpy(queries[valid]),
-        mask=torch.from_numpy(distance >= 0)[:, None],
-        distance=torch.from_numpy(distance)[:, None],
+        ancestors=torch.from_numpy(segments[0].ancestors),
+        rows=torch.from_numpy(rows.reshape(-1)),
+        valid=None if real.all() else torch.from_numpy(np.flatnonzero(real)),
+        segments=len(segments),
     )
