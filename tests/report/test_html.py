@@ -12,7 +12,7 @@ import pytest
 
 from fedlm.errors import RunError
 from fedlm.report.facts import read_run
-from fedlm.report.html import page, write_report
+from fedlm.report.html import figure, page, write_report
 from fedlm.report.plots import BARS, LINES
 from fedlm.report.summary import summary_json, summary_lines
 
@@ -161,8 +161,8 @@ def test_ten_thousand_silos_give_a_page_of_the_same_size(make_run: Any) -> None:
     run = make_run(silos=10_000, sample=50, rounds=3, accuracy=False)
     html = page(read_run(run))
     assert len(html) < 5_500_000
-    for figure in outline(html).figures:
-        assert len(figure["data"]) <= max(LINES, BARS)
+    for drawn in outline(html).figures:
+        assert len(drawn["data"]) <= max(LINES, BARS)
     assert "10,000 silos" in words(html)
 
 
@@ -179,3 +179,9 @@ def test_the_terminal_summary_is_a_small_table(make_run: Any) -> None:
     assert "1 failure" in lines[-1]
     value = summary_json(read_run(make_run()))
     assert value["held_out"]["final"]["accuracy"] == 0.84 and "silos" not in value["held_out"]["final"]
+
+
+def test_a_figure_cannot_end_its_own_script() -> None:
+    html = figure({"data": [{"name": "</script><b>"}], "layout": {"height": 9}}, "title")
+    assert html.count("</script>") == 1
+    assert outline(html).figures[0]["data"][0]["name"] == "</script><b>"

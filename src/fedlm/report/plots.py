@@ -155,8 +155,9 @@ def by_silo(
         return None
     data: list[dict[str, Any]] = []
     if len(series) <= LINES:
-        for i, (name, points) in enumerate(sorted(series.items())):
-            data.append(_line(safe(name), [x for x, _ in points], [v for _, v in points], i))
+        colour = {name: i for i, name in enumerate(facts.silos())}  # the same in every figure
+        for name, points in sorted(series.items()):
+            data.append(_line(safe(name), [x for x, _ in points], [v for _, v in points], colour.get(name, 0)))
     else:
         data += _band(series)
     if whole:

@@ -228,11 +228,11 @@ class Progress:
     def _arm_lines(self, event: Event, tally: Tally, *, new_arm: bool) -> Iterator[str]:
         """Arms run side by side, so every line names its own; most of an arm's rounds aren't validated and get none."""
         name = f"[cyan]{escape(tally.arm):<24}[/cyan] "
-        if event["kind"] == "round_done" and event.get("validation"):
+        if event["kind"] == "round_done" and event.get("validation") and (tally.silos > 1 or event["round"] >= 0):
             yield name + self._round_line(event, tally)
         elif event["kind"] == "run_started" and new_arm:
             yield f"{name}{plural(tally.rounds, 'round')} over {plural(tally.silos, 'silo')}"
-        elif event["kind"] == "phase" and self.live is None:
+        elif event["kind"] == "phase" and self.live is None and tally.silos != 1:
             yield f"{name}{escape(tally.phase)} …"
 
     def _round_line(self, event: Event, tally: Tally) -> str:
@@ -248,10 +248,10 @@ class Progress:
                     f"validation {metric_name(key)} {metric(key, validation[key])}" + (" (best)" if best else "")
                 )
         sampled, replied = event.get("sampled") or [], event.get("replied") or []
-        if index >= 0 and sampled:
+        if index >= 0 and tally.silos > 1:
             parts.append(f"{len(replied)}/{len(sampled)} silos")
         moved = [event.get("bytes_up"), event.get("bytes_down")]
-        if index >= 0 and all(is_number(b) for b in moved):
+        if index >= 0 and tally.silos > 1 and all(is_number(b) for b in moved):
             parts.append(f"↑{size(moved[0])} ↓{size(moved[1])}")
         if is_number(event.get("seconds")):
             parts.append(duration(event["seconds"]))
