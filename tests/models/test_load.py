@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import shutil
 import zipfile
 from pathlib import Path
@@ -18,7 +17,7 @@ import fedlm.models.gguf
 import fedlm.models.load
 from fedlm.errors import FedlmError, ModelError
 from fedlm.models import folders
-from fedlm.models.load import load_base, load_tokenizer, located, pick_device, resolve
+from fedlm.models.load import load_base, load_tokenizer, located, pick_device, resolve, share
 
 from .helpers import spec
 from .tiny_gguf import write_gguf
@@ -267,26 +266,30 @@ def test_a_full_disk_is_a_sentence(tmp_path: Path) -> None:
         folders.build_once(tmp_path / "x", full, what="the model")
 
 
-def _mapped(folder: Path, pipe: object) -> None:
-    model = load_base(spec(folder))
-    with open("/proc/self/smaps") as maps:  # noqa: PTH123
-        lines = maps.read().splitlines()
-    ranges = [
-        tuple(int(x, 16) for x in line.split()[0].split("-"))
-        for line in lines
-        if line.endswith(str(folder / "model.safetensors"))
-    ]
-    inside = all(any(a <= p.data_ptr() < b for a, b in ranges) for p in model.parameters())
-    pipe.send(inside)  # type: ignore[attr-defined]
+def in_file(model: torch.nn.Module, file: Path) -> bool:
+    """Whether every parameter lies in a mapping of the file, whose pages all processes share until one writes."""
+    lines = [x for x in Path("/proc/self/smaps").read_text().splitlines() if x.endswith(str(file))]
+    ranges = [tuple(int(x, 16) for x in line.split()[0].split("-")) for line in lines]
+    return all(any(a <= p.data_ptr() < b for a, b in ranges) for p in model.parameters())
 
 
-def test_weights_stay_mapped_from_the_file(tiny_model_dir: Path) -> None:
-    """Parameters that lie in a private mapping of the file are shared page by page between processes."""
-    if not Path("/proc/self/smaps").exists():
-        pytest.skip("needs Linux")
-    receive, send = multiprocessing.Pipe()
-    _mapped(tiny_model_dir, send)
-    assert receive.recv()
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
+def test_weights_are_mapped_from_the_file(tiny_model_dir: Path) -> None:
+    file = tiny_model_dir / "model.safetensors"
+    model = load_base(spec(tiny_model_dir))
+    assert in_file(model, file)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    assert not in_file(model, file)
+    assert share(model, tiny_model_dir) == sum(p.nbytes for p in model.parameters())
+    assert in_file(model, file)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_only_equal_tensors_are_shared(tiny_model_dir: Path) -> None:
+    model = load_base(spec(tiny_model_dir)).to(torch.bfloat16)
+    assert share(model, tiny_model_dir) == 0
+    assert model.dtype == torch.bfloat16
 
 
 # ------------------------------------------------------------------------------------------------ devices

@@ -55,7 +55,7 @@ def save_adapter(folder: Path, tensors: Tensors, recipe: Recipe) -> None:
 
 def _config_of(model: nn.Module, recipe: Recipe) -> dict[str, Any]:
     """adapter_config.json as PEFT writes it for inference, with sorted lists so that equal adapters are equal bytes."""
-    config: dict[str, Any] = model.peft_config["default"].to_dict()  # type: ignore[union-attr,index,operator]
+    config: dict[str, Any] = model.peft_config["default"].to_dict()  # type: ignore[union-attr,index]
     name, revision = base_name(recipe.model)
     config |= {"base_model_name_or_path": name, "revision": revision, "inference_mode": True}
     return {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
