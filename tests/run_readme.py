@@ -70,6 +70,10 @@ def main() -> int:
         if not options.list:
             copy_tree(folder)
         venv = Path(sys.prefix)
+        # else `make` in the copy would install, and this environment would point to the copy from then on
+        target = f"{venv}/.stamp-dev"
+        if not options.list and subprocess.run(["make", "--question", f"VENV={venv}", target], cwd=ROOT).returncode:
+            raise SystemExit("the environment is not up to date: run `make setup` first")
         environment = os.environ | {"PATH": f"{venv / 'bin'}{os.pathsep}{os.environ['PATH']}", "VENV": str(venv)}
         for block in found:
             title = f"{options.readme.name}:{block.line}"
