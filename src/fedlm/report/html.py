@@ -37,7 +37,7 @@ ROWS = 40
 """A table of failures or silos shows this many rows and says how many it left out."""
 
 
-COSTS = ("steps", "tokens", "bytes up", "bytes down", "training time", "peak memory")
+COSTS = ("steps", "tokens", "tokens/s", "bytes up", "bytes down", "training time", "peak memory")
 
 
 def write_report(run_dir: Path) -> Path:
@@ -123,12 +123,12 @@ def card(name: str, value: str, note: str = "", *, main: bool = False) -> str:
     return f'<div class="card{chosen}"><span>{e(name)}</span><b>{e(value)}</b><span>{e(note)}</span></div>'
 
 
-def with_interval(key: str, found: Estimate | None) -> str:
-    """`84.0 % [76.8, 91.2]`."""
+def with_interval(key: str, found: Estimate | None, between: str = " ") -> str:
+    """`84.0 % [76.8, 91.2]`; with a line feed between where columns are many."""
     if found is None:
         return MISSING
     value = metric(key, found.value)
-    return value + (f" {_interval(key, found)}" if found.low is not None else "")
+    return value + (f"{between}{_interval(key, found)}" if found.low is not None else "")
 
 
 def _interval(key: str, found: Estimate) -> str:
@@ -201,19 +201,20 @@ def _comparison(facts: RunFacts) -> str:
     if not groups:
         return ""
     keys = metric_keys(group.row for group in groups)
-    shown = [k for k in keys if k != "perplexity"][:2]
+    keys = [k for k in keys if k != "perplexity"]  # it says what the loss says
+    shown = keys[:2]
     figures = [figure(plots.comparison(groups, k), metric_name(k).capitalize()) for k in shown]
     head = ["how it was trained", *[metric_name(k) for k in keys], *COSTS]
     rows, main = [], []
     for group in groups:
-        values = [with_interval(k, group.estimate(k)) for k in keys]
+        values = [with_interval(k, group.estimate(k), "\n") for k in keys]
         rows.append([_group_label(group), *values, *_cost_cells(group.row.get)])
         main.append(group.key == "federated")
     each = [
         [
             arm.get("arm"),
             arm.get("seed"),
-            *[with_interval(k, estimate(arm.get("metrics") or {}, k)) for k in keys],
+            *[with_interval(k, estimate(arm.get("metrics") or {}, k), "\n") for k in keys],
             *_cost_cells((arm.get("cost") or {}).get),
         ]
         for group in groups
@@ -257,6 +258,7 @@ def _cost_cells(cost: Any) -> list[str]:
     return [
         count(cost("steps")),
         count(cost("tokens")),
+        count(cost("tokens_per_second")),
         size(cost("bytes_up")),
         size(cost("bytes_down")),
         duration(cost("seconds")),
