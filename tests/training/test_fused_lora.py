@@ -14,6 +14,7 @@ from torch import Tensor
 from fedlm.training.attention import packed
 from fedlm.training.forward import padded_nll, precision, target_nll
 from fedlm.training.fused_lora import fused_lora
+from fedlm.training.fused_norm import _RMSNorm, fused_norms
 from fedlm.training.packing import pack
 from fedlm.training.tasks.base import Encoded
 from tests.training.helpers import learnt
@@ -118,3 +119,47 @@ def test_siblings_called_with_other_inputs_are_computed_apart(adapted: Any) -> N
             found = mlp.gate_proj(x), mlp.up_proj(y), mlp.up_proj(x), mlp.gate_proj(x)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+# norms
+
+
+def test_fused_norms_give_the_same_bits_forward_and_the_same_gradient(adapted: Any, sequences: list[Encoded]) -> None:
+    with packed(adapted):
+        expected = target_nll(adapted, pack(sequences))
+        expected.sum().backward()
+        truth = {n: p.grad.clone() for n, p in learnt(adapted).items()}
+        adapted.zero_grad()
+        with fused_norms(adapted) as count:
+            assert count == 5
+            nll = target_nll(adapted, pack(sequences))
+            nll.sum().backward()
+    assert torch.equal(nll, expected)
+    assert max(distance(p.grad, truth[n]) for n, p in learnt(adapted).items()) < 1e-5
+
+
+def test_norm_gradient_is_autograds() -> None:
+    x, weight = torch.randn(3, 8), torch.randn(8)
+
+    wide = x.clone().requires_grad_()
+    plain = weight * wide * (wide.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
+    (expected,) = torch.autograd.grad(plain.pow(3).sum(), wide)
+    x.requires_grad_()
+    (found,) = torch.autograd.grad(_RMSNorm.apply(x, weight, 1e-6).pow(3).sum(), x)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_norm_that_scales_differently_keeps_its_own() -> None:
+    class ShiftedRMSNorm(torch.nn.Module):
+        """As Gemma's: multiplies by 1 + w."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(8), requires_grad=False)
+            self.variance_epsilon = 1e-6
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (1 + self.weight) * x * (x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+
+    with fused_norms(torch.nn.Sequential(ShiftedRMSNorm())) as count:
+        assert count == 0

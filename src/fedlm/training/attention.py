@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from fedlm.errors import ModelError
-from fedlm.training.packing import Grid, Packed, pack
+from fedlm.training.packing import Packed, pack
 from fedlm.training.short_attention import short_attention, visible
 from fedlm.training.tasks.base import Encoded
 
@@ -49,17 +49,14 @@ def packed_attention(
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     longest = max(len(g.ancestors) + g.length for g in packed.grids)
     if q.device.type == "cpu" and dropout == 0.0 and longest <= SHORT:
-        return short_attention(q, k, v, packed.grids, scale, sliding_window)[None], None
-    return _sdpa(q, k, v, packed.grids, scale, sliding_window, dropout)[None], None
+        return short_attention(q, k, v, packed, scale, sliding_window)[None], None
+    return _sdpa(q, k, v, packed, scale, sliding_window, dropout)[None], None
 
 
-def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, grids: list[Grid], scale: float, window: int | None, dropout: float
-) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, batch: Packed, scale: float, window: int | None, dropout: float) -> Tensor:
     """torch's fused attention, grid by grid: [T, heads, d]."""
-    out = torch.empty_like(q)
-    parts, rows = [], []
-    for grid in grids:
+    parts = []
+    for grid in batch.grids:
         n, wide, before = grid.segments, grid.length, len(grid.ancestors)
         keys = torch.cat([grid.ancestors.expand(n, before), grid.rows.view(n, wide)], 1)
         mask = None if before == 0 and window is None else visible(wide, before, window, q.device)
@@ -73,10 +70,8 @@ def _sdpa(
             dropout_p=dropout,
             enable_gqa=q.shape[1] != k.shape[1],
         )
-        part = part.transpose(1, 2).flatten(0, 1)
-        parts.append(part if grid.valid is None else part[grid.valid])
-        rows.append(grid.rows if grid.valid is None else grid.rows[grid.valid])
-    return out.index_copy(0, torch.cat(rows), torch.cat(parts))
+        parts.append(part.transpose(1, 2).flatten(0, 1))
+    return torch.cat(parts)[batch.places]
 
 
 AttentionInterface.register(NAME, packed_attention)

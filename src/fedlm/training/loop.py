@@ -22,6 +22,7 @@ from fedlm.training.batches import batches, steps_per_round
 from fedlm.training.encode import TokenSet
 from fedlm.training.forward import by_tokens, model_device, padded_nll, precision, target_nll
 from fedlm.training.fused_lora import fused_lora
+from fedlm.training.fused_norm import fused_norms
 from fedlm.training.packing import pack
 from fedlm.training.schedule import learning_rate
 from fedlm.training.tasks.base import Encoded
@@ -201,6 +202,8 @@ def training_mode(model: Module, spec: TrainingSpec) -> Iterator[None]:
         stack.enter_context(packed(model) if spec.packing else nullcontext())
         model.train()
         stack.enter_context(fused_lora(model))
+        if model_device(model).type == "cpu":
+            stack.enter_context(fused_norms(model))
         stack.callback(model.train, was_training)
         if spec.gradient_checkpointing:
             inner.activation_checkpointing_enable({"use_reentrant": False})

@@ -8,7 +8,7 @@ state depends on its ancestors alone, so every sequence gets exactly the logits 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -36,8 +36,10 @@ class Grid:
     """int64 [P]: rows of the packed batch."""
     rows: Tensor
     """int64 [n * Q]: the segments' rows; padding repeats a segment's first row."""
-    valid: Tensor | None
-    """int64 [tokens]: where in `rows` the real ones are; None when all are."""
+    valid: Tensor
+    """int64 [tokens]: where in `rows` the real ones are."""
+    padding: Tensor
+    """int64: where in `rows` the others are."""
     segments: int
 
     @property
@@ -45,8 +47,8 @@ class Grid:
         return len(self.rows) // self.segments
 
     def to(self, device: torch.device) -> Grid:
-        valid = None if self.valid is None else self.valid.to(device)
-        return Grid(self.ancestors.to(device), self.rows.to(device), valid, self.segments)
+        names = ("ancestors", "rows", "valid", "padding")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 @dataclass
@@ -64,6 +66,8 @@ class Packed:
     owners: Tensor
     """int64 [M]: the sequence each target belongs to."""
     grids: list[Grid]
+    places: Tensor
+    """int64 [T]: where each row is in the grids' rows laid end to end."""
     sequences: int
     tokens: int
     """Tokens of all sequences, shared ones counted for each: at least T."""
@@ -72,9 +76,8 @@ class Packed:
         if device.type == "cpu":
             return self
         moved = [grid.to(device) for grid in self.grids]
-        names = ("ids", "positions", "predictors", "targets", "owners")
-        tensors = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return Packed(**tensors, grids=moved, sequences=self.sequences, tokens=self.tokens)
+        names = ("ids", "positions", "predictors", "targets", "owners", "places")
+        return replace(self, grids=moved, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 @dataclass
@@ -139,6 +142,11 @@ def pack(sequences: Sequence[Encoded], *, share: bool = True) -> Packed:
         predictors.append(paths[i][where - 1])
         targets.append(sequence.ids[where].astype(np.int64))
         owners.append(np.full(len(where), i, np.int64))
+    grids = [_grid(group) for group in _groups(segments)]
+    starts = np.cumsum([0, *(len(g.rows) for g in grids)])
+    places = np.empty(total, np.int64)
+    for start, grid in zip(starts, grids, strict=False):
+        places[grid.rows[grid.valid].numpy()] = start + grid.valid.numpy()
     positions = np.concatenate([s.position + np.arange(len(s.tokens)) for s in segments])
     return Packed(
         ids=torch.from_numpy(np.concatenate([s.tokens for s in segments]).astype(np.int64))[None],
@@ -146,7 +154,8 @@ def pack(sequences: Sequence[Encoded], *, share: bool = True) -> Packed:
         predictors=torch.from_numpy(np.concatenate(predictors)),
         targets=torch.from_numpy(np.concatenate(targets)),
         owners=torch.from_numpy(np.concatenate(owners)),
-        grids=[_grid(group) for group in _groups(segments)],
+        grids=grids,
+        places=torch.from_numpy(places),
         sequences=len(sequences),
         tokens=sum(len(s) for s in sequences),
     )
@@ -186,6 +195,7 @@ def _grid(segments: list[_Segment]) -> Grid:
     return Grid(
         ancestors=torch.from_numpy(segments[0].ancestors),
         rows=torch.from_numpy(rows.reshape(-1)),
-        valid=None if real.all() else torch.from_numpy(np.flatnonzero(real)),
+        valid=torch.from_numpy(np.flatnonzero(real)),
+        padding=torch.from_numpy(np.flatnonzero(~real)),
         segments=len(segments),
     )

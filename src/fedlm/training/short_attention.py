@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlm.training.packing import Grid
+from fedlm.training.packing import Grid, Packed
 
 
 @lru_cache(maxsize=64)
@@ -32,9 +32,9 @@ def _hidden(length: int, before: int, window: int | None) -> Tensor:
     return torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))
 
 
-def short_attention(q: Tensor, k: Tensor, v: Tensor, grids: list[Grid], scale: float, window: int | None) -> Tensor:
+def short_attention(q: Tensor, k: Tensor, v: Tensor, batch: Packed, scale: float, window: int | None) -> Tensor:
     """q [T, heads, d], k and v [T, kv heads, d] -> [T, heads, d]."""
-    return _ShortAttention.apply(q, k, v, grids, scale, window)  # type: ignore[no-any-return,no-untyped-call]
+    return _ShortAttention.apply(q, k, v, batch, scale, window)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _ShortAttention(torch.autograd.Function):
@@ -42,62 +42,75 @@ class _ShortAttention(torch.autograd.Function):
     dq = scale dS k,  dk = scale dS' q. Ancestors' dk and dv are summed over the segments that see them."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, grids: list[Grid], scale: float, window: int | None
-    ) -> Tensor:
-        out = torch.empty(q.shape, dtype=q.dtype)
-        saved = []
-        for grid in grids:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, batch: Packed, scale: float, window: int | None) -> Tensor:
+        outs, saved = _Rows(batch, q), []
+        for grid in batch.grids:
             qs, ks, vs = _queries(q, grid, k.shape[1]), _keys(k, grid), _keys(v, grid)
             scores = torch.bmm(qs.float(), ks.float().transpose(1, 2)).mul_(scale)
             cells = scores.view(len(scores), -1, grid.length, ks.shape[1])
             cells += _hidden(grid.length, len(grid.ancestors), window)
             p = torch.softmax(scores, -1).to(q.dtype)
-            _put(out, torch.bmm(p, vs), grid, k.shape[1])
+            outs.put(torch.bmm(p, vs).view(k.shape[1], grid.segments, -1, grid.length, q.shape[2]))
             saved += [qs, ks, vs, p]
         ctx.save_for_backward(*saved)
-        ctx.grids, ctx.scale, ctx.shapes = grids, scale, (q.shape, k.shape)
-        return out
+        ctx.batch, ctx.scale, ctx.kv_heads = batch, scale, k.shape[1]
+        return outs.gather()
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> Any:
-        q_shape, k_shape = ctx.shapes
-        heads = k_shape[1]
-        dq = torch.empty(q_shape, dtype=do.dtype)
-        dk, dv = torch.zeros(k_shape, dtype=do.dtype), torch.zeros(k_shape, dtype=do.dtype)
-        saved = ctx.saved_tensors  # once: activation checkpointing recomputes them here
-        for i, grid in enumerate(ctx.grids):
+        heads, saved = ctx.kv_heads, ctx.saved_tensors  # read once: checkpointing recomputes them here
+        d = do.shape[2]
+        dq, dk, dv = _Rows(ctx.batch, do), _Rows(ctx.batch, do[:, :heads]), _Rows(ctx.batch, do[:, :heads])
+        for i, grid in enumerate(ctx.batch.grids):
             qs, ks, vs, p = saved[4 * i : 4 * i + 4]
-            dos = _queries(do, grid, heads)
-            if grid.valid is not None:
-                pad = torch.ones(len(grid.rows), dtype=torch.bool)
-                pad[grid.valid] = False
-                dos.view(heads, grid.segments, -1, grid.length, dos.shape[-1]).masked_fill_(
-                    pad.view(1, grid.segments, 1, grid.length, 1), 0
-                )
+            dos = _queries(do, grid, heads, zero_padding=True)
             dp = torch.bmm(dos, vs.transpose(1, 2))
             ds = torch._softmax_backward_data(dp.float(), p.float(), -1, torch.float32).mul_(ctx.scale).to(do.dtype)
-            _put(dq, torch.bmm(ds, ks), grid, heads)
-            _add(dk, torch.bmm(ds.transpose(1, 2), qs), grid, heads)
-            _add(dv, torch.bmm(p.transpose(1, 2), dos), grid, heads)
-        return dq, dk, dv, None, None, None
+            dq.put(torch.bmm(ds, ks).view(heads, grid.segments, -1, grid.length, d))
+            for total, part in ((dk, torch.bmm(ds.transpose(1, 2), qs)), (dv, torch.bmm(p.transpose(1, 2), dos))):
+                by_segment = part.view(heads, grid.segments, 1, -1, d)
+                before = len(grid.ancestors)
+                total.put(by_segment[:, :, :, before:])
+                if before:
+                    total.add(grid.ancestors, by_segment[:, :, 0, :before].sum(1, dtype=torch.float32).transpose(0, 1))
+        return dq.gather(), dk.gather(), dv.gather(), None, None, None
 
 
-def _queries(x: Tensor, grid: Grid, kv_heads: int) -> Tensor:
+class _Rows:
+    """Collects the grids' results and gives them back in the packed row's order."""
+
+    def __init__(self, batch: Packed, like: Tensor) -> None:
+        size = sum(len(grid.rows) for grid in batch.grids)
+        self.buffer = torch.empty(size, *like.shape[1:], dtype=like.dtype)
+        self.places, self.filled = batch.places, 0
+        self.sums: list[tuple[Tensor, Tensor]] = []
+
+    def put(self, part: Tensor) -> None:
+        """The next grid's result [kv heads, n, heads per kv head, Q, d]."""
+        heads, n, group, q, d = part.shape
+        slot = self.buffer[self.filled : self.filled + n * q].view(n, q, heads, group, d)
+        slot.copy_(part.permute(1, 3, 0, 2, 4))
+        self.filled += n * q
+
+    def add(self, rows: Tensor, part: Tensor) -> None:
+        """What to add to these rows of the packed row, each once: fp32 [rows, kv heads, d]."""
+        self.sums.append((rows, part))
+
+    def gather(self) -> Tensor:
+        out = self.buffer.index_select(0, self.places)
+        for rows, part in self.sums:
+            out[rows] = (out[rows] + part).to(out.dtype)
+        return out
+
+
+def _queries(x: Tensor, grid: Grid, kv_heads: int, *, zero_padding: bool = False) -> Tensor:
     """[T, heads, d] -> [kv heads * n, heads per kv head * Q, d]."""
     d = x.shape[2]
-    rows = x.index_select(0, grid.rows).view(grid.segments, grid.length, kv_heads, -1, d)
+    rows = x.index_select(0, grid.rows)
+    if zero_padding:
+        rows.index_fill_(0, grid.padding, 0)
+    rows = rows.view(grid.segments, grid.length, kv_heads, -1, d)
     return rows.permute(2, 0, 3, 1, 4).reshape(kv_heads * grid.segments, -1, d)
-
-
-def _put(out: Tensor, part: Tensor, grid: Grid, kv_heads: int) -> None:
-    """Write `_queries`' layout back to the rows it came from."""
-    d = out.shape[2]
-    rows = part.view(kv_heads, grid.segments, -1, grid.length, d).permute(1, 3, 0, 2, 4).reshape(-1, out.shape[1], d)
-    if grid.valid is None:
-        out.index_copy_(0, grid.rows, rows)
-    else:
-        out.index_copy_(0, grid.rows[grid.valid], rows[grid.valid])
 
 
 def _keys(x: Tensor, grid: Grid) -> Tensor:
@@ -108,16 +121,3 @@ def _keys(x: Tensor, grid: Grid) -> Tensor:
         return own.reshape(heads * n, -1, d)
     before = x.index_select(0, grid.ancestors).transpose(0, 1)[:, None].expand(heads, n, -1, d)
     return torch.cat([before, own], 2).view(heads * n, -1, d)
-
-
-def _add(total: Tensor, part: Tensor, grid: Grid, kv_heads: int) -> None:
-    """Add `_keys`' layout to the rows it came from; each own row comes once, ancestors once per segment."""
-    d, before = total.shape[2], len(grid.ancestors)
-    by_segment = part.view(kv_heads, grid.segments, -1, d)
-    if before:
-        summed = by_segment[:, :, :before].sum(1, dtype=torch.float32).to(total.dtype).transpose(0, 1)
-        total.index_copy_(0, grid.ancestors, total.index_select(0, grid.ancestors) + summed)
-    own = by_segment[:, :, before:].permute(1, 2, 0, 3).reshape(-1, kv_heads, d)
-    rows = grid.rows if grid.valid is None else grid.rows[grid.valid]
-    own = own if grid.valid is None else own[grid.valid]
-    total.index_copy_(0, rows, total.index_select(0, rows) + own)
