@@ -14,7 +14,7 @@ import numpy as np
 
 from fedlm.errors import DataError
 from fedlm.evaluation.prompts import context_length, encode_pair, render_prompt
-from fedlm.training.forward import sequence_nll
+from fedlm.evaluation.scoring import grouped_nll
 from fedlm.training.tasks import Encoded
 
 
@@ -27,6 +27,36 @@ class ChoiceScores:
     correct_norm: np.ndarray
 
 
+def encode_choices(row: Mapping[str, Any], tokenizer: Any, task_name: str, limit: int) -> list[Encoded]:
+    """One sequence per choice of a row (`question`, `choices`): the question, then the choice as target.
+
+    A text longer than `limit`, the model's context, loses tokens at its beginning, as in lm-eval, so choices are whole.
+
+    Raises:
+        DataError: a choice is empty.
+    """
+    prompt, delimiter, special = render_prompt(row["question"], tokenizer, task_name)
+    sequences = []
+    for choice in row["choices"]:
+        if not choice:
+            raise DataError("a choice is empty, so it has no probability", fix="check the `choices` mapping")
+        before, after = encode_pair(prompt, delimiter + choice, tokenizer, special=special)
+        ids = np.array(before + after, dtype=np.int32)[-limit:]
+        first = max(1, len(ids) - len(after))  # the first token of all has nothing to be predicted from
+        sequences.append(Encoded(ids=ids, loss=np.arange(len(ids)) >= first))
+    return sequences
+
+
+def judge_choices(rows: Iterable[Mapping[str, Any]], logprobs: list[np.ndarray]) -> ChoiceScores:
+    """Which choice wins in each row, by sum and per character; the first of equals, as in lm-eval."""
+    correct, correct_norm = [], []
+    for row, values in zip(rows, logprobs, strict=True):
+        characters = np.array([len(choice) for choice in row["choices"]], dtype=np.float64)
+        correct.append(int(np.argmax(values)) == int(row["answer"]))
+        correct_norm.append(int(np.argmax(values / characters)) == int(row["answer"]))
+    return ChoiceScores(logprobs, np.array(correct, dtype=bool), np.array(correct_norm, dtype=bool))
+
+
 def score_choices(
     model: Any,
     tokenizer: Any,
@@ -36,30 +66,8 @@ def score_choices(
     batch_tokens: int,
     packing: bool = True,
 ) -> ChoiceScores:
-    """Score every choice of every row (`question`, `choices`, `answer`).
-
-    A text longer than the model's context loses tokens at its beginning, as in lm-eval, so answers are always whole.
-    """
-    limit = context_length(model)
-    sequences: list[Encoded] = []
-    lengths: list[np.ndarray] = []
-    answers: list[int] = []
-    for row in rows:
-        prompt, delimiter, special = render_prompt(row["question"], tokenizer, task_name)
-        for choice in row["choices"]:
-            if not choice:
-                raise DataError("a choice is empty, so it has no probability", fix="check the `choices` mapping")
-            before, after = encode_pair(prompt, delimiter + choice, tokenizer, special=special)
-            ids = np.array(before + after, dtype=np.int32)[-limit:]
-            first = max(1, len(ids) - len(after))  # the first token of all has nothing to be predicted from
-            sequences.append(Encoded(ids=ids, loss=np.arange(len(ids)) >= first))
-        lengths.append(np.array([len(choice) for choice in row["choices"]], dtype=np.float64))
-        answers.append(int(row["answer"]))
-    nll, _ = sequence_nll(model, sequences, batch_tokens, packing=packing)
-    ends = np.cumsum([len(item) for item in lengths])
-    logprobs = [-nll[end - len(item) : end] for item, end in zip(lengths, ends, strict=True)]
-    hits = [int(np.argmax(item)) == answer for item, answer in zip(logprobs, answers, strict=True)]
-    hits_norm = [
-        int(np.argmax(item / length)) == answer for item, length, answer in zip(logprobs, lengths, answers, strict=True)
-    ]
-    return ChoiceScores(logprobs, np.array(hits, dtype=bool), np.array(hits_norm, dtype=bool))
+    """Score every choice of every row (`question`, `choices`, `answer`)."""
+    listed = list(rows)
+    groups = [encode_choices(row, tokenizer, task_name, context_length(model)) for row in listed]
+    scored = grouped_nll(model, groups, batch_tokens=batch_tokens, packing=packing)
+    return judge_choices(listed, [-nll for nll, _ in scored])

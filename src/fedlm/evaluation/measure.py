@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,9 +11,10 @@ import numpy as np
 import torch
 
 from fedlm.errors import ModelError
-from fedlm.evaluation.choice import score_choices
+from fedlm.evaluation.choice import encode_choices, judge_choices
 from fedlm.evaluation.generation import score_generation
-from fedlm.evaluation.perplexity import target_nll
+from fedlm.evaluation.prompts import context_length
+from fedlm.evaluation.scoring import grouped_nll
 from fedlm.messages import Fields
 from fedlm.randomness import key
 from fedlm.recipe.schema import EvaluationSpec
@@ -36,7 +38,8 @@ def measure(
     Args:
         rows: `datasets.Dataset` of canonical examples of one `kind`.
         kind: 'text', 'messages' or 'choice'; the choice and generation metrics apply to 'choice' rows only.
-        max_length: tokens at which rows are cut for the loss, as in training.
+        max_length: tokens at which rows are cut for the loss, which is that of the training task itself; a long
+            document may be several sequences, which are added up.
         packing: False for models that cannot be packed (the recipe's `training.packing`).
         items: add each row's result under "items", in the order of the rows, for paired comparisons.
 
@@ -64,23 +67,22 @@ def measure(
     }
     detail: dict[str, list[Any]] = {}
     with _evaluating(model):
-        if "loss" in spec.metrics:
-            nll, tokens = target_nll(
-                model,
-                tokenizer,
-                rows,
-                get_task(task_name),
-                max_length=max_length,
-                batch_tokens=spec.batch_tokens,
-                packing=packing,
-            )
+        wants_loss, wants_choice = "loss" in spec.metrics, "choice" in spec.metrics and kind == "choice"
+        # Loss and choices of one row begin alike: scored together, the question is read once.
+        task, context = get_task(task_name), context_length(model) if wants_choice else 0
+        pieces = [task.pieces(dict(row), tokenizer, max_length) if wants_loss else [] for row in rows]
+        choices = [encode_choices(row, tokenizer, task_name, context) if wants_choice else [] for row in rows]
+        groups = [[*p, *c] for p, c in zip(pieces, choices, strict=True)]
+        scored = grouped_nll(model, groups, batch_tokens=spec.batch_tokens, packing=packing)
+        for nll, _ in scored:
             _require_finite(nll)
-            result["loss_sum"], result["loss_tokens"] = float(nll.sum()), int(tokens.sum())
-            detail["nll"], detail["tokens"] = nll.tolist(), tokens.tolist()
-        if "choice" in spec.metrics and kind == "choice":
-            scores = score_choices(model, tokenizer, rows, task_name, batch_tokens=spec.batch_tokens, packing=packing)
-            for logprobs in scores.logprobs:
-                _require_finite(logprobs)
+        if wants_loss:
+            losses = [float(nll[: len(p)].sum()) for p, (nll, _) in zip(pieces, scored, strict=True)]
+            tokens = [int(counts[: len(p)].sum()) for p, (_, counts) in zip(pieces, scored, strict=True)]
+            result["loss_sum"], result["loss_tokens"] = math.fsum(losses), sum(tokens)
+            detail["nll"], detail["tokens"] = losses, tokens
+        if wants_choice:
+            scores = judge_choices(rows, [-nll[len(p) :] for p, (nll, _) in zip(pieces, scored, strict=True)])
             result["choice_correct"] = int(scores.correct.sum())
             result["choice_correct_norm"] = int(scores.correct_norm.sum())
             result["choice_total"] = len(scores.correct)
