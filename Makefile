@@ -24,7 +24,7 @@ setup: $(VENV)/.stamp-dev  ## install fedlm and everything for tests into .venv
 
 demo: $(VENV)/.stamp-core  ## federated against silos alone and pooled data, on a real model; opens the report
 	$(BIN)/fedlm init news --out runs/demo.yaml --force
-	$(BIN)/fedlm compare runs/demo.yaml --run-dir runs/demo --force
+	$(BIN)/fedlm compare runs/demo.yaml --run-dir runs/demo --budgets steps --force
 	@echo "The report: $(CURDIR)/runs/demo/report.html"
 	@if [ "$$(uname)" = Darwin ] && command -v open >/dev/null; then open runs/demo/report.html || true; \
 	elif [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ] && command -v xdg-open >/dev/null; then \
