@@ -14,7 +14,7 @@ from fedlm.recipe.schema import TrainingSpec
 from fedlm.training.batches import batches, steps_per_round
 from fedlm.training.encode import TokenSet
 from fedlm.training.forward import padded_nll
-from fedlm.training.loop import TrainResult, Window, train
+from fedlm.training.loop import TrainResult, Window, drops, train
 from fedlm.training.schedule import learning_rate
 from tests.training.helpers import learnt, sequence
 
@@ -153,6 +153,14 @@ def test_gradient_checkpointing_changes_nothing(adapted: Any, data: TokenSet) ->
     assert not other.get_base_model().is_activation_checkpointing
 
 
+@pytest.mark.slow
+def test_compiled_layers_change_nothing(adapted: Any, data: TokenSet) -> None:
+    other = copy.deepcopy(adapted)
+    fit(adapted, data, spec(optimizer="sgd"))
+    fit(other, data, spec(optimizer="sgd", compile=True))
+    assert_same(values(adapted), values(other), 1e-5)
+
+
 def test_events_say_where_training_is(adapted: Any, data: TokenSet) -> None:
     seen: list[dict[str, Any]] = []
     result = fit(adapted, data, spec(), Window(2, 3), observe=seen.append, silo="north")
@@ -196,6 +204,13 @@ def test_dropout_is_keyed(base: Any, data: TokenSet) -> None:
     assert first.losses == second.losses
     assert_same(values(model), values(other))
     assert not model.training
+
+
+def test_with_dropout_no_beginning_is_shared(base: Any) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(base, LoraConfig(r=4, lora_dropout=0.5, target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert drops(model.train()) and not drops(model.eval())
 
 
 # batches

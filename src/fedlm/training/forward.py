@@ -13,19 +13,18 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedlm.training.attention import causal_model, packed
+from fedlm.training.head import CHUNK, head_nll, plain_head
 from fedlm.training.packing import Packed, pack
 from fedlm.training.tasks.base import Encoded
 
 
 def target_nll(model: nn.Module, batch: Packed) -> Tensor:
     """Negative log-likelihood of each target [M], fp32, differentiable. Call inside `attention.packed(model)`."""
-    out = model(
-        input_ids=batch.ids,
-        position_ids=batch.positions,
-        use_cache=False,
-        logits_to_keep=batch.predictors,
-        packed=batch,
-    )
+    inputs = {"input_ids": batch.ids, "position_ids": batch.positions, "use_cache": False, "packed": batch}
+    if len(batch.targets) > CHUNK and plain_head(inner := causal_model(model)):
+        hidden = inner.base_model(**inputs).last_hidden_state[0]
+        return head_nll(inner.get_output_embeddings(), hidden[batch.predictors], batch.targets)
+    out = model(**inputs, logits_to_keep=batch.predictors)
     return cross_entropy(out.logits[0].float(), batch.targets, reduction="none")
 
 

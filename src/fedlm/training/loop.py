@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedlm.errors import TrainingError
 from fedlm.messages import Observe, Tensors
@@ -201,14 +202,32 @@ def training_mode(model: Module, spec: TrainingSpec) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(packed(model) if spec.packing else nullcontext())
         model.train()
-        stack.enter_context(fused_lora(model))
-        if model_device(model).type == "cpu":
-            stack.enter_context(fused_norms(model))
+        if spec.compile:
+            stack.enter_context(compiled(inner))
+        else:
+            stack.enter_context(fused_lora(model))
+            if model_device(model).type == "cpu":
+                stack.enter_context(fused_norms(model))
         stack.callback(model.train, was_training)
         if spec.gradient_checkpointing:
             inner.activation_checkpointing_enable({"use_reentrant": False})
             stack.callback(inner.activation_checkpointing_disable)
         yield
+
+
+@contextmanager
+def compiled(model: Any) -> Iterator[None]:
+    """Decoder layers through torch.compile, which then fuses in place of fedlm's own fused layers."""
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise TrainingError(f"{type(model).__name__} has no layers to compile", fix="set `training.compile: false`")
+    for layer in layers:
+        layer.compile(dynamic=True)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None
 
 
 @contextmanager
