@@ -11,7 +11,27 @@ import pytest
 from fedlm.recipe.load import load_recipe
 from fedlm.recipe.schema import Recipe
 
-WORDS = "the patient was given a dose of medicine and the bank lent money to the school for science books".split()
+WORDS = [
+    "the",
+    "patient",
+    "was",
+    "given",
+    "a",
+    "dose",
+    "of",
+    "medicine",
+    "and",
+    "the",
+    "bank",
+    "lent",
+    "money",
+    "to",
+    "the",
+    "school",
+    "for",
+    "science",
+    "books",
+]
 
 RECIPE = """
 name: tiny

@@ -72,7 +72,7 @@ def main() -> None:
     import peft  # noqa: F401
     import torch
 
-    import fedlm.comparison  # noqa: F401
+    import fedlm.comparison
     import fedlm.federation.coordinator
     import fedlm.federation.engines.local
     import fedlm.models.export

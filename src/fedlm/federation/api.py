@@ -106,6 +106,7 @@ def _run(
     from fedlm.data.federated import load_data
     from fedlm.federation import coordinator
     from fedlm.federation.engines.local import LocalEngine, resolve_workers
+    from fedlm.federation.memory import release_freed
     from fedlm.federation.sampling import invited
 
     def tell(event: Event) -> None:
@@ -114,6 +115,7 @@ def _run(
 
     tell({"kind": "phase", "text": "reading the data"})
     data = load_data(recipe, base)
+    release_freed()
     names = list(silos) if silos is not None else data.names
     workers = resolve_workers(recipe.federation, invited(recipe.federation, len(names)), recipe.model.device)
     engine = LocalEngine(recipe, data, directory.path, workers=workers, observe=observe, base=base)

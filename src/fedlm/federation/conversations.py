@@ -12,6 +12,7 @@ from fedlm.algorithms.base import Accumulator, Algorithm, weight_of
 from fedlm.errors import RunError
 from fedlm.evaluation import summarise
 from fedlm.federation.folding import FoldResult, fold_in_order
+from fedlm.federation.memory import release_freed
 from fedlm.federation.records import Traffic, failure_lines, reasons, silo_line
 from fedlm.federation.rundir import RunDir, disk_errors
 from fedlm.federation.sampling import quorum, sample
@@ -26,7 +27,7 @@ class Conversations:
     """One run's exchanges with its silos.
 
     Attributes:
-        rows: after `enrol`, by silo, its number of rows by role.
+        training_rows: after `enrol`, by silo, its number of training rows.
         trainers: after `enrol`, names of the silos with training rows, sorted.
         measurers: by role, names of the silos with rows of that role.
     """
@@ -42,7 +43,7 @@ class Conversations:
     ) -> None:
         self.recipe, self.spec, self.engine, self.dir = recipe, recipe.federation, engine, run_dir
         self.algorithm, self.names = algorithm, names
-        self.rows: dict[str, dict[str, int]] = {}
+        self.training_rows: dict[str, int] = {}
         self.trainers: list[str] = []
         self.measurers: dict[str, list[str]] = {}
         self._observe = observe
@@ -73,12 +74,13 @@ class Conversations:
             with disk_errors(file):
                 write_json(file, {"silos": {name: cards[name] for name in sorted(cards)}})
             self.dir.update_meta(versions=versions)
-        cards = read_json(file)["silos"]
-        self.rows = rows = {name: card["rows"] for name, card in cards.items()}
-        self.trainers = [n for n in self.names if n in rows and rows[n].get("train", 0) > 0]
-        self.measurers = {
-            role: [n for n in self.names if n in rows and rows[n].get(role, 0)] for role in ("validation", "test")
-        }
+        rows = {name: card["rows"] for name, card in read_json(file)["silos"].items()}
+        self.training_rows = {n: rows[n]["train"] for n in self.names if n in rows and rows[n]["train"] > 0}
+        self.trainers = list(self.training_rows)
+        for role in ("validation", "test"):
+            self.measurers[role] = [n for n in self.names if n in rows and rows[n][role] > 0]
+        del rows
+        release_freed()
         if not self.trainers:
             raise RunError("no silo holds a training row", fix="check the sources, the partition and the split")
         if idle := len(self.names) - len(self.trainers):
@@ -113,7 +115,7 @@ class Conversations:
         def check(reply: Reply) -> float:
             """The weight of a good update. Raises UpdateRefused for any other."""
             weight = weight_of(self.spec.algorithm, reply.fields)
-            most = largest_weight(self.recipe, self.rows[reply.silo]["train"])
+            most = largest_weight(self.recipe, self.training_rows[reply.silo])
             check_update(reply.silo, reply.tensors, expected, weight, max_weight=most)
             return weight
 

@@ -5,6 +5,8 @@ PSS counts a page shared by n processes as 1/n in each, so that a base model map
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import resource
 import sys
@@ -33,6 +35,21 @@ def process_pss(pid: int) -> int:
         return int(psutil.Process(pid).memory_info().rss)
     except psutil.Error:
         return 0
+
+
+def release_freed() -> None:
+    """Give memory that was freed back to the system, after a phase that needed much for a moment.
+
+    The C library and Arrow keep freed pages for later; with tens of thousands of silos that is most of what reading the
+    data took.
+    """
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+        if trim is not None:
+            trim(0)
+    if "pyarrow" in sys.modules:
+        sys.modules["pyarrow"].default_memory_pool().release_unused()
 
 
 class MemorySampler:

@@ -144,7 +144,7 @@ def spooled(spool: Path, name: str) -> Path:
     Raises:
         ValueError: the name reaches outside the spool.
     """
-    if name != Path(name).name or name.startswith("."):
+    if not name or name != Path(name).name or name.startswith("."):
         raise ValueError("not a bare file name")
     return spool / name
 

@@ -1,0 +1,238 @@
+"""The local engine: worker processes give serial's bits, survive kill -9, keep deadlines, and leave no orphans."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from fedlm.data.federated import load_data
+from fedlm.errors import ModelError
+from fedlm.federation.engines.local import LocalEngine, resolve_workers
+from fedlm.messages import Event, Failure, FailureKind, Reply, Request, Tensors
+from fedlm.models.adapters import initial_tensors
+from fedlm.recipe.schema import FederationSpec, Recipe
+from tests.federation.conftest import Tiny
+
+LONG = "training.steps=400"
+
+
+def requests(recipe: Recipe, run: str, silos: list[str], tensors: Tensors | None = None) -> list[Request]:
+    if tensors is None:
+        start = initial_tensors(recipe)
+        tensors = start | {f"variate/{n}": torch.zeros_like(t) for n, t in start.items()}
+    fields = {"round": 0, "rounds": 4, "accepted": -1}
+    return [Request(silo, "train", run, 0, 0, tensors, fields) for silo in silos]
+
+
+@pytest.fixture(scope="module")
+def two(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LocalEngine, list[Event]]]:
+    events: list[Event] = []
+    recipe = tiny.recipe()
+    data = load_data(recipe, tiny.base)
+    folder = tmp_path_factory.mktemp("two-workers")
+    engine = LocalEngine(recipe, data, folder, workers=2, observe=events.append, base=tiny.base)
+    yield engine, events
+    engine.close()
+
+
+def by_silo(answers: Iterator[Reply | Failure]) -> dict[str, Reply]:
+    found = {}
+    for answer in answers:
+        assert isinstance(answer, Reply), answer
+        found[answer.silo] = answer
+    return found
+
+
+@pytest.fixture(scope="module")
+def serial_answers(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reply]:
+    recipe = tiny.recipe()
+    data = load_data(recipe, tiny.base)
+    engine = LocalEngine(recipe, data, tmp_path_factory.mktemp("serial"), workers=1, base=tiny.base)
+    return by_silo(engine.exchange(requests(recipe, "serial", [*data.names, "centralised"])))
+
+
+def assert_same(got: dict[str, Reply], wanted: dict[str, Reply]) -> None:
+    assert got.keys() <= wanted.keys() and got
+    for name, reply in got.items():
+        other = wanted[name]
+        assert reply.tensors.keys() == other.tensors.keys()
+        assert all(torch.equal(reply.tensors[n], other.tensors[n]) for n in reply.tensors)
+        for field in ("loss", "losses", "tokens", "received_bytes", "sent_bytes"):
+            assert reply.fields[field] == other.fields[field]
+
+
+def test_same_bits_with_workers(
+    two: tuple[LocalEngine, list[Event]], tiny: Tiny, serial_answers: dict[str, Reply]
+) -> None:
+    engine, events = two
+    names = [*engine.silos(), "centralised"]
+    assert_same(by_silo(engine.exchange(requests(tiny.recipe(), "bits", names))), serial_answers)
+    steps = [e for e in events if e["kind"] == "step"]
+    assert len(steps) == 3 * len(names) and {e["run"] for e in steps} == {"bits"}
+    assert serial_answers["site0"].fields["sent_bytes"] > 1000
+
+
+def test_several_exchanges_at_once(
+    two: tuple[LocalEngine, list[Event]], tiny: Tiny, serial_answers: dict[str, Reply]
+) -> None:
+    engine, _ = two
+    found: dict[int, dict[str, Reply]] = {}
+
+    def one(number: int) -> None:
+        batch = requests(tiny.recipe(), f"thread-{number}", [["site0", "site1"], ["site2"], ["site3", "site0"]][number])
+        found[number] = by_silo(engine.exchange(batch))
+
+    threads = [threading.Thread(target=one, args=(n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for got in found.values():
+        assert_same(got, serial_answers)
+    assert sorted(map(len, found.values())) == [1, 2, 2]
+
+
+def test_a_killed_worker_is_replaced_and_its_request_repeated(
+    two: tuple[LocalEngine, list[Event]], tiny: Tiny, serial_answers: dict[str, Reply]
+) -> None:
+    engine, events = two
+    before = list(engine.workers)
+    events.clear()
+    killed = False
+    found = {}
+    answers = engine.exchange(requests(tiny.recipe(), "killed", list(engine.silos())))
+
+    def kill() -> None:
+        while not any(e["kind"] == "silo_started" for e in events):
+            time.sleep(0.001)
+        os.kill(before[0], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    for answer in answers:
+        assert isinstance(answer, Reply), answer
+        found[answer.silo] = answer
+        killed = True
+    thread.join()
+    assert killed and len(found) == 4
+    assert_same(found, serial_answers)
+    # Whether it died at work or idle, the next exchange has two live workers again.
+    by_silo(engine.exchange(requests(tiny.recipe(), "after", list(engine.silos()) * 1)))
+    assert before[0] not in engine.workers
+
+
+def test_a_silo_that_kills_its_worker_twice_is_unreachable(tiny: Tiny, tmp_path: Path) -> None:
+    recipe = tiny.recipe(LONG)
+    events: list[Event] = []
+    engine = LocalEngine(
+        recipe, load_data(recipe, tiny.base), tmp_path, workers=2, observe=events.append, base=tiny.base
+    )
+    try:
+        engine.start()
+        stop = threading.Event()
+
+        def kill_whoever_starts() -> None:
+            seen = 0
+            while not stop.wait(0.005):
+                if sum(e["kind"] == "step" for e in events) > seen:
+                    for pid in engine.workers:
+                        os.kill(pid, signal.SIGKILL)
+                    time.sleep(0.5)
+                    seen = sum(e["kind"] == "step" for e in events)
+
+        thread = threading.Thread(target=kill_whoever_starts)
+        thread.start()
+        answers = list(engine.exchange(requests(recipe, "r", ["site0"])))
+        stop.set()
+        thread.join()
+        assert [type(a) for a in answers] == [Failure]
+        assert isinstance(answers[0], Failure) and answers[0].kind is FailureKind.UNREACHABLE
+        assert "died twice (signal 9" in answers[0].reason
+        # A deadline: the silo is told to stop and the worker serves the next request soon.
+        start = time.monotonic()
+        late = list(engine.exchange(requests(recipe, "late", ["site1", "site2", "site3"]), deadline=1.0))
+        assert time.monotonic() - start < 30
+        assert all(isinstance(a, Failure) and a.kind is FailureKind.TIMED_OUT for a in late) and len(late) == 3
+        hello = list(engine.exchange([Request("site1", "hello", "late", -1)]))
+        assert isinstance(hello[0], Reply)
+        assert not list((tmp_path / "silos").glob("*/late/*")), "a stopped request must store nothing"
+    finally:
+        engine.close()
+    assert not list((tmp_path / "spool").iterdir())
+
+
+def test_deadline_in_this_process(tiny: Tiny, tmp_path: Path) -> None:
+    recipe = tiny.recipe("training.steps=100000")
+    engine = LocalEngine(recipe, load_data(recipe, tiny.base), tmp_path, workers=1, base=tiny.base)
+    start = time.monotonic()
+    answers = list(engine.exchange(requests(recipe, "r", ["site0", "site1"]), deadline=0.5))
+    assert time.monotonic() - start < 20
+    assert [a.kind for a in answers if isinstance(a, Failure)] == [FailureKind.TIMED_OUT] * 2
+    assert not (tmp_path / "silos" / "site0").exists()
+
+
+def test_unknown_silo(two: tuple[LocalEngine, list[Event]], tiny: Tiny) -> None:
+    answers = list(two[0].exchange(requests(tiny.recipe(), "r", ["nobody", "../escape"])))
+    assert [a.kind for a in answers if isinstance(a, Failure)] == [FailureKind.UNREACHABLE] * 2
+
+
+def test_a_model_fault_in_a_worker_is_raised_as_itself(tiny: Tiny, tmp_path: Path) -> None:
+    recipe = tiny.recipe("adapter.targets=[no_such_layer]")
+    engine = LocalEngine(recipe, load_data(recipe, tiny.base), tmp_path, workers=2, base=tiny.base)
+    with pytest.raises(ModelError, match="no_such_layer"):
+        engine.exchange([])
+    assert not psutil.Process().children(recursive=True) or engine.workers == []
+    engine.close()
+
+
+def test_no_orphans_when_the_parent_is_killed(tiny: Tiny, tmp_path: Path) -> None:
+    script = f"""
+import time
+from pathlib import Path
+from fedlm.data.federated import load_data
+from fedlm.federation.engines.local import LocalEngine
+from fedlm.recipe.load import load_recipe
+recipe = load_recipe(Path({str(tiny.base)!r}) / "recipe.yaml", [])
+data = load_data(recipe, Path({str(tiny.base)!r}))
+engine = LocalEngine(recipe, data, Path({str(tmp_path)!r}), workers=2, base=Path({str(tiny.base)!r}))
+engine.start()
+print(*engine.workers, flush=True)
+time.sleep(600)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    workers = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(workers) == 2 and all(psutil.pid_exists(pid) for pid in workers)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    until = time.monotonic() + 20
+    while any(_alive(pid) for pid in workers) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(_alive(pid) for pid in workers)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_automatic_workers() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert resolve_workers(FederationSpec(), 1000, "cpu") == cores
+    assert resolve_workers(FederationSpec(threads=cores), 1000, "cpu") == 1
+    assert resolve_workers(FederationSpec(), 1, "cpu") == 1
+    assert resolve_workers(FederationSpec(workers=3), 1000, "cpu") == 3
+    assert resolve_workers(FederationSpec(), 1000, "cuda") == 1
