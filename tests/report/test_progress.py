@@ -45,7 +45,7 @@ def test_time_left_is_the_remaining_work_at_the_finished_rate() -> None:
     tally.fold({"kind": "run_started", "rounds": 4, "silos": ["a", "b"]}, 100.0)
     assert tally.seconds_left(100.0) is None
     tally.fold({"kind": "round_started", "round": 0, "sampled": ["a", "b"]}, 100.0)
-    tally.fold({"kind": "step", "silo": "a", "step": 5, "steps": 10}, 105.0)
+    tally.fold({"kind": "step", "silo": "a", "step": 4, "steps": 10}, 105.0)
     assert tally.share_of_round() == pytest.approx(0.25)  # 5 of 20 silo-steps
     assert tally.seconds_left(105.0) == pytest.approx(75.0)  # 5 s for 1/16 of the run
     tally.fold({"kind": "silo_done", "silo": "a", "verb": "train"}, 110.0)
@@ -59,7 +59,7 @@ def test_a_resumed_run_counts_only_what_it_did_itself() -> None:
     tally = Tally()
     tally.fold({"kind": "run_started", "rounds": 10, "silos": ["a"]}, 0.0)
     tally.fold({"kind": "round_started", "round": 8, "sampled": ["a"]}, 0.0)
-    tally.fold({"kind": "step", "silo": "a", "step": 4, "steps": 4}, 10.0)
+    tally.fold({"kind": "step", "silo": "a", "step": 3, "steps": 4}, 10.0)
     tally.fold({"kind": "silo_done", "silo": "a", "verb": "train"}, 10.0)
     tally.fold(done(8), 10.0)
     assert tally.seconds_left(10.0) == pytest.approx(10.0)
@@ -73,7 +73,7 @@ def test_a_log_gets_a_line_per_round_and_names_failures() -> None:
         observe(done(-1, sampled=[], replied=[], loss=None))
         observe({"kind": "round_started", "round": 0, "sampled": ["a", "b"]})
         observe(
-            {"kind": "step", "round": 0, "silo": "a", "step": 1, "steps": 2, "loss": 3.0, "tokens_per_second": 10.0}
+            {"kind": "step", "round": 0, "silo": "a", "step": 0, "steps": 2, "loss": 3.0, "tokens_per_second": 10.0}
         )
         observe(
             {"kind": "silo_failed", "round": 0, "silo": "b[red]", "failure": "timed_out", "reason": "no reply in 5 s"}
@@ -149,7 +149,7 @@ def test_events_from_many_threads_are_all_counted() -> None:
         for i in range(100):
             name = f"{worker}-{i}"
             observe({"kind": "silo_started", "silo": name, "verb": "train"})
-            observe({"kind": "step", "silo": name, "step": 1, "steps": 1})
+            observe({"kind": "step", "silo": name, "step": 0, "steps": 1})
             observe({"kind": "silo_done", "silo": name, "verb": "train"})
 
     threads = [threading.Thread(target=work, args=(w,)) for w in range(8)]

@@ -95,7 +95,7 @@ class Tally:
 
     def _step(self, silo: str, event: Event) -> None:
         at = self.active.setdefault(silo, ActiveSilo("train"))
-        at.step, at.steps = int(event.get("step", 0)), int(event.get("steps", 0))
+        at.step, at.steps = int(event["step"]) + 1, int(event["steps"])  # the event holds the finished step's index
         at.loss, at.speed = event.get("loss"), event.get("tokens_per_second")
         if at.steps:
             known = self.steps_per_silo
