@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -12,25 +13,19 @@ from fedlm.recipe.load import load_recipe
 from fedlm.recipe.schema import Recipe
 
 WORDS = [
-    "the",
     "patient",
-    "was",
-    "given",
-    "a",
     "dose",
-    "of",
     "medicine",
-    "and",
-    "the",
     "bank",
-    "lent",
     "money",
-    "to",
-    "the",
     "school",
-    "for",
     "science",
     "books",
+    "was",
+    "given",
+    "lent",
+    "and",
+    "to",
 ]
 
 RECIPE = """
@@ -70,8 +65,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Tiny
 
 
 @pytest.fixture(autouse=True, scope="session")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Processed data goes to a folder of the test session (worker processes inherit it)."""
-    import os
-
+def users_cache(tmp_path_factory: pytest.TempPathFactory) -> str | None:
+    """Processed data goes to a folder of the test session (worker processes inherit it); gives the cache set before."""
+    before = os.environ.get("FEDLM_CACHE")
     os.environ["FEDLM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    return before

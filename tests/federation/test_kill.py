@@ -1,4 +1,4 @@
-"""Killed anywhere, resumed exactly: SIGKILL at random moments, resume, and the final bits are the uninterrupted run's."""
+"""Killed anywhere, resumed exactly: SIGKILL at random moments, resume, and the final bits are the whole run's."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from tests.federation.conftest import Tiny
 DRIVER = Path(__file__).parent / "kill_driver.py"
 
 
-def drive(recipe: Path, root: Path, seed: int, kills: int, *changes: str) -> int:
+def drive(
+    recipe: Path, root: Path, seed: int, kills: int, *changes: str, environment: dict[str, str] | None = None
+) -> int:
     """Run whole and killed; asserts that both end in the same bits. Returns how many kills hit a live run."""
     sets = [part for change in changes for part in ("--set", change)]
     done = subprocess.run(
         [sys.executable, str(DRIVER), str(recipe), str(root), str(seed), str(kills), *sets],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        env={**(environment or os.environ), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -49,7 +51,7 @@ CASES = [
 
 @pytest.mark.slow
 def test_twenty_of_twenty(tiny: Tiny, tmp_path: Path) -> None:
-    """Twenty killed runs, two kills each: state in the silos, at the server, in neither; one process and two workers."""
+    """Twenty killed runs, two kills each: state in the silos, at the server, in neither; with and without workers."""
     assert len(CASES) == 20
     hits = 0
     for algorithm, workers, seed in CASES:
@@ -60,3 +62,31 @@ def test_twenty_of_twenty(tiny: Tiny, tmp_path: Path) -> None:
         root.mkdir(exist_ok=True)
         hits += drive(tiny.base / "recipe.yaml", root, seed, 2, *changes)
     assert hits >= 20, "the kills must hit live runs to prove anything"
+
+
+@pytest.mark.slow
+def test_two_of_two_on_a_real_model(tmp_path: Path, users_cache: str | None) -> None:
+    """SmolLM2-135M on news: SCAFFOLD, two workers."""
+    import fedlm.recipe
+    from fedlm.recipe.load import dump_recipe, load_recipe
+
+    news = load_recipe(Path(fedlm.recipe.__file__).parent / "templates" / "news.yaml")
+    small = news.model_copy(
+        update={
+            "training": news.training.model_copy(update={"steps": 2, "batch_size": 2, "max_length": 160}),
+            "evaluation": news.evaluation.model_copy(update={"metrics": ["loss"], "max_examples": 2}),
+            "federation": news.federation.model_copy(
+                update={
+                    "rounds": 3,
+                    "workers": 2,
+                    "algorithm": news.federation.algorithm.model_copy(update={"name": "scaffold"}),
+                }
+            ),
+        }
+    )
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(small))
+    environment = {k: v for k, v in os.environ.items() if k != "FEDLM_CACHE"}
+    if users_cache is not None:
+        environment["FEDLM_CACHE"] = users_cache
+    hits = sum(drive(tmp_path / "recipe.yaml", tmp_path, seed, 1, environment=environment) for seed in (1, 2))
+    assert hits >= 1, "a kill must hit a live run to prove anything"

@@ -97,7 +97,7 @@ def test_a_second_process_is_kept_out(run: RunDir) -> None:
     script = (
         f"from fedlm.federation.rundir import RunDir; from pathlib import Path; RunDir.open(Path({str(run.path)!r}))"
     )
-    other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    other = subprocess.run([sys.executable, "-c", script, run.path], capture_output=True, text=True, check=False)
     assert "another process is running in this run directory" in other.stderr
     run.close()
     RunDir.open(run.path).close()

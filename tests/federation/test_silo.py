@@ -105,9 +105,7 @@ def test_state_starts_from_the_accepted_round_not_the_latest(
     assert not equal(other.tensors, wanted.tensors)
 
 
-def test_two_rounds_are_kept_and_only_the_owner_reads_them(
-    bench: Workbench, broadcast: Tensors, tmp_path: Path
-) -> None:
+def test_two_rounds_are_kept_for_the_owner_alone(bench: Workbench, broadcast: Tensors, tmp_path: Path) -> None:
     silo = Silo("site1", bench, tmp_path)
     for round_, accepted in ((0, -1), (1, 0), (4, 1)):
         reply_of(silo.handle(train(round_, broadcast, accepted)))
