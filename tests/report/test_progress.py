@@ -126,7 +126,7 @@ def test_the_live_display_shows_round_silos_and_arm() -> None:
             "kind": "step",
             "round": 0,
             "silo": "a",
-            "step": 5,
+            "step": 4,
             "steps": 10,
             "loss": 3.0,
             "tokens_per_second": 412.0,
