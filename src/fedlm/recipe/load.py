@@ -40,7 +40,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             validation finds are listed, one per line (`InvalidRecipeError`).
     """
     path = Path(path)
-    return build_recipe(parse_yaml(_read(path), str(path)), overrides)
+    return _from_folder(build_recipe(parse_yaml(_read(path), str(path)), overrides), path.parent)
 
 
 def build_recipe(tree: Tree, overrides: Sequence[str] = ()) -> Recipe:
@@ -51,6 +51,22 @@ def build_recipe(tree: Tree, overrides: Sequence[str] = ()) -> Recipe:
         return Recipe.model_validate(tree.data)
     except ValidationError as error:
         raise InvalidRecipeError(list(_explain(error, tree))) from None
+
+
+def _from_folder(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with the model's local paths, written relative to the recipe's folder, made absolute.
+
+    A run directory can then be used from any working directory. Names of known models and 'scheme:' sources stay.
+    """
+    spec, changed = recipe.model, {}
+    for field in ("source", "chat_template"):
+        text = getattr(spec, field)
+        if text is None or text.startswith(("hub:", "pypi:", "npm:")):
+            continue
+        local = folder / Path(text).expanduser()
+        if "/" in text or local.exists() or local.suffix in (".gguf", ".jinja"):
+            changed[field] = str(local.resolve())
+    return recipe.model_copy(update={"model": spec.model_copy(update=changed)}) if changed else recipe
 
 
 def dump_recipe(recipe: Recipe) -> str:
