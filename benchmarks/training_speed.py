@@ -65,6 +65,7 @@ def prepare(folder: Path) -> None:
     from fedlm.training.tasks import get_task
 
     spec = ModelSpec(source=MODEL, sha256=MODEL_SHA256)
+    folder.mkdir(parents=True, exist_ok=True)
     encode_all(questions(), get_task("instruct"), load_tokenizer(spec), 512).save(folder / "tokens")
     (folder / "model").symlink_to(resolve(spec))
 
@@ -249,7 +250,7 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", default=[*FEDLM, *TRL], choices=[*FEDLM, *TRL])
     parser.add_argument("--json", type=Path, help="write every measurement here")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help="keep the prepared tokens and model here, and use them if there")
     parser.add_argument("--half", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -264,8 +265,9 @@ def main() -> None:
         print(json.dumps(result))
         return
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        prepare(folder)
+        folder = arguments.folder or Path(name)
+        if not (folder / "tokens").exists():
+            prepare(folder)
         runs = []
         for repeat in range(arguments.repeats):
             for side in arguments.sides:
