@@ -175,6 +175,19 @@ def test_a_refused_update_is_a_failure_by_name_and_the_round_goes_on(tiny: Tiny,
     assert {r.fields["accepted"] for r in toys.of("train") if r.silo == "s3"} == {-1}
 
 
+@pytest.mark.parametrize(
+    "fields", [{"loss": float("nan")}, {"tokens": -1}, {"steps": "many"}, {"seconds": float("inf")}]
+)
+def test_figures_that_cannot_be_written_down_are_refused(tiny: Tiny, tmp_path: Path, fields: dict[str, Any]) -> None:
+    started, toys = Started(tiny, tmp_path, "federation.quorum=0.5"), Toys()
+    toys.behave["train s3"] = lambda r: train_reply(r, 1.0, **fields)
+    toys.behave["evaluate s1"] = lambda r: Reply(r.silo, r.verb, r.run, r.round, 0, {}, {"examples": float("nan")})
+    started.run(toys)
+    record = started.rounds()[1]
+    assert [(f["silo"], f["kind"]) for f in record["failures"]] == [("s3", "bad_update")]
+    assert [(f["silo"], f["kind"]) for f in record["validation"]["failures"]] == [("s1", "bad_update")]
+
+
 def test_oversampling_uses_the_first_and_lets_the_rest_go(tiny: Tiny, tmp_path: Path) -> None:
     started = Started(tiny, tmp_path, "federation.sample=2", "federation.oversample=0.5", "federation.deadline=7")
     toys = Toys()

@@ -15,16 +15,14 @@ from tests.federation.conftest import Tiny
 DRIVER = Path(__file__).parent / "kill_driver.py"
 
 
-def drive(
-    recipe: Path, root: Path, seed: int, kills: int, *changes: str, environment: dict[str, str] | None = None
-) -> int:
+def drive(recipe: Path, root: Path, seed: int, kills: int, *changes: str, env: dict[str, str] | None = None) -> int:
     """Run whole and killed; asserts that both end in the same bits. Returns how many kills hit a live run."""
     sets = [part for change in changes for part in ("--set", change)]
     done = subprocess.run(
         [sys.executable, str(DRIVER), str(recipe), str(root), str(seed), str(kills), *sets],
         capture_output=True,
         text=True,
-        env={**(environment or os.environ), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        env={**(env or os.environ), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -88,5 +86,5 @@ def test_two_of_two_on_a_real_model(tmp_path: Path, users_cache: str | None) -> 
     environment = {k: v for k, v in os.environ.items() if k != "FEDLM_CACHE"}
     if users_cache is not None:
         environment["FEDLM_CACHE"] = users_cache
-    hits = sum(drive(tmp_path / "recipe.yaml", tmp_path, seed, 1, environment=environment) for seed in (1, 2))
+    hits = sum(drive(tmp_path / "recipe.yaml", tmp_path, seed, 1, env=environment) for seed in (1, 2))
     assert hits >= 1, "a kill must hit a live run to prove anything"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fedlm.errors import RunError
-from fedlm.federation.api import run_recipe
+from fedlm.federation.api import new_run, run_recipe
 from fedlm.models.export import load_adapter
 from fedlm.recipe.load import load_recipe
 from tests.federation.conftest import Tiny
@@ -75,6 +75,10 @@ def test_a_taken_directory_is_not_overwritten_unless_forced(finished: Path, tiny
     with pytest.raises(RunError, match="not empty and holds no run"):
         run_recipe(tiny.recipe(), base=tiny.base, run_dir=tmp_path, force=True)
     assert (tmp_path / "notes.txt").exists()
+    old = json.loads((finished / "run.json").read_text())["run"]
+    new_run(tiny.recipe(), finished, base=tiny.base, force=True).close()
+    assert json.loads((finished / "run.json").read_text())["run"] != old
+    assert not (finished / "adapter").exists() and list(finished.parent.iterdir()) == [finished]
 
 
 def test_ctrl_c_stops_cleanly_and_resumes(tiny: Tiny, tmp_path: Path) -> None:

@@ -131,6 +131,30 @@ def test_not_a_run_other_version_damaged_taken(tmp_path: Path, run: RunDir) -> N
         RunDir.open(run.path)
 
 
+@pytest.mark.parametrize("left", range(1, 6))
+def test_killed_while_being_created(tmp_path: Path, left: int) -> None:
+    """Whatever part of an empty run directory exists, the run can simply be started again."""
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / ".lock").write_bytes(b"")
+    for folder in ("checkpoints", "silos", "spool")[: left - 1]:
+        (path / folder).mkdir()
+    if left == 5:
+        (path / "recipe.yaml").write_text("name: n\n")
+        (path / ".run.json.4711.tmp").write_text("{")
+    RunDir.create(path, meta=META, recipe_text="name: n\n").close()
+    assert RunDir.open(path).meta["status"] == "running"
+
+
+def test_a_lone_recipe_or_a_used_folder_is_the_users(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "recipe.yaml").write_text("mine")
+    (tmp_path / "b" / "silos" / "x").mkdir(parents=True)
+    for name in "ab":
+        with pytest.raises(RunError, match="not empty"):
+            RunDir.create(tmp_path / name, meta=META, recipe_text="")
+
+
 def test_silo_states_are_private(run: RunDir) -> None:
     assert (run.path / "silos").stat().st_mode & 0o777 == 0o700
 

@@ -82,7 +82,10 @@ def new_run(recipe: Recipe, run_dir: Path, *, base: Path = Path(), force: bool =
         # Only ever a directory that is a run, and only when nobody is running in it.
         RunDir.open(run_dir).close()
         with disk_errors(run_dir):
-            shutil.rmtree(run_dir)
+            # Moved away whole first: a kill half-way leaves no half of a run under this name.
+            old = run_dir.with_name(f".{run_dir.name}.replaced")
+            shutil.rmtree(old, ignore_errors=True)
+            shutil.rmtree(run_dir.rename(old))
     now = datetime.now(UTC)
     meta = {
         "run": f"{recipe.name}-{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}",

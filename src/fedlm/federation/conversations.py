@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from fedlm.algorithms.base import Accumulator, Algorithm, weight_of
-from fedlm.errors import RunError
+from fedlm.errors import RunError, UpdateRefused
 from fedlm.evaluation import summarise
 from fedlm.federation.folding import FoldResult, fold_in_order
 from fedlm.federation.memory import release_freed
@@ -21,6 +22,21 @@ from fedlm.federation.updates import check_update, largest_weight
 from fedlm.files import read_json, write_json
 from fedlm.messages import Engine, Event, Failure, FailureKind, Fields, Observe, Reply, Request, Tensors
 from fedlm.recipe.schema import Recipe
+
+
+def require_numbers(reply: Reply, names: Iterable[str]) -> None:
+    """Refuse a reply whose figures cannot be added up or written down.
+
+    Raises:
+        UpdateRefused: one of these fields is no number, or any figure is negative or not finite.
+    """
+    for name in names:
+        value = reply.fields.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UpdateRefused(f"the reply has no number '{name}'", where=reply.silo)
+    for name, value in reply.fields.items():
+        if isinstance(value, int | float) and not 0 <= value < math.inf:
+            raise UpdateRefused(f"the reply's '{name[:40]}' is {value}", where=reply.silo)
 
 
 class Conversations:
@@ -114,6 +130,7 @@ class Conversations:
 
         def check(reply: Reply) -> float:
             """The weight of a good update. Raises UpdateRefused for any other."""
+            require_numbers(reply, ("loss", "examples", "tokens", "target_tokens", "steps", "seconds"))
             weight = weight_of(self.spec.algorithm, reply.fields)
             most = largest_weight(self.recipe, self.training_rows[reply.silo])
             check_update(reply.silo, reply.tensors, expected, weight, max_weight=most)
@@ -153,6 +170,11 @@ class Conversations:
         counts: dict[str, Fields] = {}
         failures: list[Failure] = []
         for answer in self.exchange(requests):
+            try:
+                if isinstance(answer, Reply):
+                    require_numbers(answer, ("examples",))
+            except UpdateRefused as refusal:
+                answer = Failure(answer.silo, FailureKind.BAD_UPDATE, refusal.what)
             if isinstance(answer, Failure):
                 failures.append(answer)
                 self.failed(number, answer)

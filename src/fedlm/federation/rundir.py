@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fedlm.errors import RunError
-from fedlm.files import read_json, read_tensors, sha256_file, sync_folder, write_json, write_tensors
+from fedlm.files import read_json, read_tensors, sha256_file, sync_folder, write_atomic, write_json, write_tensors
 from fedlm.messages import Tensors
 
 SCHEMA = 1
@@ -98,6 +98,21 @@ def disk_fault(error: OSError, path: Path) -> RunError:
     return RunError(f"the run directory cannot be written ({error.strerror or type(error).__name__})", where=where)
 
 
+_FOLDERS = ("checkpoints", "silos", "spool")
+
+
+def _unborn(path: Path) -> bool:
+    """Whether a folder is empty, or holds only what `RunDir.create` leaves when it is killed before run.json exists."""
+    entries = {p.name: p for p in path.iterdir()}
+    temporary = {n for n in entries if n.startswith((".run.json.", ".recipe.yaml.")) and n.endswith(".tmp")}
+    ours = {".lock", *_FOLDERS}
+    names = entries.keys() - temporary
+    if any(name in entries and any(entries[name].iterdir()) for name in _FOLDERS if entries.get(name, path).is_dir()):
+        return False
+    # A lone recipe.yaml is the user's own; ours comes after the lock and all the folders.
+    return names <= ours or names == ours | {"recipe.yaml"}
+
+
 class RunDir:
     """One run's directory. Exactly one process at a time may hold it open for writing (see `lock`)."""
 
@@ -121,7 +136,7 @@ class RunDir:
                 where=str(path),
                 fix="continue it with --resume, or choose another",
             )
-        if path.is_dir() and any(p.name != ".lock" for p in path.iterdir()):
+        if path.is_dir() and not _unborn(path):
             raise RunError(
                 "the run directory is not empty and holds no run", where=str(path), fix="choose an empty one"
             )
@@ -129,10 +144,10 @@ class RunDir:
         with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
             self.lock()
-            for folder in ("checkpoints", "silos", "spool"):
+            for folder in _FOLDERS:
                 (path / folder).mkdir(exist_ok=True)
             (path / "silos").chmod(0o700)
-            (path / "recipe.yaml").write_text(recipe_text)
+            write_atomic(path / "recipe.yaml", recipe_text.encode())
             self._meta = {
                 "schema": SCHEMA,
                 "status": "running",

@@ -80,7 +80,7 @@ class Lines:
                 if timeout is not None and not _readable(self._socket, timeout):
                     return None
                 chunk = self._socket.recv(65536)
-            except OSError as error:
+            except (OSError, ValueError) as error:  # ValueError: closed on this side, by another thread
                 raise ClosedError from error
             if not chunk:
                 raise ClosedError
