@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedlm.errors import RecipeError
@@ -225,6 +225,7 @@ def test_dump_loads_back_equal(write) -> None:
 
 
 @settings(max_examples=50, deadline=None)
+@example(question="\x85", lr=1.0, seed=0)
 @given(
     question=st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="{}"), max_size=40),
     lr=st.floats(1e-12, 1e6),

@@ -71,13 +71,20 @@ def _from_folder(recipe: Recipe, folder: Path) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every default written out. Loads back equal."""
+    data = recipe.model_dump(mode="json")
+    text = _dump(data, readable=True)
+    # YAML takes these three for line breaks, so a text that holds one is written with every such letter escaped.
+    return _dump(data, readable=False) if re.search("[\x85\u2028\u2029]", text) else text
+
+
+def _dump(data: Any, readable: bool) -> str:
     stream = io.StringIO()
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.width = 10_000
-    yaml.allow_unicode = True
-    yaml.dump(recipe.model_dump(mode="json"), stream)
+    yaml.allow_unicode = readable
+    yaml.dump(data, stream)
     return stream.getvalue()
 
 
