@@ -60,9 +60,7 @@ class MissingExtra(FedlmError):
     """A feature needs an optional dependency that is not installed."""
 
     def __init__(self, feature: str, extra: str) -> None:
-        super().__init__(
-            f"{feature} needs the optional extra [{extra}]", fix=f"pip install 'fedlm[{extra}]'"
-        )
+        super().__init__(f"{feature} needs the optional extra [{extra}]", fix=f"pip install 'fedlm[{extra}]'")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

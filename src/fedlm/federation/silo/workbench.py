@@ -52,6 +52,7 @@ class Workbench:
 
         Raises:
             ModelError: the model cannot be loaded, or the adapter's targets match nothing.
+            TrainingError: `training.max_length` is beyond the model's positions.
         """
         with self.lock:
             if self._ready:
@@ -59,11 +60,13 @@ class Workbench:
             from fedlm.algorithms import get_algorithm
             from fedlm.models.adapters import attach, trainable
             from fedlm.models.load import load_base, load_tokenizer
+            from fedlm.training.loop import check_length
 
             set_threads(self.recipe.federation.threads)
             self.algorithm: Algorithm = get_algorithm(self.recipe.federation.algorithm)
             self.tokenizer: Any = load_tokenizer(self.recipe.model, needs_template=self.recipe.task == "instruct")
             self.model: Any = attach(load_base(self.recipe.model), self.recipe.adapter, self.recipe.seed)
+            check_length(self.model, self.recipe.training.max_length)
             self.parameters: dict[str, torch.nn.Parameter] = {}
             for name, parameter in trainable(self.model).items():
                 if self.algorithm.trainable(name):
