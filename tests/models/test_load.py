@@ -232,7 +232,6 @@ def test_the_hub_works_offline_from_its_cache_at_a_pinned_commit(
         resolve(spec("hub:../tiny", revision=commit))
 
 
-
 def test_a_build_that_is_killed_leaves_nothing_and_is_repeated(tmp_path: Path) -> None:
     target = tmp_path / "models" / "x"
 
