@@ -43,7 +43,7 @@ lint: $(VENV)/.stamp-dev  ## ruff, mypy --strict, order of imports between rooms
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.stamp-dev  ## the benchmarks of docs/benchmarks.md, on an idle machine
-	@set -e; for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench; done
+	@set -e; for bench in benchmarks/*.py; do echo "== $$bench"; $(BIN)/python $$bench; done
 
 docs: $(VENV)/.stamp-docs  ## the documentation, into site/
 	$(BIN)/fedlm recipe reference --out docs/recipe-reference.md

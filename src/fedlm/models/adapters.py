@@ -27,6 +27,9 @@ from fedlm.models.load import load_base, resolve
 from fedlm.randomness import key, torch_generator
 from fedlm.recipe.schema import AdapterSpec, Recipe
 
+# PEFT reads a property that transformers renamed. For the whole process: `catch_warnings` does not hold across threads.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -56,7 +59,6 @@ def attach(model: PreTrainedModel, spec: AdapterSpec, seed: int) -> nn.Module:
     # PEFT's own draws are overwritten below; the fork keeps them from moving anyone else's generator.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        warnings.simplefilter("ignore", FutureWarning)
         torch.manual_seed(key(seed, "adapter"))
         wrapped: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=True)
     with torch.no_grad():

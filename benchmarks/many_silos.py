@@ -1,6 +1,6 @@
 """Bench c: does the coordinator's memory, or the time per sampled silo, grow with the number of simulated silos?
 
-    python benchmarks/bench_many_silos.py [--silos 10 100 1000 10000] [--rounds 6]
+    python benchmarks/many_silos.py [--silos 10 100 1000 10000] [--rounds 6]
 
 For each number of silos a process of its own runs the same federation: a random Llama (vocabulary 512, hidden 64, two
 layers), LoRA, 50 silos sampled per round (10 of 10 at first) and validation on a fixed panel of as many, one worker, so
