@@ -210,8 +210,8 @@ class _Comparison:
             return [result(arm) for arm in arms]
         if not all(self._result_file(arm.folder).exists() for arm in arms):
             lazily.engine.start()
-        # One more than there are workers: while one arm's coordinator folds and writes, its worker serves the next.
-        pool = ThreadPoolExecutor(min(len(arms), self.workers + 1), thread_name_prefix="fedlm-arm")
+        # As many as there are workers, so that the longest arm, which comes first, has one for itself all the time.
+        pool = ThreadPoolExecutor(min(len(arms), self.workers), thread_name_prefix="fedlm-arm")
         futures: list[Future[ArmResult]] = [pool.submit(result, arm) for arm in arms]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
