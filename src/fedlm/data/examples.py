@@ -157,20 +157,25 @@ def _turns(columns: Columns) -> Callable[[Row], Example]:
     return build
 
 
+def _as_list(value: Any, name: str, of: str) -> list[Any]:
+    """A column's list, which CSV files write as JSON text."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise MalformedRowError(f"column '{name}' holds text that is not a JSON list of {of}") from None
+    if not isinstance(value, list):
+        raise MalformedRowError(f"column '{name}' is not a list of {of}")
+    return value
+
+
 def _messages(columns: Columns) -> Callable[[Row], Example]:
     if columns.messages is None:
         return _turns(columns)
     name = columns.messages
 
     def build(row: Row) -> Example:
-        value = look_up(row, name)
-        if isinstance(value, str) and value.lstrip().startswith("["):
-            try:
-                value = json.loads(value)
-            except (ValueError, RecursionError):
-                raise MalformedRowError(f"column '{name}' holds text that is not a JSON list of messages") from None
-        if not isinstance(value, list):
-            raise MalformedRowError(f"column '{name}' is not a list of messages")
+        value = _as_list(look_up(row, name), name, "messages")
         if not value:
             raise MalformedRowError(f"column '{name}' is an empty list of messages")
         return {"messages": [_message(item, f"message {i + 1} of '{name}'") for i, item in enumerate(value)]}
@@ -232,14 +237,7 @@ def _options(choices: str | list[str] | None) -> Callable[[Row], list[str]]:
         value = look_up(row, name)
         if isinstance(value, Mapping) and isinstance(value.get("text"), list):  # the ARC family on the hub
             value = value["text"]
-        if isinstance(value, str) and value.lstrip().startswith("["):
-            try:
-                value = json.loads(value)
-            except (ValueError, RecursionError):
-                raise MalformedRowError(f"column '{name}' holds text that is not a JSON list of choices") from None
-        if not isinstance(value, list):
-            raise MalformedRowError(f"column '{name}' is not a list of choices")
-        return [as_text(item, f"{name}[{i}]") for i, item in enumerate(value)]
+        return [as_text(item, f"{name}[{i}]") for i, item in enumerate(_as_list(value, name, "choices"))]
 
     return build
 

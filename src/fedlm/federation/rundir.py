@@ -134,7 +134,7 @@ class RunDir:
             raise RunError(
                 "this directory already holds a run",
                 where=str(path),
-                fix="continue it with --resume, or choose another",
+                fix="continue it with --resume, replace it with --force, or choose another",
             )
         if path.is_dir() and not _unborn(path):
             raise RunError(
