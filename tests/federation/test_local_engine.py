@@ -195,6 +195,35 @@ def test_a_model_fault_in_a_worker_is_raised_as_itself(tiny: Tiny, tmp_path: Pat
     engine.close()
 
 
+def test_closing_ends_every_exchange_of_other_threads(tiny: Tiny, tmp_path: Path) -> None:
+    recipe = tiny.recipe()
+    data = load_data(recipe, tiny.base)
+    hellos = [Request("site0", "hello", "closing", -1) for _ in range(20)]
+    engine = LocalEngine(recipe, data, tmp_path, workers=2, base=tiny.base)
+    engine.start()
+    ended: list[list[Reply | Failure]] = []
+
+    def ask_until_refused() -> None:
+        answers: list[Reply | Failure] = []
+        while not any(isinstance(a, Failure) for a in answers):
+            answers = list(engine.exchange(hellos))
+        ended.append(answers)
+
+    threads = [threading.Thread(target=ask_until_refused, daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.2)
+    engine.close()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert len(ended) == 4, "an exchange still waits for workers that are gone"
+    for answers in [*ended, list(engine.exchange(hellos))]:
+        assert len(answers) == 20
+        refused = [a for a in answers if isinstance(a, Failure)]
+        assert refused and all(a.reason == "the engine was closed" for a in refused)
+    assert engine.workers == []
+
+
 def test_no_orphans_when_the_parent_is_killed(tiny: Tiny, tmp_path: Path) -> None:
     script = f"""
 import time

@@ -197,19 +197,22 @@ class _Comparison:
         return self._measured(FEDERATED, train)
 
     def _side_by_side(self, arms: list[Arm], lazily: _Lazily) -> list[ArmResult]:
+        missing = [arm for arm in arms if not self._result_file(arm.folder).exists()]
+        # One engine for all arms, taken before any starts: an arm must not make another when this one is closed.
+        engine = lazily.engine if missing else None
+
         def result(arm: Arm) -> ArmResult:
             def train() -> tuple[dict[str, Any], Fields]:
                 recipe = local_recipe(self.recipe, arm.rounds)
                 with self._directory(self.arms_root / arm.folder, recipe, arm.name) as directory:
-                    assert arm.silo is not None
-                    return self._train(arm.name, recipe, lazily.engine, directory, [arm.silo])
+                    assert arm.silo is not None and engine is not None
+                    return self._train(arm.name, recipe, engine, directory, [arm.silo])
 
             return self._measured(arm.name, train, arm.folder)
 
-        if self.workers == 1:
+        if self.workers == 1 or engine is None:
             return [result(arm) for arm in arms]
-        if not all(self._result_file(arm.folder).exists() for arm in arms):
-            lazily.engine.start()
+        engine.start()
         # As many as there are workers, so that the longest arm, which comes first, has one for itself all the time.
         pool = ThreadPoolExecutor(min(len(arms), self.workers), thread_name_prefix="fedlm-arm")
         futures: list[Future[ArmResult]] = [pool.submit(result, arm) for arm in arms]
@@ -222,7 +225,7 @@ class _Comparison:
         except BaseException:
             for future in futures:
                 future.cancel()
-            lazily.close()  # ends the exchanges that other arms wait in
+            engine.close()  # ends the exchanges that other arms wait in
             raise
         finally:
             pool.shutdown(wait=True)

@@ -9,10 +9,13 @@ the same key: training is deterministic, and if the first try had already stored
 A second death gives `Failure(UNREACHABLE)`. A request without a reply at its deadline gives `Failure(TIMED_OUT)`, its
 worker is told to stop at the next optimiser step and what it still sends is dropped; a worker that does not react is
 killed after a while. A model or data fault while a worker starts is raised from `exchange`, since no silo can mend it.
+Closing the engine, from any thread, answers everything that is still asked of its workers, then and later, with
+`Failure(UNREACHABLE)`: no exchange waits for a worker that is gone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import queue
@@ -23,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedlm.federation.engines.pool import Batch, Job, Setup, Worker
+from fedlm.federation.engines.pool import Batch, Job, Setup, Worker, closed
 from fedlm.federation.engines.wire import parse_reply, serialized_size, spooled, write_spool
 from fedlm.federation.rundir import disk_errors
 from fedlm.federation.silo import POOLED, Silo, Workbench
@@ -90,7 +93,9 @@ class LocalEngine:
         self._setup = Setup(recipe, base, self._spool, self._states, self._logs, self._queue, self._tell)
         self._names: frozenset[str] | None = None
         self._pool: list[Worker] = []
-        self._start_lock = threading.Lock()
+        self._closed = False
+        self._lock = threading.Lock()
+        """Guards starting, closing, and the order of requests before the end of the queue."""
 
     def silos(self) -> Sequence[str]:
         return self._data.names
@@ -119,8 +124,8 @@ class LocalEngine:
         if self._bench:
             self._bench.load()
             return
-        with self._start_lock:
-            if self._pool:
+        with self._lock:
+            if self._pool or self._closed:
                 return
             with disk_errors(self._logs):
                 self._logs.mkdir(exist_ok=True)
@@ -139,14 +144,20 @@ class LocalEngine:
                 worker.thread.start()
 
     def close(self) -> None:
-        """Stop the workers. Replies on their way are lost."""
-        for _ in self._pool:
+        """Stop the workers, for good. Replies on their way are lost, and their exchanges end with failures."""
+        with self._lock:
+            self._closed = True
+            pool, self._pool = self._pool, []
+        for _ in pool:
             self._queue.put(None)
-        for worker in self._pool:
+        for worker in pool:
             worker.kill()
-        for worker in self._pool:
+        for worker in pool:
             worker.thread.join(timeout=10)
-        self._pool = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if (job := self._queue.get_nowait()) is not None:
+                    job.batch.answers.put((job, closed(job.request)))
         for file in [*self._spool.glob("broadcast-*"), *self._spool.glob("reply-*")]:
             file.unlink(missing_ok=True)
 
@@ -193,7 +204,11 @@ class LocalEngine:
                 name, size = self._broadcast(request.tensors, files)
                 job = Job(next(self._numbers), request, batch, name, size)
                 open_jobs[job.number] = job
-                self._queue.put(job)
+                with self._lock:
+                    if self._closed:
+                        batch.answers.put((job, closed(request)))
+                    else:
+                        self._queue.put(job)
             while open_jobs:
                 try:
                     wait = None if until is None else max(0.0, until - time.monotonic())

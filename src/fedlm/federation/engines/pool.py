@@ -63,6 +63,11 @@ class Setup:
             spooled(self.spool, answer["tensors"]).unlink(missing_ok=True)
 
 
+def closed(request: Request) -> Failure:
+    """The answer to a request that no worker will take any more."""
+    return Failure(request.silo, FailureKind.UNREACHABLE, "the engine was closed")
+
+
 class Worker:
     """One worker process and the thread that feeds it from the engine's queue."""
 
@@ -105,9 +110,11 @@ class Worker:
                 start_new_session=True,
             )
         theirs.close()
-        self._lines = Lines(ours)
+        lines = Lines(ours)
+        with self._lock:
+            self._lines = lines
         with contextlib.suppress(ClosedError):
-            self._lines.send(
+            lines.send(
                 {
                     "type": "start",
                     "recipe": setup.recipe.model_dump(mode="json"),
@@ -121,9 +128,8 @@ class Worker:
         """Raises:
         FedlmError: what the worker says is wrong with the model or the data, or that it died while starting.
         """
-        assert self._lines is not None
         try:
-            message = self._lines.receive()
+            message = self._open_lines().receive()
         except ClosedError:
             raise RunError(
                 f"a worker process ended while starting ({self._how_it_ended()})", fix=f"see {self._log}"
@@ -135,6 +141,15 @@ class Worker:
             if isinstance(kind, type) and issubclass(kind, FedlmError) and kind is not fedlm.errors.MissingExtra:
                 error = kind(message["what"], where=message["where"], fix=message["fix"])
             raise error
+
+    def _open_lines(self) -> Lines:
+        """Raises:
+        ClosedError: `kill`, from another thread, was first.
+        """
+        with self._lock:
+            if self._lines is None:
+                raise ClosedError
+            return self._lines
 
     def cancel_if(self, batch: Batch) -> None:
         """Ask the worker to stop if it works for this batch."""
@@ -166,10 +181,13 @@ class Worker:
         ended = ""
         for _ in range(2):
             if self._stopped:
-                return Failure(job.request.silo, FailureKind.UNREACHABLE, "the engine was closed")
+                break
             try:
                 if self._lines is None:
                     self.spawn()
+                    if self._stopped:  # closed while the process started: `kill` may not have seen it
+                        self._end()
+                        break
                     self.wait_ready()
                 return self._ask(job)
             except ClosedError:
@@ -177,18 +195,21 @@ class Worker:
                 self._end()
             except Exception as error:
                 self._end()
-                return error
+                if not self._stopped:
+                    return error
             if job.batch.closed is not None:
                 break
+        if self._stopped:
+            return closed(job.request)
         return Failure(job.request.silo, FailureKind.UNREACHABLE, f"its worker process died twice ({ended})")
 
     def _ask(self, job: Job) -> Any:
-        assert self._lines is not None
-        self._lines.send(request_message(job.number, job.request, job.tensors_file))
+        lines = self._open_lines()
+        lines.send(request_message(job.number, job.request, job.tensors_file))
         if job.batch.closed is not None:
             self.cancel_if(job.batch)
         while True:
-            message = self._lines.receive(timeout=1.0)
+            message = lines.receive(timeout=1.0)
             if message is None:
                 if job.batch.closed is not None and time.monotonic() - job.batch.closed > DEAF_SECONDS:
                     raise ClosedError
