@@ -105,7 +105,7 @@ class Federation:
                 steps=self.steps,
                 optimizer=self.optimizer or sgd(self.rate),
             )
-            self.algorithm.fold(accumulator, update, weight_of(self.spec, {"examples": self.silos[i].weight}))
+            self.algorithm.fold(accumulator, update, weight_of(self.spec, {"rows": self.silos[i].weight}))
         self.theta, self.state = self.algorithm.server_step(
             self.theta, accumulator, self.state, silos_total=len(self.silos)
         )

@@ -58,9 +58,10 @@ def test_fedprox_without_its_term_is_fedavg_to_the_bit() -> None:
         assert torch.equal(one.view(torch.int32), other.view(torch.int32))
 
 
-def test_the_server_rate_scales_the_step() -> None:
-    whole = Federation(quadratics(3), AlgorithmSpec(name="fedavg"))
-    half = Federation(quadratics(3), AlgorithmSpec(name="fedavg", server_lr=0.5))
+@pytest.mark.parametrize("name", ["fedavg", "fedprox", "scaffold", "fedavgm"])
+def test_the_server_rate_scales_the_step(name: str) -> None:
+    whole = Federation(quadratics(3), AlgorithmSpec(name=name))
+    half = Federation(quadratics(3), AlgorithmSpec(name=name, server_lr=0.5))
     torch.testing.assert_close(half.round(), whole.round() / 2, rtol=0, atol=1e-7)
 
 

@@ -76,21 +76,21 @@ def test_the_step_depends_on_the_weighted_sum_alone_where_the_facts_say(name: st
         assert not torch.equal(one[key], THETA[key])
 
 
-def test_weights_are_target_tokens_examples_or_equal() -> None:
-    fields = {"tokens": 900, "target_tokens": 70, "examples": 8}
-    assert weight_of(AlgorithmSpec(weights="tokens"), fields) == 70.0
+def test_weights_are_held_examples_their_target_tokens_or_equal() -> None:
+    fields = {"tokens": 900, "target_tokens": 70, "examples": 16, "rows": 8, "row_targets": 50}
+    assert weight_of(AlgorithmSpec(weights="tokens"), fields) == 50.0
     assert weight_of(AlgorithmSpec(weights="examples"), fields) == 8.0
     assert weight_of(AlgorithmSpec(weights="equal"), fields) == 1.0
     assert weight_of(AlgorithmSpec(), fields) == 8.0
 
 
 def test_scaffold_counts_silos_equally_and_refuses_to_be_told_otherwise() -> None:
-    assert weight_of(AlgorithmSpec(name="scaffold"), {"examples": 8}) == 1.0
+    assert weight_of(AlgorithmSpec(name="scaffold"), {"rows": 8}) == 1.0
     with pytest.raises(ValueError, match="scaffold counts every silo the same"):
         AlgorithmSpec(name="scaffold", weights="tokens")
 
 
-@pytest.mark.parametrize("fields", [{}, {"examples": None}, {"examples": "8"}, {"examples": True}])
+@pytest.mark.parametrize("fields", [{}, {"rows": None}, {"rows": "8"}, {"rows": True}])
 def test_a_reply_without_its_count_is_refused(fields: dict[str, object]) -> None:
-    with pytest.raises(UpdateRefused, match="examples"):
+    with pytest.raises(UpdateRefused, match="rows"):
         weight_of(AlgorithmSpec(weights="examples"), fields)

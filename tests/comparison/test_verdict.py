@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from fedlm.comparison.verdict import ArmResult, arm_metrics, judge, table
+from fedlm.errors import RunError
+from fedlm.evaluation.intervals import student_t
 
 
 def arm(name: str, hits: Any, seed: int = 0, nll: Any = None) -> ArmResult:
@@ -107,8 +109,36 @@ def test_several_seeds_give_an_interval_over_seeds() -> None:
     comparison = verdict["comparisons"][0]
     assert comparison["interval_over"] == "seeds"
     assert len(comparison["by_seed"]) == 3
-    assert comparison["interval"][0] < comparison["difference"] < comparison["interval"][1]
+    assert comparison["interval"] == list(student_t([one["difference"] for one in comparison["by_seed"]]))
     assert "3 seeds" in verdict["sentence"]
+
+
+def test_a_few_items_decide_nothing() -> None:
+    for count, decided in ((2, False), (19, False), (20, True)):
+        verdict = judge([arm("federated", np.ones(count)), arm("alone:a", np.zeros(count))], silos_total=1)
+        assert verdict["comparisons"][0]["outcome"] == ("better" if decided else "undecided")
+        assert ("fewer than 20 items decide nothing" in verdict["sentence"]) is not decided
+
+
+def test_no_target_token_is_an_error_not_nan() -> None:
+    results = [arm("federated", hits(0.5, 1)), arm("alone:a", hits(0.5, 1))]
+    for result in results:
+        for counts in result.measured.values():
+            counts["items"] = {"nll": [0.0] * 200, "tokens": [0] * 200}
+    with pytest.raises(RunError, match="no test row keeps a target token"):
+        judge(results, silos_total=1)
+
+
+def test_a_loss_interval_counts_tokens_not_rows() -> None:
+    """One row in ten has a hundred tokens at a loss of 3, the others one token at a loss of 1."""
+    long = np.arange(400) % 10 == 0
+    one = arm("federated", hits(0.5, 1), nll=np.where(long, 300.0, 1.0))
+    for counts in one.measured.values():
+        nll = np.asarray(counts["items"]["nll"])
+        counts["items"]["tokens"] = np.where(nll > 1, 100, 1).tolist()
+        counts["loss_tokens"] = int(sum(counts["items"]["tokens"]))
+    low, high = arm_metrics(one)["loss_interval"]
+    assert 2.7 < low < (40 * 300 + 360) / (40 * 100 + 360) < high < 3.0
 
 
 def test_metrics_carry_intervals() -> None:

@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset
 
 from fedlm.errors import DataError, ModelError
-from fedlm.evaluation.choice import score_choices
+from fedlm.evaluation.choice import encode_choices, score_choices
 from fedlm.evaluation.prompts import encode_pair, render_prompt
 from tests.evaluation.plain import plain_nll
 
@@ -122,11 +122,26 @@ def test_a_question_longer_than_the_context_loses_its_beginning(tiny: tuple[Any,
     model, tokenizer = tiny
     row = {"question": "zq " * 300 + "the bank", "choices": ["lent money", "books"], "answer": 0}
     scores = score_choices(model, tokenizer, [row], "pretrain", batch_tokens=100)
+    np.testing.assert_allclose(scores.logprobs[0], harness_logprobs(model, tokenizer, [row], "pretrain")[0], atol=1e-4)
     before, after = encode_pair(row["question"], " books", tokenizer, special=True)
-    ids = (before + after)[-256:]
+    ids = (before + after)[-257:]  # the last one is not read, so the context of 256 holds the others, as in lm-eval
     assert scores.logprobs[0][1] == pytest.approx(
-        -plain_nll(model, ids, [False] * (256 - len(after)) + [True] * len(after)), abs=1e-4
+        -plain_nll(model, ids, [False] * (257 - len(after)) + [True] * len(after)), abs=1e-4
     )
+
+
+def test_a_plain_question_begins_with_the_tokenizers_own_opening_token(tiny: tuple[Any, Any]) -> None:
+    import copy
+
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = copy.deepcopy(tiny[1])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|endoftext|> $0", None, [("<|endoftext|>", 0)])
+    row = {"question": "the bank", "choices": ["lent money", "books"], "answer": 0}
+    for task_name, opened in (("pretrain", True), ("instruct", False)):
+        for sequence in encode_choices(row, tokenizer, task_name, 256):
+            assert (sequence.ids[0] == tokenizer.bos_token_id) is np.bool_(opened)
+    assert_agrees(tiny[0], tokenizer, [row], "pretrain", 1e-4)
 
 
 def test_an_empty_choice_is_an_error(tiny: tuple[Any, Any]) -> None:

@@ -33,6 +33,9 @@ CHOICES = ["sport", "business news", "business", "politics"]
         ("", None),
         ("no idea at all", None),
         ("A minister resigned", None),
+        ("The answer is a politics story.", 3),
+        ("The answer is Z, that is: politics", 3),
+        ("Answer: B\nbecause", 1),
     ],
 )
 def test_parse(text: str, expected: int | None) -> None:

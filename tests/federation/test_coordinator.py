@@ -26,7 +26,7 @@ Behave = Callable[[Request], Reply | Failure | None]
 
 
 def train_reply(request: Request, update: float, **fields: Any) -> Reply:
-    told = {"examples": 4, "target_tokens": 10, "tokens": 20, "loss": 2.0, "steps": 1, "seconds": 0.5, **fields}
+    told = {"examples": 4, "rows": 8,  "target_tokens": 10, "tokens": 20, "loss": 2.0, "steps": 1, "seconds": 0.5, **fields}
     told |= {"tokens_per_second": 40.0, "peak_rss": 1, "sent_bytes": 12, "received_bytes": 24}
     tensors = {"w": torch.full((3,), update)}
     return Reply(request.silo, request.verb, request.run, request.round, request.attempt, tensors, told)
@@ -165,7 +165,7 @@ def test_below_quorum_the_round_fails_and_can_be_resumed(tiny: Tiny, tmp_path: P
 
 def test_a_refused_update_is_a_failure_by_name_and_the_round_goes_on(tiny: Tiny, tmp_path: Path) -> None:
     started, toys = Started(tiny, tmp_path, "federation.quorum=0.5"), Toys()
-    toys.behave["train s3"] = lambda r: train_reply(r, 1.0, examples=10**9)
+    toys.behave["train s3"] = lambda r: train_reply(r, 1.0, rows=10**9)
     started.run(toys)
     record = started.rounds()[1]
     assert record["replied"] == ["s0", "s1", "s2"]

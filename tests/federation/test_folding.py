@@ -34,7 +34,7 @@ def reply(name: str, dtype: torch.dtype = torch.float32) -> Reply:
     i = int(name[-4:])
     generator = torch.Generator().manual_seed(i)
     tensors = {k: (torch.randn(s, generator=generator) * 10.0 ** (i % 4)).to(dtype) for k, s in SHAPES.items()}
-    return Reply(name, "train", "run", 0, tensors=tensors, fields={"examples": i + 1})
+    return Reply(name, "train", "run", 0, tensors=tensors, fields={"rows": i + 1})
 
 
 def check(arrival: Reply) -> float:
@@ -74,7 +74,7 @@ def test_every_order_of_arrival_gives_the_same_bits(tmp_path: Path, held_bytes: 
         assert same_bits(total, expected)
         assert result.replied == NAMES and not result.failures and not result.absent
         assert result.weights == {name: i + 1.0 for i, name in enumerate(NAMES)}
-        assert result.fields[NAMES[2]] == {"examples": 3}
+        assert result.fields[NAMES[2]] == {"rows": 3}
 
 
 @settings(max_examples=60, deadline=None)
@@ -116,8 +116,8 @@ def test_views_of_one_buffer_can_wait_on_disk(tmp_path: Path) -> None:
 def test_a_refused_update_is_a_failure_and_the_round_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     replies = {name: reply(name) for name in NAMES}
     replies[NAMES[1]].tensors["b"][3] = torch.nan
-    replies[NAMES[4]].fields["examples"] = 10**9
-    del replies[NAMES[5]].fields["examples"]
+    replies[NAMES[4]].fields["rows"] = 10**9
+    del replies[NAMES[5]].fields["rows"]
     result, total = fold(replies.values(), tmp_path)
     good = [NAMES[0], NAMES[2], NAMES[3]]
     assert result.replied == good and list(result.fields) == good

@@ -126,13 +126,13 @@ def recipe(*, task: str = "instruct", weights: str | None = None, name: str = "f
 @pytest.mark.parametrize(
     "made, rows, most",
     [
-        (recipe(steps=5), 3, 40),
-        (recipe(steps=5, weights="tokens"), 3, 4000),
+        (recipe(steps=5), 3, 3),
+        (recipe(steps=5, weights="tokens"), 3, 300),
         (recipe(steps=5, weights="equal"), 3, 1),
         (recipe(steps=5, name="scaffold"), 3, 1),
-        (recipe(epochs=2.0), 30, 60),
-        (recipe(epochs=0.01), 30, 1),
-        (recipe(epochs=2.0, weights="tokens"), 30, 6000),
+        (recipe(epochs=2.0), 30, 30),
+        (recipe(epochs=0.01), 30, 30),
+        (recipe(epochs=2.0, weights="tokens"), 30, 3000),
     ],
 )
 def test_the_largest_weight_follows_from_recipe_and_data_card(made: Recipe, rows: int, most: float) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from fedlm.training.batches import batches, steps_per_round
 from fedlm.training.encode import TokenSet
 from fedlm.training.forward import padded_nll
 from fedlm.training.loop import TrainResult, Window, drops, train
+from fedlm.training.packing import pack
 from fedlm.training.schedule import learning_rate
 from tests.training.helpers import learnt, sequence
 
@@ -147,8 +150,13 @@ def test_rule_sets_the_start_and_corrects_after_clipping(adapted: Any, data: Tok
 
 def test_gradient_checkpointing_changes_nothing(adapted: Any, data: TokenSet) -> None:
     other = copy.deepcopy(adapted)
+    calls = [0, 0]
+    for i, model in enumerate((adapted, other)):
+        mlp = model.get_base_model().model.layers[0].mlp
+        mlp.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
     fit(adapted, data, spec())
     fit(other, data, spec(gradient_checkpointing=True))
+    assert calls[1] > 1.5 * calls[0], "nothing was computed again"
     assert_same(values(adapted), values(other), 1e-6)
     assert not other.get_base_model().is_activation_checkpointing
 
@@ -187,6 +195,34 @@ def test_a_loss_that_is_no_number_names_silo_and_step(adapted: Any, data: TokenS
         fit(adapted, data, spec(), silo="north")
 
 
+def test_a_gradient_that_is_no_number_is_found_without_clipping_too(adapted: Any, data: TokenSet) -> None:
+    next(iter(learnt(adapted).values())).register_hook(lambda g: g * float("nan"))
+    with pytest.raises(TrainingError, match="silo north: the gradient became nan at step 0"):
+        fit(adapted, data, spec(clip_norm=None), silo="north")
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_full_weights_of_a_bf16_model_train_as_fp32_masters_under_autocast(
+    tiny_model_dir: Path, data: TokenSet, packing: bool
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from fedlm.models.adapters import attach
+    from fedlm.recipe.schema import AdapterSpec
+
+    losses, dtypes = {}, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=dtype, attn_implementation="sdpa")
+        model: Any = attach(base, AdapterSpec(kind="full"), 0)
+        seen = dtypes[dtype] = set()
+        model.model.layers[0].mlp.register_forward_hook(lambda _m, _x, out, seen=seen: seen.add(out.dtype))
+        losses[dtype] = fit(model, data, spec(packing=packing)).losses
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert dtypes == {torch.float32: {torch.float32}, torch.bfloat16: {torch.bfloat16}}
+    np.testing.assert_allclose(losses[torch.bfloat16], losses[torch.float32], rtol=0.02)
+    assert losses[torch.bfloat16] != losses[torch.float32]
+
+
 def test_longer_than_the_model_is_refused_with_both_numbers(adapted: Any, data: TokenSet) -> None:
     with pytest.raises(TrainingError, match=r"is 257 .* 256 positions"):
         fit(adapted, data, spec(max_length=257))
@@ -206,11 +242,50 @@ def test_dropout_is_keyed(base: Any, data: TokenSet) -> None:
     assert not model.training
 
 
-def test_with_dropout_no_beginning_is_shared(base: Any) -> None:
+def test_dropout_is_on_and_drawn_anew_each_round(adapted: Any) -> None:
+    """Equal sequences, so that the order of a round's batches does not matter: only dropout tells rounds apart."""
+    alike = TokenSet.of([sequence((1, 12))] * 6)
+
+    def first_loss(model: Any, round_: int) -> float:
+        return fit(copy.deepcopy(model), alike, spec(steps=1), Window(round_, 2)).losses[0]
+
+    assert first_loss(adapted, 0) == first_loss(adapted, 1)
+    for layer in adapted.modules():
+        if hasattr(layer, "lora_dropout"):
+            layer.lora_dropout["default"] = torch.nn.Dropout(0.5)
+    assert len({first_loss(adapted, 0), first_loss(adapted, 1), fit(adapted, alike, spec(steps=1)).losses[0]}) == 2
+
+
+@pytest.mark.parametrize("where", ["adapter", "attention"])
+def test_with_dropout_no_beginning_is_shared(base: Any, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(base, LoraConfig(r=4, lora_dropout=0.5, target_modules="all-linear", task_type="CAUSAL_LM"))
+    config = LoraConfig(r=4, lora_dropout=0.5, target_modules="all-linear", task_type="CAUSAL_LM")
+    plain = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    model: Any = get_peft_model(base, config if where == "adapter" else plain)
+    if where == "attention":
+        base.config.attention_dropout = 0.5
     assert drops(model.train()) and not drops(model.eval())
+    sizes: list[int] = []
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        sizes.append((made := pack(*args, **kwargs)).ids.shape[1])
+        return made
+
+    monkeypatch.setattr("fedlm.training.loop.pack", spy)
+    fit(model, TokenSet.of([sequence((1, 12))] * 6), spec(steps=1))
+    assert sizes == [6 * 11]
+
+
+def test_attention_dropout_is_applied(base: Any) -> None:
+    data = TokenSet.of([sequence((1, 12), answer=6)] * 6)
+    learn_all = {n: p.requires_grad_() for n, p in base.named_parameters()}
+    args = (learn_all, data, spec(steps=1, lr=1e-9), ALONE)
+    without = train(base, *args, generator_key=KEY, rule=None).losses
+    for layer in base.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    base.config.attention_dropout = 0.5
+    assert abs(train(base, *args, generator_key=KEY, rule=None).losses[0] - without[0]) > 1e-3
 
 
 # batches
@@ -248,8 +323,8 @@ def test_epochs_and_small_silos() -> None:
     assert [len(b) for b in batches(spec(steps=None, epochs=1.0), np.ones(20, int), KEY, 0)] == [6, 6, 6, 2]
     assert sum(len(b) for b in batches(spec(steps=None, epochs=0.5), np.ones(20, int), KEY, 0)) == 10
     assert [len(b) for b in batches(spec(steps=3), np.ones(1, int), KEY, 0)] == [1, 1, 1]
-    for n, epochs in [(1, 0.1), (3, 1.0), (20, 1.3), (7, 2.0)]:
-        s = spec(steps=None, epochs=epochs)
+    for n, epochs, size in itertools.product(range(1, 25), (0.1, 0.5, 0.7, 1.0, 1.3, 2.0), (1, 4, 6)):
+        s = spec(steps=None, epochs=epochs, batch_size=size)
         assert len(list(batches(s, np.ones(n, int), KEY, 0))) == steps_per_round(s, n)
 
 

@@ -34,9 +34,11 @@ def test_logits_of_a_packed_row_are_those_of_its_parts(base: Any, sequences: lis
 
 
 def test_shared_beginnings_are_computed_once(sequences: list[Encoded]) -> None:
-    assert pack(sequences, share=False).ids.shape[1] == sum(len(s) for s in sequences)
-    # system 20, question 15, answers 6 + 9 + 2, short 3, unrelated 31 + 5; repeat and bare question are free
-    assert pack(sequences).ids.shape[1] == 20 + 15 + 6 + 9 + 2 + 3 + 31 + 5
+    """And the last token of each, which is predicted and never read, not at all."""
+    assert pack(sequences, share=False).ids.shape[1] == sum(len(s) - 1 for s in sequences)
+    # system 20, question 14 (its last token is not worth a segment), answers 6 + 9 + 2, short 2, unrelated 30 + 4;
+    # repeat and bare question are free
+    assert pack(sequences).ids.shape[1] == 20 + 14 + 6 + 9 + 2 + 2 + 30 + 4
     assert pack(sequences).tokens == sum(len(s) for s in sequences)
 
 

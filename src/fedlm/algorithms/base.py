@@ -23,12 +23,13 @@ BLOCK = 1 << 17
 
 
 def weight_of(spec: AlgorithmSpec, fields: Fields) -> float:
-    """A silo's weight in the mean, read from its reply: target tokens, examples, or 1 for everybody.
+    """A silo's weight in the mean, read from its reply: the training examples it holds (McMahan's n_k), their target
+    tokens, or 1 for everybody. How much of them a round trains on does not matter.
 
     Raises:
         UpdateRefused: the reply does not say how many.
     """
-    counted = {"tokens": "target_tokens", "examples": "examples", "equal": None}[
+    counted = {"tokens": "row_targets", "examples": "rows", "equal": None}[
         "equal" if ALGORITHMS[spec.name].equal_weights else spec.weights or "examples"
     ]
     if counted is None:

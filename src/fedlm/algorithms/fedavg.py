@@ -9,7 +9,7 @@ from fedlm.messages import Tensors
 
 
 class FedAvg(Algorithm):
-    """theta <- theta + eta * sum_i p_i u_i, with p_i = weight_i / sum of weights (McMahan et al., AISTATS 2017).
+    """theta <- theta + eta * sum_i p_i u_i, with p_i = n_i / sum of n (McMahan et al., AISTATS 2017; see `weight_of`).
 
     With eta = 1 (the default) this is the weighted mean of the silos' models.
     """

@@ -41,7 +41,8 @@ def encode_choices(row: Mapping[str, Any], tokenizer: Any, task_name: str, limit
         if not choice:
             raise DataError("a choice is empty, so it has no probability", fix="check the `choices` mapping")
         before, after = encode_pair(prompt, delimiter + choice, tokenizer, special=special)
-        ids = np.array(before + after, dtype=np.int32)[-limit:]
+        # the last token is predicted and never read, so one more than the context fits
+        ids = np.array(before + after, dtype=np.int32)[-(limit + 1) :]
         first = max(1, len(ids) - len(after))  # the first token of all has nothing to be predicted from
         sequences.append(Encoded(ids=ids, loss=np.arange(len(ids)) >= first))
     return sequences

@@ -14,7 +14,8 @@ from fedlm.errors import ModelError
 from fedlm.evaluation.prompts import context_length, render_prompt
 
 _LETTER_FIRST = re.compile(r"^\(?([A-Z])\)?(?=[.):,]|\s*$)")
-_LETTER_NAMED = re.compile(r"\b(?:answer|choice|option)\b(?:\s+is)?\s*:?\s*\(?([A-Z])\)?(?=[.):,\s]|$)", re.IGNORECASE)
+# The letter is a capital, and nothing but a mark or the end follows it: "the answer is a mammal" names no letter.
+_LETTER_NAMED = re.compile(r"(?i:\b(?:answer|choice|option)\b(?:\s+is)?)\s*:?\s*\(?([A-Z])\)?(?=[.):,]|\s*(?:\n|$))")
 
 
 @dataclass(frozen=True)
@@ -136,9 +137,8 @@ def parse_answer(text: str, choices: Sequence[str]) -> int | None:
         best = [i for i in begun if len(known[i]) == longest]
         return best[0] if len(best) == 1 else None
     letter = _LETTER_FIRST.match(text.strip()) or _LETTER_NAMED.search(text)
-    if letter:
-        index = ord(letter.group(1).upper()) - ord("A")
-        return index if index < len(choices) else None
+    if letter and (index := ord(letter.group(1)) - ord("A")) < len(choices):
+        return index
     inside = [i for i, k in enumerate(known) if k and re.search(r"(?<!\w)" + re.escape(k) + r"(?!\w)", whole)]
     return inside[0] if len(inside) == 1 else None
 

@@ -79,21 +79,17 @@ def _magnitude(tensor: torch.Tensor) -> float:
 
 
 def largest_weight(recipe: Recipe, rows: int) -> float:
-    """The most that an honest silo can claim for one round, from what it declared at `hello` and the recipe's bounds.
+    """The most that an honest silo can claim, from what it declared at `hello` and the recipe's bounds.
 
-    `rows` is its number of training rows. It can train on no more examples than the round's steps or epochs hold, and
-    an example has at most `max_length` target tokens. A silo that wants to count for more must lie before the run
-    starts, on its data card, where the operator sees it.
+    `rows` is its number of training rows, and an example has at most `max_length` target tokens. A silo that wants to
+    count for more must lie before the run starts, on its data card, where the operator sees it.
     """
     spec, training = recipe.federation.algorithm, recipe.training
     if ALGORITHMS[spec.name].equal_weights or spec.weights == "equal":
         return 1.0
-    if training.steps is not None:
-        examples = training.steps * training.batch_size
-    else:
-        # Pre-training cuts a document into sequences; nobody but the silo knows into how many.
-        pieces = 1 if recipe.task == "instruct" else math.ceil(LONGEST_DOCUMENT / max(training.max_length - 1, 1))
-        examples = max(1, math.ceil((training.epochs or 0.0) * rows * pieces))
+    # Pre-training cuts a document into sequences; nobody but the silo knows into how many.
+    pieces = 1 if recipe.task == "instruct" else math.ceil(LONGEST_DOCUMENT / max(training.max_length - 1, 1))
+    examples = rows * pieces
     return float(examples * training.max_length if spec.weights == "tokens" else examples)
 
 

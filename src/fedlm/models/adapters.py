@@ -85,7 +85,6 @@ def _unfreeze(model: PreTrainedModel) -> PreTrainedModel:
         # a copy, so that training never touches the mapped pages
         parameter.data = parameter.data.to(torch.float32, copy=True)
         parameter.requires_grad_(parameter.is_floating_point())
-    model.config.dtype = torch.float32
     return model
 
 

@@ -208,7 +208,9 @@ class AlgorithmSpec(Strict):
 
     name: str = "fedavg"
     weights: Literal["tokens", "examples", "equal"] | None = Field(
-        None, description="What a silo counts for in the mean. Defaults: examples; scaffold: always equal."
+        None,
+        description="What a silo counts for in the mean: the examples it holds, their target tokens, or equal. "
+        "Defaults: examples; scaffold: always equal.",
     )
     mu: Annotated[float, Field(ge=0.0)] = Field(0.01, description="fedprox: strength of the proximal term.")
     server_lr: PositiveFloat | None = Field(None, description="Defaults: fedavg, fedavgm 1.0; adaptive rules 1e-3.")

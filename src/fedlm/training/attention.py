@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from fedlm.errors import ModelError
+from fedlm.errors import FedlmError, ModelError
 from fedlm.training.head import plain_head
 from fedlm.training.packing import Packed, pack
 from fedlm.training.short_attention import short_attention, visible
 from fedlm.training.tasks.base import Encoded
 
 NAME = "fedlm_packed"
-SHORT = 1024
-"""On a CPU, rows up to this long attend by plain matrix products: several times faster than torch's fused kernel, whose
-bf16 backward is slow there, and at this length the scores still fit in memory."""
+SHORT = 256
+"""On a CPU, segments up to this long attend by plain matrix products. torch's fused kernel is slower there (at 100
+tokens a whole step takes 1.2 times as long); near 256 they are even, and beyond, the stored scores cost memory."""
 _FIX = "set `training.packing: false`"
 
 
@@ -47,6 +47,8 @@ def packed_attention(
     if unknown:
         raise ModelError(f"packed attention does not know this model's {', '.join(unknown)}", fix=_FIX)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, d]
+    # Values come straight from a product; rotations in fp32 may have widened the others, which autocast does not undo.
+    q, k = q.to(v.dtype), k.to(v.dtype)
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     longest = max(len(g.ancestors) + g.length for g in packed.grids)
     if q.device.type == "cpu" and dropout == 0.0 and longest <= SHORT:
@@ -137,15 +139,21 @@ def _check(model: Any) -> None:
         parts.append(Encoded(ids, np.arange(len(ids)) > 0))
     training = model.training
     model.eval()
+    plain: list[Tensor] = []
     try:
         together = _logits(model, pack(parts).to(embedding.device), len(parts))
         alone = [_logits(model, pack([p]).to(embedding.device), 1)[0] for p in parts]
         _switch(model, "eager")
         plain_head(model)  # remembered; its probe needs ordinary attention
-        plain = []
         for p in parts:
             row = torch.from_numpy(p.ids.astype(np.int64))[None].to(embedding.device)
             plain.append(model(input_ids=row, use_cache=False).logits[0, :-1].float())
+    except FedlmError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"packed attention does not fit {type(model).__name__} ({type(error).__name__})", fix=_FIX
+        ) from error
     finally:
         _switch(model, NAME)
         model.train(training)

@@ -18,10 +18,15 @@ BUCKET_BATCHES = 8
 
 def steps_per_round(spec: TrainingSpec, examples: int) -> int:
     """Optimiser steps of one round over this many sequences."""
+    return math.ceil(_sequences(spec, examples) / min(spec.batch_size, examples))
+
+
+def _sequences(spec: TrainingSpec, examples: int) -> int:
+    """Sequences that one round goes through, repetitions counted."""
     if spec.steps is not None:
-        return spec.steps
+        return spec.steps * min(spec.batch_size, examples)
     assert spec.epochs is not None
-    return max(1, math.ceil(round(spec.epochs * examples, 6) / min(spec.batch_size, examples)))
+    return max(1, round(spec.epochs * examples))
 
 
 def batches(
@@ -33,8 +38,7 @@ def batches(
     `key` is (seed, silo, ...). A silo with fewer sequences than `batch_size` uses them all in each step.
     """
     n, size = len(lengths), min(spec.batch_size, len(lengths))
-    steps = steps_per_round(spec, n)
-    total = steps * size if spec.steps is not None else max(1, round((spec.epochs or 0) * n))
+    total = _sequences(spec, n)
     seed, parts = int(key[0]), key[1:]
     orders = [
         numpy_generator(seed, "batches", *parts, round_, epoch).permutation(n) for epoch in range(math.ceil(total / n))

@@ -36,12 +36,12 @@ def padded_nll(model: nn.Module, sequences: Sequence[Encoded]) -> Tensor:
     loss, real = np.zeros(ids.shape, np.bool_), np.zeros(ids.shape, np.int64)
     for i, s in enumerate(sequences):
         ids[i, : len(s)], loss[i, : len(s)], real[i, : len(s)] = s.ids, s.loss, 1
-    predicting = torch.from_numpy(loss[:, 1:]).to(device)
-    inputs, mask = torch.from_numpy(ids).to(device), torch.from_numpy(real).to(device)
-    keep = torch.cat([predicting, torch.zeros_like(predicting[:, :1])], 1)
-    out = model(input_ids=inputs, attention_mask=mask, use_cache=False, logits_to_keep=keep)
+    keep, whole = torch.from_numpy(loss[:, 1:]).to(device), torch.from_numpy(ids).to(device)
+    mask = torch.from_numpy(real[:, :-1]).to(device)
+    # the last token of all is predicted and never read
+    out = model(input_ids=whole[:, :-1], attention_mask=mask, use_cache=False, logits_to_keep=keep)
     logits = out.logits if out.logits.ndim == 2 else out.logits[keep]
-    return cross_entropy(logits.float(), inputs[:, 1:][predicting], reduction="none")
+    return cross_entropy(logits.float(), whole[:, 1:][keep], reduction="none")
 
 
 def model_device(model: nn.Module) -> torch.device:

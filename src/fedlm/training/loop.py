@@ -124,9 +124,11 @@ def train(
                 loss.backward()
                 nll += float(loss.detach()) * targets
             _require_finite(nll, silo, step, "loss")
+            gradients = [p.grad for p in parameters.values() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            _require_finite(float(norm), silo, step, "gradient")
             if spec.clip_norm is not None:
-                norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), spec.clip_norm)
-                _require_finite(float(norm), silo, step, "gradient")
+                torch.nn.utils.clip_grads_with_norm_(parameters.values(), spec.clip_norm, norm)
             if rule is not None:
                 rule.correct(parameters)
             optimizer.step()
@@ -168,6 +170,8 @@ def batch_nll(model: Module, examples: list[Encoded], spec: TrainingSpec, device
 
 def drops(model: Module) -> bool:
     """Whether dropout is on: then a shared beginning must not be computed once, or its examples would drop alike."""
+    if model.training and getattr(causal_model(model).config, "attention_dropout", 0.0):
+        return True
     return any(isinstance(m, torch.nn.Dropout) and m.p > 0 and m.training for m in model.modules())
 
 

@@ -96,8 +96,12 @@ class _Segment:
 
 
 def pack(sequences: Sequence[Encoded], *, share: bool = True) -> Packed:
-    """Lay out sequences (each of at least one token) as one row; `share=False` computes every token of each."""
-    order = sorted(range(len(sequences)), key=lambda i: sequences[i].ids.astype(">i4").tobytes())
+    """Lay out sequences (each of at least one token) as one row; `share=False` computes every token of each.
+
+    A sequence is read up to its last target, which is predicted and never read.
+    """
+    read = [s.ids[: max(1, np.flatnonzero(s.loss)[-1])] if s.loss.any() else s.ids for s in sequences]
+    order = sorted(range(len(read)), key=lambda i: read[i].astype(">i4").tobytes())
     segments: list[_Segment] = []
     paths: dict[int, NDArray[np.int64]] = {}
     total = 0
@@ -111,11 +115,11 @@ def pack(sequences: Sequence[Encoded], *, share: bool = True) -> Packed:
 
     def grow(members: list[int], depth: int, ancestors: NDArray[np.int64]) -> None:
         """Emit the segments of sequences that agree on their first `depth` tokens, whose rows are `ancestors`."""
-        first, last = sequences[members[0]].ids, sequences[members[-1]].ids
+        first, last = read[members[0]], read[members[-1]]
         common = _common(first, last)  # sorted: what the outermost share, all share
         if not share:
             for i in members:
-                paths[i] = emit(sequences[i].ids, 0, ancestors)
+                paths[i] = emit(read[i], 0, ancestors)
             return
         if common == len(first) == len(last):  # one sequence, or equal ones
             path = emit(first[depth:], depth, ancestors) if common > depth else ancestors
@@ -127,7 +131,7 @@ def pack(sequences: Sequence[Encoded], *, share: bool = True) -> Packed:
             depth = common
         groups: list[list[int]] = []
         for i in members:  # neighbours that share more than the whole group does
-            begins = groups and _common(sequences[groups[-1][0]].ids, sequences[i].ids) > max(common, depth)
+            begins = groups and _common(read[groups[-1][0]], read[i]) > max(common, depth)
             if begins:
                 groups[-1].append(i)
             else:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fedlm.training.packing import Grid, Packed
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)  # a batch has a few shapes; long masks on a GPU take megabytes each
 def visible(length: int, before: int, window: int | None, device: torch.device) -> Tensor:
     """bool [length, before + length]: which ancestors and earlier tokens a query may see."""
     distance = torch.arange(before, before + length)[:, None] - torch.arange(before + length)[None, :]

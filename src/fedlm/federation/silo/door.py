@@ -162,6 +162,7 @@ class Silo:
             "seconds": time.monotonic() - started,
             "tokens_per_second": result.tokens / result.seconds if result.seconds > 0 else 0.0,
             "rows": len(tokens),
+            "row_targets": int(tokens.loss.sum()),
             "peak_rss": peak_rss(),
         }
         return Trained(key, digest, rule_state, result.optimizer_state if keep else {}, update, fields)
