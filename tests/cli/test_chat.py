@@ -56,6 +56,13 @@ def test_a_fault_in_one_turn_does_not_end_the_conversation(run_path: Path) -> No
     assert "is forgotten" in result.stderr
 
 
+def test_bytes_that_are_no_text_are_one_sentence(run_path: Path) -> None:  # noqa: F811
+    words = "the prompt holds bytes that are no text"
+    assert words in fedlm("chat", str(run_path), "--prompt", "-", input=b"bank \xff\xfe", code=2).stderr
+    result = fedlm("chat", str(run_path), "--max-new-tokens", "2", input=b"bank \xff\xfe\n/reset\n")
+    assert words in result.stderr and "is forgotten" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -63,6 +70,13 @@ def test_a_fault_in_one_turn_does_not_end_the_conversation(run_path: Path) -> No
         (["{run}", "--json"], "--json needs --prompt"),
         (["{run}", "--prompt", "x", "--round", "9"], "rounds with checkpoints: 0, 1, 2"),
         (["{run}", "--prompt", ""], "prompt is empty"),
+        (["{run}", "--prompt", "x", "--dtype", "bfloat16"], "--dtype cannot be given for a run"),
+        (["{run}", "--prompt", "x", "--sha256", "0" * 64, "--revision", "a"], "--sha256 and --revision cannot"),
+        (
+            ["smollm2-135m-instruct", "--prompt", "x", "--round", "best"],
+            "--round names a round of a run, and this is none",
+        ),
+        (["~no-such-user/m", "--prompt", "x"], "no folder or .gguf file '~no-such-user/m'"),
     ],
 )
 def test_bad_input_is_one_sentence(run_path: Path, arguments: list[str], words: str) -> None:  # noqa: F811

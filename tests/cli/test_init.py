@@ -49,3 +49,30 @@ def test_list() -> None:
 
 def test_dash_prints() -> None:
     assert run(app, ["init", "news", "--out", "-"]).stdout.startswith("# Which desk")
+
+
+def test_out_that_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("mine")
+    for out, words in ((tmp_path, "this is a folder"), (tmp_path / "r.yaml" / "x.yaml", "this is no folder")):
+        for options in ([], ["--force"]):
+            result = run(app, ["init", "--out", str(out), *options])
+            assert result.exit_code == 2
+            assert words in result.stderr and "exists already" not in result.stderr
+    result = run(app, ["init", "--out", "/dev/null", "--force"])
+    assert "a device" in result.stderr and Path("/dev/null").is_char_device()
+
+
+def test_force_keeps_the_old_recipe_when_the_new_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("mine")
+
+    def full(self: Path, text: str, **_: str) -> None:
+        self.write_bytes(text[:9].encode())
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert run(app, ["init", "--out", str(path), "--force"]).exit_code == 2
+    assert path.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [path]

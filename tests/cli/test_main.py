@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -63,6 +66,29 @@ def test_full_disk_is_mendable(monkeypatch: pytest.MonkeyPatch) -> None:
     result = invoke(monkeypatch, OSError(28, "No space left on device", "/runs/a"))
     assert result.exit_code == 2
     assert result.stderr.startswith("/runs/a: No space left on device. Fix:")
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG])
+def test_a_place_that_is_none_is_mendable(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    result = invoke(monkeypatch, OSError(number, os.strerror(number), "/a/b"))
+    assert result.exit_code == 2
+    assert result.stderr == f"/a/b: {os.strerror(number)}. Fix: correct the path, or make the folder first.\n"
+
+
+OUT_OF_MEMORY = [
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda e: type(e).__name__)
+def test_out_of_memory_is_mendable(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    result = invoke(monkeypatch, error)
+    assert result.exit_code == 2
+    assert "is not enough. Fix: lower training.batch_size" in result.stderr
+    assert invoke(monkeypatch, RuntimeError("size mismatch")).exit_code == 1
 
 
 def test_exit_code_of_a_command_passes(monkeypatch: pytest.MonkeyPatch) -> None:

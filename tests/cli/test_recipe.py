@@ -61,3 +61,21 @@ def test_reference(tmp_path: Path) -> None:
     path = tmp_path / "reference.md"
     assert run(app, ["recipe", "reference", "--out", str(path)]).exit_code == 0
     assert "`micro_batch_size`" in path.read_text()
+
+
+def test_reference_that_cannot_be_written(tmp_path: Path) -> None:
+    for out in (tmp_path / "nope" / "x.md", tmp_path):
+        result = run(app, ["recipe", "reference", "--out", str(out)])
+        assert result.exit_code == 2
+        assert str(out) in result.stderr and "Fix: correct the path" in result.stderr
+
+
+def test_check_of_paths_that_no_machine_knows(recipe: Path) -> None:
+    for path in ("~nouser/x.jsonl", "x" * 300):
+        changes = ["--set", f"data.silos.0.sources.0.path={path}"]
+        result = run(app, ["recipe", "check", str(recipe), *changes])
+        assert result.exit_code == 0
+        assert f"Not on this machine: {path}" in result.stderr
+    result = run(app, ["recipe", "check", str(recipe), "--set", "data.silos.0.sources.0.path=d/**x.jsonl"])
+    assert result.exit_code == 2
+    assert "'**' must be a part of its own" in result.stderr

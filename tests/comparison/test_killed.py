@@ -32,7 +32,7 @@ def metrics(output: bytes) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_it_goes_on_where_it_was(recipe: Recipe, tmp_path: Path, how: signal.Signals) -> None:
     file, folder = tmp_path / "recipe.yaml", tmp_path / "run"
     file.write_text(dump_recipe(recipe))
@@ -46,8 +46,8 @@ def test_it_goes_on_where_it_was(recipe: Recipe, tmp_path: Path, how: signal.Sig
         time.sleep(0.05)
     os.kill(process.pid, how)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == (130 if how is signal.SIGINT else -signal.SIGKILL), errors.decode()[-2000:]
-    if how is signal.SIGINT:
+    assert process.returncode == (-signal.SIGKILL if how is signal.SIGKILL else 130), errors.decode()[-2000:]
+    if how is not signal.SIGKILL:
         assert b"--resume" in errors
     assert not (folder / "comparison.json").exists()
 

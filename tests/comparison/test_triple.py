@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,61 @@ def test_every_arm_is_there_with_its_steps(finished: tuple[Path, dict[str, Any],
         if name != "base":
             assert arm["metrics"]["loss"] < arms["base"]["metrics"]["loss"], name
             assert arm["cost"]["bytes_up"] > 0 and arm["cost"]["peak_pss"] > 0
+
+
+def test_arms_are_measured_after_their_last_round_not_their_best(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedlm.comparison.measuring import measure_on_silos
+    from fedlm.comparison.triple import compare
+    from fedlm.data.federated import load_data
+    from fedlm.evaluation import summarise
+    from fedlm.federation import coordinator
+    from fedlm.federation.engines.local import LocalEngine
+    from fedlm.federation.rundir import RunDir
+
+    advance = coordinator._advance
+
+    def first_is_best(*args: Any) -> Any:
+        progress = advance(*args)
+        progress.best_round = 0
+        return progress
+
+    monkeypatch.setattr(coordinator, "_advance", first_is_best)
+    outcome = compare(recipe, run_dir=tmp_path / "run", budgets=["steps"], silos=["silo-0000"])
+    directory = RunDir.open(tmp_path / "run", write=False)
+    assert (directory.meta["best_round"], directory.checkpoint_rounds()) == (0, [0, 1])
+    checkpoint = directory.load_checkpoint(1)
+    assert checkpoint is not None
+    data = load_data(recipe)
+    engine = LocalEngine(recipe, data, tmp_path / "engine")
+    measured = measure_on_silos(engine, data.names, checkpoint.parameters, role="test", run="again", items=False)
+    metrics = {arm["arm"]: arm["metrics"] for arm in outcome["arms"]}
+    assert metrics["federated"]["loss"] == summarise(measured)["loss"]
+
+
+def test_arms_without_their_comparison_are_not_believed(
+    finished: tuple[Path, dict[str, Any], list[Any]], recipe: Recipe, tmp_path: Path
+) -> None:
+    from fedlm.comparison.triple import compare
+
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / "run.json").unlink()
+    for force in (False, True):
+        with pytest.raises(RunError, match=r"run\.json is missing"):
+            compare(recipe, run_dir=tmp_path / "run", force=force)
+
+
+def test_resuming_on_other_data_is_refused(
+    finished: tuple[Path, dict[str, Any], list[Any]], recipe: Recipe, tmp_path: Path
+) -> None:
+    from fedlm.comparison.triple import compare
+
+    shutil.copytree(finished[0], tmp_path / "run")
+    meta = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**meta, "data": "0" * 64}))
+    with pytest.raises(RunError, match="the data has changed"):
+        compare(recipe, run_dir=tmp_path / "run", resume=True)
 
 
 def test_the_directory_is_a_run_directory(finished: tuple[Path, dict[str, Any], list[Any]]) -> None:
@@ -125,7 +181,7 @@ def test_a_taken_directory_and_a_changed_recipe_are_refused(
 
     with pytest.raises(RunError, match="already holds a run"):
         compare(recipe, run_dir=finished[0])
-    changed = recipe.model_copy(update={"training": recipe.training.model_copy(update={"lr": 1.0})})
+    changed = recipe.model_copy(update={"training": recipe.training.model_copy(update={"lr": 5.0})})
     with pytest.raises(RunError, match=r"training\.lr: 0\.02 -> 1\.0"):
         compare(changed, run_dir=finished[0], resume=True)
 

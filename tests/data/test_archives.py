@@ -52,6 +52,11 @@ def test_glob(archive: Path, pattern: str, names: set[str]) -> None:
     assert read == {name: FILES[name] for name in names}
 
 
+def test_brackets_that_are_no_glob(archive: Path) -> None:
+    with pytest.raises(PackageError, match=r"\[z-a\]\.txt: this is no glob"):
+        list(open_members(archive, "[z-a].txt"))
+
+
 def test_glob_specials_are_literal() -> None:
     assert glob_regex("a+(b).txt").fullmatch("a+(b).txt")
     assert not glob_regex("a.txt").fullmatch("aXtxt")

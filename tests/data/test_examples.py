@@ -64,6 +64,21 @@ def test_templates_reach_no_attributes() -> None:
         compile_text("{text.__class__}")({"text": "x"})
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_none_never_become_text(value: float) -> None:
+    for expression in ("x", "{x}", "{x:.2f}", "{x:>5}"):
+        with pytest.raises(MalformedRowError, match="'x' holds no finite number"):
+            compile_text(expression)({"x": value})
+
+
+def test_nan_in_a_file_is_a_malformed_row(load: Load, jsonl: Callable[..., Path]) -> None:
+    jsonl([{"p": float("nan"), "r": "yes"}, {"p": 1.5, "r": "no"}])
+    source = {"path": "rows.jsonl", "columns": {"prompt": "p", "response": "r"}}
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: column 'p' holds no finite number"):
+        load([source])
+    assert load([source], malformed="skip", split=WHOLE).skipped == {"malformed": 1}
+
+
 @pytest.mark.parametrize("value", ["", "  \n", None, [], {}])
 def test_empty_values_are_malformed(value: Any) -> None:
     for expression in ("text", "{text} tail"):
@@ -109,6 +124,39 @@ def test_right_choice_prefers_text_and_refuses_doubt() -> None:
     assert right_choice(False, ["True", "False"]) == 1
     with pytest.raises(MalformedRowError, match="several"):
         right_choice("same", ["Same", "same", "other"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "labels", "right"),
+    [
+        ("1", ["1", "2", "3", "4"], 0),
+        (1, [1, 2, 3, 4], 0),
+        (4.0, ["1", "2", "3", "4"], 3),
+        ("C", ["A", "B", "C", "D"], 2),
+        ("b", ["C", "B", "A", "D"], 1),
+        ("A", ["D", "C", "B", "A"], 3),
+        ("grey", ["1", "2", "3", "4"], 3),
+        (2, ["A", "B", "C", "D"], 2),
+        ("1", ["1", "2"], 1),
+        ("1", None, 1),
+    ],
+)
+def test_records_with_labels_of_their_own(
+    load: Load, jsonl: Callable[..., Path], answer: Any, labels: list[Any] | None, right: int
+) -> None:
+    """As in ARC, where some answer keys are numbers from 1: the record's labels say what an answer means."""
+    choices = {"text": ["red", "green", "blue", "grey"], "label": labels}
+    jsonl([{"q": "Q1?", "choices": choices, "answerKey": answer}])
+    for column in ("choices", "choices.text"):
+        source = {"path": "rows.jsonl", "columns": {"question": "q", "choices": column, "answer": "answerKey"}}
+        row = load([source], split=WHOLE).pooled().train[0]
+        assert (row["choices"], row["answer"]) == (choices["text"], right)
+
+
+@pytest.mark.parametrize(("answer", "labels"), [("0", ["1", "2"]), (0, ["1", "2"]), ("A", ["A", "A"])])
+def test_labels_that_leave_doubt_are_refused(answer: Any, labels: list[str]) -> None:
+    with pytest.raises(MalformedRowError, match="label"):
+        right_choice(answer, ["red", "green"], labels)
 
 
 def test_choices_in_three_ways(load: Load, jsonl: Callable[..., Path]) -> None:
@@ -218,6 +266,20 @@ def test_where_unique_and_subset(load: Load, jsonl: Callable[..., Path]) -> None
         load([{**source, "where": {"lang": "fr"}}])
     with pytest.raises(DataError, match="no column 'language'"):
         load([{**source, "where": {"language": "en"}}])
+
+
+def test_max_rows_follows_content_and_seed_not_place(load: Load, jsonl: Callable[..., Path]) -> None:
+    rows = [{"text": f"row {i}"} for i in range(40)]
+    jsonl(rows, "a.jsonl")
+    jsonl(rows[::-1], "b.jsonl")
+
+    def subset(path: str, seed: int) -> set[str]:
+        source = {"path": path, "columns": {"text": "text"}, "max_rows": 10}
+        return set(load([source], split=WHOLE, seed=seed).pooled().train["text"][:])
+
+    assert len(subset("a.jsonl", 0)) == 10
+    assert subset("a.jsonl", 0) == subset("b.jsonl", 0)
+    assert subset("a.jsonl", 0) != subset("a.jsonl", 1)
 
 
 def test_csv_values_compare_as_written(load: Load, tmp_path: Path) -> None:

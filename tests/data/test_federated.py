@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
 import tempfile
 import time
@@ -139,6 +141,7 @@ def test_silo_with_one_row(load: Load, jsonl: Callable[..., Path]) -> None:
             data = load(silos=[silo("tiny", "one.jsonl")], split={"validation": 0.3, "test": 0.3})
         except DataError as fault:
             assert "silo 'tiny': the silo has no training row: its 1 row(s) are held out" in str(fault)
+            assert "role: train" in str(fault) and "min_rows" not in str(fault)  # what a named silo can do
             seen.add("refused")
         else:
             assert data.card("tiny")["rows"] == {"train": 1, "validation": 0, "test": 0}
@@ -146,6 +149,22 @@ def test_silo_with_one_row(load: Load, jsonl: Callable[..., Path]) -> None:
     assert seen == {"refused", "served"}
     one = load(silos=[silo("tiny", "one.jsonl")], split={"validation": 0, "test": 0})
     assert len(one.silo("tiny").train) == 1
+    one = load(silos=[silo("tiny", "one.jsonl", role="train")], split={"validation": 0.3, "test": 0.3})
+    assert len(one.silo("tiny").train) == 1
+
+
+def test_domains_of_the_same_name_are_never_merged(load: Load, jsonl: Callable[..., Path]) -> None:
+    for name in "ab":
+        jsonl([{"text": f"{name} {i}", "label": name} for i in range(20)], f"{name}/data.jsonl")
+    sources = [{"path": f"{name}/data.jsonl", "columns": TEXT} for name in "ab"]
+    domain = {"kind": "domain"}
+    with pytest.raises(DataError, match=r"'data': a/data\.jsonl and b/data\.jsonl.*`name`"):
+        load(sources, partition=domain)
+    assert len(load(sources).names) == 1
+    named = [{**source, "name": f"from-{name}"} for source, name in zip(sources, "ab", strict=True)]
+    assert load(named, partition=domain).names == ["from-a", "from-b"]
+    held_out = load([sources[0], {**sources[1], "role": "test"}], partition=domain)
+    assert held_out.names == ["data"] and set(hashes(held_out, "test"))
 
 
 def test_natural_by_pattern_and_its_faults(load: Load, jsonl: Callable[..., Path]) -> None:
@@ -204,6 +223,22 @@ def test_cache_is_used_and_follows_changes(
     assert load([source], split=whole).pooled().train["text"][:] == ["two"]
     changed = {"path": "rows.jsonl", "columns": {**TEXT, "text": "{text}!"}}
     assert load([changed], split=whole).pooled().train["text"][:] == ["two!"]
+
+
+def test_a_warm_cache_may_be_read_only(load: Load, jsonl: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    jsonl([{"text": "one", "label": "x"}])
+    source = {"path": "rows.jsonl", "columns": TEXT}
+
+    def read_only(_: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "locked", read_only)
+        with pytest.raises(DataError, match="Read-only"):
+            load([source])
+    load([source])
+    monkeypatch.setattr(cache, "locked", read_only)
+    assert load([source], split={"validation": 0, "test": 0}).pooled().train["text"][:] == ["one"]
 
 
 def test_cache_that_cannot_be_written(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -83,6 +84,17 @@ def test_second_fetch_needs_neither_network_nor_hashing(index: Path, monkeypatch
     monkeypatch.setattr(packages, "sha256_file", forbidden)
     assert fetch("pypi:tinydata==1.0", digest) == first
     assert not list(first.parent.glob(".fetch-*"))
+
+
+def test_a_warm_cache_may_be_read_only(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = wheel_hash(index)
+    first = fetch("pypi:tinydata==1.0", digest)
+    monkeypatch.setattr(packages, "locked", _read_only)
+    assert fetch("pypi:tinydata==1.0", digest) == first
+
+
+def _read_only(path: Path) -> None:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
 
 def test_changed_file_in_the_cache_is_noticed(index: Path) -> None:

@@ -170,5 +170,15 @@ def test_encodings(tmp_path: Path, load: Load) -> None:
     assert data.pooled().train["text"][:] == ["£ and é\n"]
     with pytest.raises(DataError, match="line by line"):
         load([{"path": "a.csv", "columns": {"text": "text"}, "encoding": "utf-16"}])
-    with pytest.raises(DataError, match="no encoding 'klingon'"):
-        load([{"path": "a.csv", "columns": {"text": "text"}, "encoding": "klingon"}])
+    for name in ("klingon", "rot13", "base64", "idna", "undefined", ""):
+        with pytest.raises(DataError, match=f"no text encoding '{name}'"):
+            load([{"path": "a.csv", "columns": {"text": "text"}, "encoding": name}])
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [("d/**x.jsonl", "Invalid pattern"), ("~nouser/x.jsonl", "home directory"), ("x" * 300, "name too long")],
+)
+def test_paths_that_no_machine_knows(load: Load, path: str, words: str) -> None:
+    with pytest.raises(DataError, match=f"this path cannot be used: .*{words}"):
+        load([{"path": path, "columns": TEXT}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,18 @@ Behave = Callable[[Request], Reply | Failure | None]
 
 
 def train_reply(request: Request, update: float, **fields: Any) -> Reply:
-    told = {"examples": 4, "rows": 8,  "target_tokens": 10, "tokens": 20, "loss": 2.0, "steps": 1, "seconds": 0.5, **fields}
-    told |= {"tokens_per_second": 40.0, "peak_rss": 1, "sent_bytes": 12, "received_bytes": 24}
+    told = {
+        "examples": 4,
+        "rows": 8,
+        "target_tokens": 10,
+        "tokens": 20,
+        "loss": 2.0,
+        "steps": 1,
+        "seconds": 0.5,
+        **fields,
+    }
+    told = {"tokens_per_second": 40.0, "peak_rss": 1, "dropped": 0, "cut": 0} | told
+    told |= {"sent_bytes": 12, "received_bytes": 24}
     tensors = {"w": torch.full((3,), update)}
     return Reply(request.silo, request.verb, request.run, request.round, request.attempt, tensors, told)
 
@@ -188,6 +199,97 @@ def test_figures_that_cannot_be_written_down_are_refused(tiny: Tiny, tmp_path: P
     assert [(f["silo"], f["kind"]) for f in record["validation"]["failures"]] == [("s1", "bad_update")]
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"examples": 10**400},
+        {"loss_sum": "x"},
+        {"loss_sum": 1e308},
+        {"loss_tokens": None},
+        {"loss_tokens": 2 * 64 + 1},  # two rows of at most 64 tokens
+        {"examples": 3},
+    ],
+)
+def test_counts_that_a_silos_rows_do_not_allow_are_refused(tiny: Tiny, tmp_path: Path, fields: dict[str, Any]) -> None:
+    started, toys = Started(tiny, tmp_path, "federation.quorum=0.5"), Toys()
+    counts = {"examples": 2, "loss_sum": 1.0, "loss_tokens": 10, **fields}
+    toys.behave["evaluate s1"] = lambda r: Reply(r.silo, r.verb, r.run, r.round, 0, {}, counts)
+    started.run(toys)
+    assert [(f["silo"], f["kind"]) for f in started.rounds()[1]["validation"]["failures"]] == [("s1", "bad_update")]
+
+
+@pytest.mark.parametrize("card", [None, {"rows": {}, "labels": {}}, {"rows": {"train": "x"}}])
+def test_a_silo_without_a_proper_card_does_not_take_part(tiny: Tiny, tmp_path: Path, card: Any) -> None:
+    toys = Toys()
+    toys.behave["hello s1"] = lambda r: Reply(r.silo, r.verb, r.run, -1, 0, {}, {"card": card, "versions": {}})
+    started = Started(tiny, tmp_path, "federation.quorum=0.5")
+    started.run(toys)
+    assert {r.silo for r in toys.of("train")} == {"s0", "s2", "s3"}
+    with pytest.raises(RunError, match=r"3 of 4 silos take part, the quorum is 4 \(s1: bad_update"):
+        Started(tiny, tmp_path / "all").run(toys)
+    # A silo that was not there at the start is greeted again when the run is resumed.
+    del toys.behave["hello s1"]
+    directory = RunDir.open(started.path)
+    directory.update_meta(status="interrupted")
+    directory.close()
+    started.run(toys, resume=True)
+    assert [r.silo for r in toys.of("hello")][-1] == "s1"
+
+
+def test_every_round_draws_its_own_silos(tiny: Tiny, tmp_path: Path) -> None:
+    started = Started(tiny, tmp_path, "federation.sample=2", "federation.rounds=6")
+    started.run(Toys())
+    assert len({tuple(record["sampled"]) for record in started.rounds()[1:]}) > 2
+
+
+def test_the_checkpoint_is_in_place_before_its_line_is_written(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = Started(tiny, tmp_path)
+
+    def fail(*_: Any) -> None:
+        raise RunError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDir, "save_checkpoint", fail)
+        with pytest.raises(RunError, match="disk is full"):
+            started.run(Toys())
+    assert [r["round"] for r in started.rounds()] == [-1]
+
+
+def test_ctrl_c_while_a_round_is_committed_waits_for_the_commit(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, append = Started(tiny, tmp_path), RunDir.append_round
+
+    def interrupted(self: RunDir, record: dict[str, Any]) -> None:
+        if record["round"] == 0:
+            signal.raise_signal(signal.SIGINT)
+        append(self, record)
+
+    monkeypatch.setattr(RunDir, "append_round", interrupted)
+    assert started.run(Toys()).status == "interrupted"
+    assert [r["round"] for r in started.rounds()] == [-1, 0]
+    assert json.loads((started.path / "run.json").read_text())["rounds_done"] == 1
+
+
+def test_the_round_before_stays_as_the_way_back(tiny: Tiny, tmp_path: Path) -> None:
+    started, toys = Started(tiny, tmp_path, "federation.rounds=3"), Toys()
+    toys.behave["train s0"] = lambda r: failing(FailureKind.UNREACHABLE)(r) if r.round == 2 else None
+    with pytest.raises(RunError, match="round 2 got 3"):
+        started.run(toys)
+    assert RunDir(started.path).checkpoint_rounds() == [0, 1]
+
+
+def test_rows_that_are_not_used_are_told(tiny: Tiny, tmp_path: Path) -> None:
+    started, toys = Started(tiny, tmp_path), Toys()
+    toys.behave["train s3"] = lambda r: train_reply(r, 4.0, dropped=5)
+    started.run(toys)
+    said = [e["text"] for e in started.events if e["kind"] == "phase" and "target token" in e["text"]]
+    assert said == ["5 of 8 rows keep no target token and are not used at 64 tokens (in 1 silos)"]
+    assert started.rounds()[1]["silos"]["s3"]["dropped"] == 5
+
+
 def test_oversampling_uses_the_first_and_lets_the_rest_go(tiny: Tiny, tmp_path: Path) -> None:
     started = Started(tiny, tmp_path, "federation.sample=2", "federation.oversample=0.5", "federation.deadline=7")
     toys = Toys()
@@ -231,7 +333,7 @@ def test_a_fixed_panel_measures(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_silos_without_training_rows_are_not_asked(tiny: Tiny, tmp_path: Path) -> None:
     toys = Toys()
-    card = {"rows": {"train": 0, "validation": 1, "test": 0}, "labels": {}}
+    card = {"rows": {"train": 0, "validation": 2, "test": 0}, "labels": {}}
     toys.behave["hello s2"] = lambda r: Reply(r.silo, "hello", r.run, -1, 0, {}, {"card": card, "versions": {}})
     Started(tiny, tmp_path).run(toys)
     assert {r.silo for r in toys.of("train")} == {"s0", "s1", "s3"}

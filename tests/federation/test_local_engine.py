@@ -18,6 +18,7 @@ import torch
 from fedlm.data.federated import load_data
 from fedlm.errors import ModelError
 from fedlm.federation.engines.local import LocalEngine, resolve_workers
+from fedlm.federation.engines.pool import Batch, Job, Worker
 from fedlm.messages import Event, Failure, FailureKind, Reply, Request, Tensors
 from fedlm.models.adapters import initial_tensors
 from fedlm.recipe.schema import FederationSpec, Recipe
@@ -58,7 +59,7 @@ def serial_answers(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict
     recipe = tiny.recipe()
     data = load_data(recipe, tiny.base)
     engine = LocalEngine(recipe, data, tmp_path_factory.mktemp("serial"), workers=1, base=tiny.base)
-    return by_silo(engine.exchange(requests(recipe, "serial", [*data.names, "centralised"])))
+    return by_silo(engine.exchange(requests(recipe, "serial", [*data.names, "_pooled"])))
 
 
 def assert_same(got: dict[str, Reply], wanted: dict[str, Reply]) -> None:
@@ -75,7 +76,7 @@ def test_same_bits_with_workers(
     two: tuple[LocalEngine, list[Event]], tiny: Tiny, serial_answers: dict[str, Reply]
 ) -> None:
     engine, events = two
-    names = [*engine.silos(), "centralised"]
+    names = [*engine.silos(), "_pooled"]
     assert_same(by_silo(engine.exchange(requests(tiny.recipe(), "bits", names))), serial_answers)
     steps = [e for e in events if e["kind"] == "step"]
     assert len(steps) == 3 * len(names) and {e["run"] for e in steps} == {"bits"}
@@ -214,14 +215,55 @@ def test_closing_ends_every_exchange_of_other_threads(tiny: Tiny, tmp_path: Path
         thread.start()
     time.sleep(0.2)
     engine.close()
+    threads.append(threading.Thread(target=ask_until_refused, daemon=True))  # one that comes too late
+    threads[-1].start()
     for thread in threads:
         thread.join(timeout=30)
-    assert len(ended) == 4, "an exchange still waits for workers that are gone"
-    for answers in [*ended, list(engine.exchange(hellos))]:
+    assert len(ended) == 5, "an exchange still waits for workers that are gone"
+    for answers in ended:
         assert len(answers) == 20
         refused = [a for a in answers if isinstance(a, Failure)]
         assert refused and all(a.reason == "the engine was closed" for a in refused)
     assert engine.workers == []
+
+
+def test_what_is_still_queued_when_the_engine_closes_is_answered(tiny: Tiny, tmp_path: Path) -> None:
+    engine = LocalEngine(tiny.recipe(), load_data(tiny.recipe(), tiny.base), tmp_path, workers=2, base=tiny.base)
+    batch = Batch()
+    engine._queue.put(Job(0, Request("site0", "hello", "late", -1), batch, None, 0))
+    engine.close()
+    _, answer = batch.answers.get_nowait()
+    assert isinstance(answer, Failure) and answer.reason == "the engine was closed"
+
+
+def test_a_worker_that_starts_while_the_engine_closes_is_ended(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = LocalEngine(tiny.recipe(), load_data(tiny.recipe(), tiny.base), tmp_path, workers=2, base=tiny.base)
+    (tmp_path / "logs").mkdir()
+    worker, spawn = Worker(engine._setup, 0), Worker.spawn
+
+    def spawn_too_late(self: Worker) -> None:
+        self.kill()  # finds no process yet
+        spawn(self)
+
+    monkeypatch.setattr(Worker, "spawn", spawn_too_late)
+    answer = worker._answer(Job(0, Request("site0", "hello", "late", -1), Batch(), None, 0))
+    assert isinstance(answer, Failure) and answer.reason == "the engine was closed"
+    assert worker._process is not None and worker.pid is None
+
+
+def test_a_reply_that_is_too_long_says_so(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound is lowered in the worker's own process, through a sitecustomize on its path."""
+    (tmp_path / "sitecustomize.py").write_text("import fedlm.federation.engines.wire as w\nw.MAX_LINE = 3000\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    recipe = tiny.recipe("training.steps=150")
+    engine = LocalEngine(recipe, load_data(recipe, tiny.base), tmp_path, workers=2, base=tiny.base)
+    try:
+        (answer,) = engine.exchange(requests(recipe, "long", ["site0"]))
+        assert isinstance(answer, Failure) and "over the bound of 3000" in answer.reason
+    finally:
+        engine.close()
 
 
 def test_no_orphans_when_the_parent_is_killed(tiny: Tiny, tmp_path: Path) -> None:

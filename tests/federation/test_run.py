@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from fedlm.errors import RunError
+from fedlm.errors import FedlmError, RunError
 from fedlm.federation.api import new_run, run_recipe
+from fedlm.federation.rundir import RunDir
+from fedlm.models.adapters import initial_tensors
 from fedlm.models.export import load_adapter
 from fedlm.recipe.load import load_recipe
 from tests.federation.conftest import Tiny
@@ -79,6 +85,83 @@ def test_a_taken_directory_is_not_overwritten_unless_forced(finished: Path, tiny
     new_run(tiny.recipe(), finished, base=tiny.base, force=True).close()
     assert json.loads((finished / "run.json").read_text())["run"] != old
     assert not (finished / "adapter").exists() and list(finished.parent.iterdir()) == [finished]
+
+
+def test_a_mistake_at_the_start_leaves_nothing_in_the_way(tiny: Tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for change in ("data.sources.0.path=typo.jsonl", "model.source=/nowhere", "adapter.targets=[nothing]"):
+        with pytest.raises(FedlmError):
+            run_recipe(tiny.recipe(change), base=tiny.base, run_dir=folder)
+        assert not folder.exists()
+
+
+def test_resume_on_other_data_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    shutil.copytree(tiny.base, tmp_path / "base")
+    recipe = tiny.recipe("federation.rounds=1")
+    run_recipe(recipe, base=tmp_path / "base", run_dir=tmp_path / "run")
+    rows = tmp_path / "base" / "rows.jsonl"
+    lines = rows.read_text().splitlines()
+    rows.write_text("\n".join(reversed(lines)))  # the same rows: the same data
+    assert run_recipe(None, run_dir=tmp_path / "run", resume=True).status == "finished"
+    rows.write_text("\n".join(lines[:-20]))
+    with pytest.raises(RunError, match="the data has changed since this run began"):
+        run_recipe(None, run_dir=tmp_path / "run", resume=True)
+
+
+def test_a_silo_may_be_called_anything(tiny: Tiny, tmp_path: Path) -> None:
+    """'centralised' once meant all rows in one place."""
+    text = (tiny.base / "rows.jsonl").read_text().replace("site0", "centralised").replace("site1", "pooled")
+    (tmp_path / "rows.jsonl").write_text(text)
+    recipe = tiny.recipe("federation.rounds=1", "training.epochs=1.0", "training.steps=null")
+    run_recipe(recipe, base=tmp_path, run_dir=tmp_path / "run")
+    rows = {n: c["rows"]["train"] for n, c in json.loads((tmp_path / "run" / "data.json").read_text())["silos"].items()}
+    line = json.loads((tmp_path / "run" / "rounds.jsonl").read_text().splitlines()[1])
+    assert {name: silo["examples"] for name, silo in line["silos"].items()} == rows
+
+
+def test_a_full_disk_in_a_silo_is_called_that(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("fedlm.federation.silo.state.write_tensors", full)
+    with pytest.raises(RunError, match="site0: error: .*the disk that holds the run directory is full"):
+        run_recipe(tiny.recipe(), base=tiny.base, run_dir=tmp_path / "run")
+
+
+def test_silos_count_by_the_examples_they_hold(tiny: Tiny, tmp_path: Path) -> None:
+    """Equal steps, unequal silos: the aggregate is (sum n_i u_i) / (sum n_i), from the replies the silos stored."""
+    rows = (tiny.base / "rows.jsonl").read_text().splitlines()
+    kept = [r for i, r in enumerate(rows) if json.loads(r)["site"] == "site0" or i % 3 == 0]
+    (tmp_path / "rows.jsonl").write_text("\n".join(kept))
+    recipe = tiny.recipe("federation.rounds=1", "federation.algorithm.name=fedavg")
+    run_recipe(recipe, base=tmp_path, run_dir=tmp_path / "run")
+    cards = json.loads((tmp_path / "run" / "data.json").read_text())["silos"]
+    counts = {name: card["rows"]["train"] for name, card in cards.items()}
+    assert max(counts.values()) > 2 * min(counts.values())
+    start = initial_tensors(recipe)
+    expected = {name: value.double() for name, value in start.items()}
+    for silo, count in counts.items():
+        (file,) = (tmp_path / "run" / "silos" / silo).rglob("round-0000.safetensors")
+        stored = load_file(file)
+        for name in start:
+            expected[name] += stored[f"reply/{name}"].double() * count / sum(counts.values())
+    found = RunDir(tmp_path / "run").load_checkpoint()
+    assert found is not None
+    for name in start:
+        torch.testing.assert_close(found.parameters[name].double(), expected[name], atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "ia3", "full"])
+@pytest.mark.parametrize("name", ["fedavg", "fedprox", "scaffold", "fedavgm", "fedadam", "fedyogi", "fedadagrad"])
+def test_every_algorithm_learns_with_every_kind_of_adapter(tiny: Tiny, tmp_path: Path, name: str, adapter: str) -> None:
+    changes = [f"federation.algorithm.name={name}", "federation.rounds=2", f"adapter={{kind: {adapter}}}"]
+    changes.append("training.lr=1e-3" if adapter == "full" else "training.lr=0.03")
+    if name in ("fedadam", "fedyogi", "fedadagrad"):
+        changes.append("federation.algorithm.server_lr=" + ("1e-3" if adapter == "full" else "0.01"))
+    folder = tmp_path / "run"
+    run_recipe(tiny.recipe(*changes), base=tiny.base, run_dir=folder)
+    losses = [json.loads(line)["validation"]["loss"] for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    assert losses[2] < losses[0] - 1e-4
 
 
 def test_ctrl_c_stops_cleanly_and_resumes(tiny: Tiny, tmp_path: Path) -> None:

@@ -103,6 +103,19 @@ def test_a_second_process_is_kept_out(run: RunDir) -> None:
     RunDir.open(run.path).close()
 
 
+@pytest.mark.parametrize("text", ["[]", "{}", '{"schema": 1}', "{", "\xff"])
+def test_a_damaged_run_json_is_called_that(run: RunDir, text: str) -> None:
+    run.close()
+    (run.path / "run.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(RunError, match=r"run\.json is damaged"):
+        RunDir.open(run.path)
+
+
+def test_a_copy_beside_a_checkpoint_is_no_checkpoint(run: RunDir) -> None:
+    (run.path / "checkpoints" / "round-0001.bak").mkdir()
+    assert run.checkpoint_rounds() == []
+
+
 def test_leftovers_of_a_killed_process_are_swept(run: RunDir) -> None:
     run.save_checkpoint(checkpoint(0))
     (run.path / "checkpoints" / ".round-0001.tmp").mkdir()

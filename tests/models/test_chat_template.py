@@ -27,9 +27,32 @@ def bare(tiny_model_dir: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_tokenizers_own_template_comes_first(tiny_model_dir: Path) -> None:
-    tokenizer = load_tokenizer(spec(tiny_model_dir, chat_template="no-such-file.jinja"), needs_template=True)
-    assert render(tokenizer, MESSAGES, True).endswith("secret words<|im_end|>\n<|im_start|>assistant\n")
+def test_the_recipes_template_comes_before_the_tokenizers_own(tiny_model_dir: Path, tmp_path: Path) -> None:
+    own = load_tokenizer(spec(tiny_model_dir), needs_template=True)
+    assert render(own, MESSAGES, True).endswith("secret words<|im_end|>\n<|im_start|>assistant\n")
+    file = tmp_path / "mine.jinja"
+    file.write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}")
+    assert render(load_tokenizer(spec(tiny_model_dir, chat_template=str(file))), MESSAGES) == "[user] secret words"
+    for gone in ("no-such-file.jinja", "~no-such-user/t.jinja"):
+        with pytest.raises(ModelError, match=r"model\.chat_template: .* cannot be read \(FileNotFoundError\)"):
+            load_tokenizer(spec(tiny_model_dir, chat_template=gone))
+
+
+def test_several_templates_are_none_until_the_recipe_names_one(bare: Path) -> None:
+    config = json.loads((bare / "tokenizer_config.json").read_text())
+    config["chat_template"] = [{"name": n, "template": "{{ messages[0].content }}"} for n in ("default", "tool_use")]
+    (bare / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"set model\.chat_template to 'chatml'"):
+        load_tokenizer(spec(bare), needs_template=True)
+    tokenizer = load_tokenizer(spec(bare, chat_template="chatml"), needs_template=True)
+    assert render(tokenizer, MESSAGES) == "<|im_start|>user\nsecret words<|im_end|>\n"
+
+
+def test_a_template_that_does_not_parse_is_an_error_at_load(tiny_model_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "broken.jinja"
+    file.write_text("hello\n{% for m in messages %}")
+    with pytest.raises(ModelError, match=r"model\.chat_template: the chat template does not parse \(line 2\)"):
+        load_tokenizer(spec(tiny_model_dir, chat_template=str(file)), needs_template=True)
 
 
 def test_without_a_template_the_error_says_what_to_set(bare: Path) -> None:
@@ -39,7 +62,7 @@ def test_without_a_template_the_error_says_what_to_set(bare: Path) -> None:
             act()
 
 
-def test_the_fallback_template(bare: Path, tmp_path: Path) -> None:
+def test_a_template_for_a_tokenizer_without_one(bare: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(spec(bare, chat_template="chatml"), needs_template=True)
     assert render(tokenizer, MESSAGES) == "<|im_start|>user\nsecret words<|im_end|>\n"
     file = tmp_path / "mine.jinja"

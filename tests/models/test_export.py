@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import fedlm.models.export
 from fedlm.errors import ModelError
 from fedlm.messages import Tensors
 from fedlm.models.adapters import attach, get_tensors, set_tensors
@@ -60,8 +63,7 @@ def test_plain_peft_gives_the_same_logits(
 def test_what_is_saved_comes_back(tiny_model_dir: Path, tmp_path: Path, adapter: dict[str, object]) -> None:
     of = recipe(tiny_model_dir, adapter)
     tensors = trained(of)
-    for _ in range(2):  # a later round replaces an earlier one
-        save_adapter(tmp_path / "adapter", tensors, of)
+    save_adapter(tmp_path / "adapter", tensors, of)
     back = load_adapter(tmp_path / "adapter")
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[n], t) for n, t in tensors.items())
@@ -100,14 +102,15 @@ def test_tensors_of_another_adapter_are_refused(tiny_model_dir: Path, tmp_path: 
 
 def test_a_corrupt_adapter(tiny_model_dir: Path, tmp_path: Path) -> None:
     of = recipe(tiny_model_dir)
-    save_adapter(tmp_path, trained(of), of)
-    file = tmp_path / "adapter_model.safetensors"
+    folder = tmp_path / "adapter"
+    save_adapter(folder, trained(of), of)
+    file = folder / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(ModelError, match="corrupt or cut short"):
-        load_adapter(tmp_path)
+        load_adapter(folder)
     file.unlink()
     with pytest.raises(ModelError, match="neither adapter_model"):
-        load_adapter(tmp_path)
+        load_adapter(folder)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
@@ -152,21 +155,70 @@ def test_a_small_change_is_kept_in_fp32_and_its_loss_in_bf16_is_measured(tiny_mo
     assert loss > 0.5
 
 
-def test_a_merged_model_carries_the_recipes_fallback_template(tiny_model_dir: Path, tmp_path: Path) -> None:
-    bare = Path(shutil.copytree(tiny_model_dir, tmp_path / "bare"))
-    (bare / "chat_template.jinja").unlink()
-    of = recipe(bare, chat_template="chatml")
+@pytest.mark.parametrize("own", [True, False])
+def test_a_whole_model_carries_the_recipes_template(tiny_model_dir: Path, tmp_path: Path, own: bool) -> None:
+    base = Path(shutil.copytree(tiny_model_dir, tmp_path / "base"))
+    if not own:
+        (base / "chat_template.jinja").unlink()
+    (tmp_path / "mine.jinja").write_text("mine")
+    template = str(tmp_path / "mine.jinja")
+    for name, save, kind in (("merged", save_merged, "lora"), ("full", save_adapter, "full")):
+        of = recipe(base, {"kind": kind}, chat_template=template)
+        save(tmp_path / name, trained(of), of)
+        assert AutoTokenizer.from_pretrained(tmp_path / name).chat_template == "mine"
+
+
+def test_a_tokenizer_with_several_templates_keeps_them(tiny_model_dir: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny_model_dir, tmp_path / "base"))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = {"default": "one", "tool_use": "two"}
+    tokenizer.save_pretrained(base)
+    of = recipe(base)
     save_merged(tmp_path / "merged", trained(of), of)
-    assert "im_start" in AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == tokenizer.chat_template
 
 
-def test_an_export_never_overwrites(tiny_model_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("save", [save_adapter, save_merged])
+def test_an_export_never_overwrites(tiny_model_dir: Path, tmp_path: Path, save: Callable[..., Any]) -> None:
     (tmp_path / "precious").write_text("text")
     of = recipe(tiny_model_dir)
-    with pytest.raises(ModelError, match="not empty"):
-        save_merged(tmp_path, trained(of), of)
+    for taken in (tmp_path, tmp_path / "precious"):
+        with pytest.raises(ModelError, match="not empty"):
+            save(taken, trained(of), of)
     with pytest.raises(ModelError, match="cannot be written"):
-        save_adapter(tmp_path / "precious", trained(of), of)
+        save(tmp_path / "precious" / "new", trained(of), of)
+    assert (tmp_path / "precious").read_text() == "text"
+    (tmp_path / "empty").mkdir()
+    save(tmp_path / "empty", trained(of), of)
+    assert load_adapter(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("save", "kind", "fails"),
+    [
+        (save_adapter, "lora", "write_atomic"),
+        (save_adapter, "full", "write_tensors"),
+        (save_merged, "lora", "write_tensors"),
+    ],
+)
+def test_an_export_that_fails_half_way_leaves_nothing(
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    save: Callable[..., Any],
+    kind: str,
+    fails: str,
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    of = recipe(tiny_model_dir, {"kind": kind})
+    tensors = trained(of)
+    monkeypatch.setattr(fedlm.models.export, fails, full)
+    before = set(tmp_path.iterdir())
+    with pytest.raises(ModelError, match="No space left on device"):
+        save(tmp_path / "out", tensors, of)
+    assert set(tmp_path.iterdir()) == before
 
 
 @pytest.mark.slow

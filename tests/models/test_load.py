@@ -7,19 +7,22 @@ import json
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 import fedlm.models.gguf
 import fedlm.models.load
 from fedlm.errors import FedlmError, ModelError
 from fedlm.models import folders
+from fedlm.models.adapters import skeleton
 from fedlm.models.load import load_base, load_tokenizer, pick_device, resolve, share
 
-from .helpers import spec
+from .helpers import recipe, spec
 from .tiny_gguf import write_gguf
 
 IDS = torch.arange(3, 60).reshape(3, 19)
@@ -111,6 +114,80 @@ def test_a_missing_shard_is_named(copy: Path) -> None:
         resolve(spec(copy))
 
 
+@pytest.mark.parametrize("weight_map", [[], {"a": 1}, {"a": ["b"]}])
+def test_a_malformed_index_is_a_sentence(copy: Path, weight_map: object) -> None:
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ModelError, match="`weight_map` must map each weight's name"):
+        resolve(spec(copy))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"hidden_size": 32, "intermediate_size": 64},
+            r"20 are missing or misshapen, e\.g\. model\.embed_tokens\.weight",
+        ),
+        ({"num_hidden_layers": 4}, r"18 are missing or misshapen, e\.g\. model\.layers\.2"),
+        ({"model_type": "nonesuch"}, r"model type `nonesuch` .* Fix: check its config\.json"),
+        ({"num_attention_heads": "x"}, r"num_attention_heads' expected int.* Fix: "),
+    ],
+)
+def test_a_model_that_does_not_load_is_one_sentence(
+    copy: Path, changes: dict[str, object], words: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | changes))
+    shown = logging.get_verbosity()
+    with pytest.raises(ModelError, match=words) as caught:
+        load_base(spec(copy))
+    assert "\n" not in str(caught.value)
+    if "model_type" in changes:
+        with pytest.raises(ModelError, match=words):
+            skeleton(recipe(copy))
+        load_tokenizer(spec(copy))
+    assert capfd.readouterr() == ("", "")
+    assert logging.get_verbosity() == shown
+
+
+def test_weights_without_a_place_are_told_in_one_line(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    with pytest.warns(UserWarning, match=r"9 weights have no place .* e\.g\. model\.layers\.1"):
+        load_base(spec(copy))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_code_from_a_repository_is_never_asked_for(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, dict[str, Any]]] = []
+
+    def watch(owner: type, name: str) -> None:
+        original = getattr(owner, name)
+
+        def called(*arguments: Any, **options: Any) -> Any:
+            seen.append((f"{owner.__name__}.{name}", options))
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, called)
+
+    for owner in (AutoConfig, AutoModelForCausalLM, AutoTokenizer):
+        watch(owner, "from_pretrained")
+    watch(AutoModelForCausalLM, "from_config")
+    load_base(spec(tiny_model_dir))
+    load_tokenizer(spec(tiny_model_dir))
+    skeleton(recipe(tiny_model_dir))
+    load_base(spec(write_gguf(tiny_model_dir, tmp_path / "tiny.gguf")))
+    ours = [(name, options) for name, options in seen if "trust_remote_code" in options]
+    assert len({name for name, _ in ours}) == 4
+    assert all(options["trust_remote_code"] is False for _, options in ours)
+    loads = [options for name, options in ours if name.endswith("LM.from_pretrained")]
+    assert all(options["local_files_only"] for options in loads)
+    assert any(options.get("use_safetensors") for options in loads)
+    assert {name for name, _ in seen} == {name for name, _ in ours}
+
+
 def test_a_wrong_hash_says_both(copy: Path) -> None:
     right = sha(copy / "model.safetensors")
     assert resolve(spec(copy, sha256=right)) == copy
@@ -134,6 +211,13 @@ def test_an_unknown_model_says_the_nearest_name() -> None:
         resolve(spec("smolm2-135m-instruct"))
     with pytest.raises(ModelError, match="file of another kind"):
         resolve(spec(__file__))
+
+
+@pytest.mark.parametrize("path", ["./nope", "models/nope", "/nope/model.gguf", "~no-such-user/m"])
+def test_a_path_that_is_not_there_is_called_a_path(path: str) -> None:
+    with pytest.raises(ModelError, match=r"no folder or \.gguf file.*'hub:owner/name'") as caught:
+        resolve(spec(path))
+    assert "smollm2" not in str(caught.value)
 
 
 def test_a_gguf_becomes_the_same_model(tiny_model_dir: Path, tmp_path: Path, plain: torch.Tensor) -> None:
@@ -242,7 +326,7 @@ def test_a_build_that_is_killed_leaves_nothing_and_is_repeated(tmp_path: Path) -
     with pytest.raises(KeyboardInterrupt):
         folders.build_once(target, dies, what="x")
     assert not target.exists()
-    (target.parent / ".x.stale.partial").mkdir()  # what kill -9 leaves
+    (target.parent / ".x.stale.tmp").mkdir()  # what kill -9 leaves
     folders.build_once(target, lambda f: (f / "whole").write_text("w") and None, what="x")
     assert [p.name for p in sorted(target.parent.iterdir())] == [".x.lock", "x"]
     assert [p.name for p in target.iterdir()] == ["whole"]

@@ -105,6 +105,40 @@ FAULTS = [
     ("question: q", 'question: "{q:.400"', ":8: data.sources.0.columns.question: is not a template"),
     ("task: instruct", "task: pretrain", "data.sources.0.columns: task 'pretrain' cannot learn from choice rows"),
     ("models/tiny", "hub:a/b", ":3: model.revision: a hub source must be pinned"),
+    ("models/tiny", "hub:a/b\n  revision: main", ":5: model.revision: must be a commit, 40 lower-case hex digits"),
+    ("models/tiny", "~nouser/m", "model.source: this path cannot be used"),
+    ("models/tiny", "m" * 300, "model.source: this path cannot be used"),
+    ("models/tiny", '""', ":4: model.source: must not be empty"),
+    ("data/*.jsonl", '""', ":7: data.sources.0.path: must not be empty"),
+    ("data/*.jsonl", '"**x.jsonl"', ":7: data.sources.0.path: '**' must be a part of its own"),
+    ("data/*.jsonl", "hub:a/b\n      revision: v1.0", ":8: data.sources.0.revision: must be a commit"),
+    (
+        "data/*.jsonl",
+        f"hub:a/b\n      revision: '{'a1' * 20}'\n      encoding: latin-1",
+        ":9: data.sources.0.encoding: has no",
+    ),
+    ("data/*.jsonl", "a.parquet\n      encoding: latin-1", ":8: data.sources.0.encoding: has no effect on Parquet"),
+    ("data/*.jsonl", f"a.jsonl\n      sha256: '{'a1' * 32}'", ":8: data.sources.0.sha256: has no effect"),
+    (
+        "question: q,",
+        'question: "{q[0]}",',
+        ":8: data.sources.0.columns.question: the template's 'q[0]' is not a plain",
+    ),
+    ("question: q,", 'question: "{q:,}",', "columns.question: the template's format ',' is not accepted"),
+    ("question: q,", 'question: "{}",', "columns.question: has empty braces"),
+    (
+        "question: q,",
+        "question: {q},",
+        "columns.question: must be text, got a mapping: quote a text that begins with {",
+    ),
+    ("    silos: 4", "    silos: 4\n    by: '{a!r}'", ":12: data.partition.by: the template's 'a' is not a plain"),
+    ("task: instruct", "adapter: {kind: full, targets: [q_proj]}", ":2: adapter.targets: has no effect with 'full'"),
+    ("  steps: 5", "  steps: 5\n  schedule: constant\n  final_lr: 0.1", ":16: training.final_lr: has no effect with"),
+    (
+        "  metrics: [",
+        "  max_new_tokens: 8\n  metrics: [",
+        "max_new_tokens: has no effect without the metric 'generation'",
+    ),
     ("models/tiny", "pypi:a==1!x.gguf", ":3: model.sha256: a registry package must be pinned"),
     ("models/tiny", "pypi:a!x.gguf", ":4: model.source: 'pypi:a!x.gguf' is not of the form 'pypi:name==version!"),
     ("models/tiny", "hf:a/b", ":4: model.source: unknown kind of source 'hf:'"),
@@ -126,7 +160,7 @@ def test_faults(write, old: str, new: str, expected: str) -> None:
     assert GOOD.count(old) >= 1
     path = write(GOOD.replace(old, new, 1))
     message = complaint(path)
-    assert message.startswith(f"{path}:")
+    assert message.startswith((f"{path}:", "model."))  # the model's place on this machine is looked at after the rest
     assert expected in message
 
 
@@ -207,6 +241,7 @@ def test_override(write) -> None:
         ("training.lr.x=1", "'training.lr' has no fields below it"),
         ("data.sources.7.max_rows=1", "'data.sources' is a list of 1: use an index 0 to 0, not '7'"),
         ("data.sources.first.max_rows=1", "use an index 0 to 0, not 'first'"),
+        ("data.sources.².max_rows=1", "use an index 0 to 0, not '²'"),
         ("data.silos.0.name=a", "is empty"),
         ("training.lr=fast", "--set training.lr: training.lr: must be a valid number"),
         ("training={lrr: 1}", "--set training: training.lrr: unknown field"),

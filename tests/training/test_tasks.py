@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedlm.errors import DataError, RecipeError
+from fedlm.errors import DataError, ModelError, RecipeError
 from fedlm.training.encode import TokenSet, encode_all
 from fedlm.training.tasks import get_task
 
@@ -21,7 +21,7 @@ def said(tokenizer: Any, row: dict[str, Any], max_length: int = 256) -> str:
 
 
 def chat(*turns: tuple[str, str]) -> dict[str, Any]:
-    return {"messages": [{"role": r, "content": c} for r, c in turns], "__row__": "file.jsonl:3"}
+    return {"messages": [{"role": r, "content": c} for r, c in turns], "row": "file.jsonl:3"}
 
 
 def test_only_the_assistant_and_its_end_of_turn_are_targets(tokenizer: Any) -> None:
@@ -69,19 +69,55 @@ def test_unstable_template_is_refused_without_quoting_text(tokenizer: Any, monke
 
 def test_refusing_template_and_missing_template(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no secret please') }}")
-    with pytest.raises(DataError, match="roles: user, assistant") as caught:
-        get_task("instruct").encode(chat(("user", "secret"), ("assistant", "b")), tokenizer, 256)
+    row = chat(("user", "secret"), ("assistant", "b"))
+    with pytest.raises(DataError, match=r"^file.jsonl:3: .*: no secret please \(roles: user, assistant\)"):
+        get_task("instruct").encode(row, tokenizer, 256)
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception(messages[0].content) }}")
+    with pytest.raises(DataError, match="refuses these messages: TemplateError") as caught:
+        get_task("instruct").encode(row, tokenizer, 256)
     assert "secret" not in str(caught.value)
     monkeypatch.setattr(tokenizer, "chat_template", None)
-    with pytest.raises(DataError, match="no chat template"):
-        get_task("instruct").encode(chat(("user", "a"), ("assistant", "b")), tokenizer, 256)
+    with pytest.raises(ModelError, match="no chat template"):
+        get_task("instruct").encode(row, tokenizer, 256)
+
+
+ALTERNATING = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_refused_rows_are_named_or_skipped(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", ALTERNATING)
+    task = get_task("instruct")
+    good = chat(("user", "why"), ("assistant", "so"))
+    bad = chat(("assistant", "so"), ("user", "why"), ("assistant", "yes"))
+    with pytest.raises(DataError, match=r"^file.jsonl:3: .*roles must alternate"):
+        encode_all([good, bad, good], task, tokenizer, 64)
+    found = encode_all([good, bad, good], task, tokenizer, 64, skip=True)
+    assert (len(found), found.dropped, found.cut) == (2, 1, 0)
+    with pytest.raises(DataError, match=r"^file.jsonl:3: .*roles must alternate"):
+        encode_all([bad, bad], task, tokenizer, 64, skip=True)
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [("{% for m in messages %}", "does not parse"), ("{{ ''.__class__.__mro__ }}", "Python's internals")],
+)
+def test_a_broken_template_is_no_rows_fault(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, template: str, words: str
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises(ModelError, match=words):
+        encode_all([chat(("user", "why"), ("assistant", "so"))], get_task("instruct"), tokenizer, 64, skip=True)
 
 
 def test_rows_of_another_kind_are_refused(tokenizer: Any) -> None:
-    with pytest.raises(DataError, match="task: pretrain"):
-        get_task("instruct").encode({"text": "plain"}, tokenizer, 256)
-    with pytest.raises(DataError, match="needs rows with `text`"):
-        get_task("pretrain").encode({"messages": []}, tokenizer, 256)
+    with pytest.raises(DataError, match=r"^f\.csv:2: .*task: pretrain"):
+        get_task("instruct").encode({"text": "plain", "row": "f.csv:2"}, tokenizer, 256)
+    with pytest.raises(DataError, match=r"^f\.csv:2: .*needs rows with `text`"):
+        get_task("pretrain").encode({"messages": [], "row": "f.csv:2"}, tokenizer, 256)
     with pytest.raises(RecipeError, match="did you mean 'instruct'"):
         get_task("instuct")
 

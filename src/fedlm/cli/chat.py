@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,12 +35,14 @@ def chat(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     round_: Annotated[
-        str | None, typer.Option("--round", help="best, last or a number; default: the run's adapter.")
+        str | None, typer.Option("--round", help="For a RUN: best, last or a number; default: its adapter.")
     ] = None,
     base: Annotated[bool, typer.Option("--base", help="Start with the run's base model, without its adapter.")] = False,
     sha256: Annotated[str | None, typer.Option(help="SHA-256, for a MODEL in a package.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit, for a hub MODEL.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, for a MODEL.")] = "bfloat16",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16, for a MODEL; default: bfloat16.", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Talk to a run's federated model, or to a base model.
@@ -50,15 +53,22 @@ def chat(
       fedlm chat runs/news --prompt "What is this article about?" --max-new-tokens 20
       fedlm chat smollm2-135m-instruct --temperature 0.7
     """
-    from pathlib import Path
-
     from fedlm.errors import ModelError
     from fedlm.inference.generate import Sampling
     from fedlm.inference.session import is_run, open_chat
+    from fedlm.models.folders import local_path
 
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text come through, and `reply` refuses them
     if as_json and prompt is None:
         raise ModelError("--json needs --prompt")
-    spec = None if is_run(Path(source).expanduser()) else model_spec(source, sha256, revision, dtype)
+    of_run = is_run(local_path(source))
+    if of_run and (given := [n for n, v in (("sha256", sha256), ("revision", revision), ("dtype", dtype)) if v]):
+        options = " and ".join(f"--{name}" for name in given)
+        raise ModelError(f"{options} cannot be given for a run: its recipe says how its model is loaded", where=source)
+    if not of_run and round_ is not None:
+        raise ModelError("--round names a round of a run, and this is none", where=source, fix="leave it out")
+    spec = None if of_run else model_spec(source, sha256, revision, dtype or "bfloat16")
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     session = open_chat(source, spec, round_)
     if base:

@@ -69,17 +69,15 @@ def _resolve(target: Path, overrides: list[str], base: bool, round_: str | None)
     """The recipe, the folder its relative paths start from, what to measure, and its name.
 
     Raises:
-        RecipeError, RunError: no such run or recipe, or nothing trained to measure.
+        RecipeError, RunError: no such run or recipe, a damaged run.json, or nothing trained to measure.
     """
     from fedlm.inference.session import is_run, run_recipe, run_tensors
     from fedlm.recipe.load import load_recipe
 
     if target.is_dir() or is_run(target):
-        from fedlm.files import read_json
-
         run = run_recipe(target)
         recipe = load_recipe(target / "recipe.yaml", overrides) if overrides else run
-        folder = Path(read_json(target / "run.json")["base"]) if (target / "run.json").is_file() else Path()
+        folder = _data_folder(target)
         if not base:
             tensors, which = run_tensors(target, round_)
             return recipe, folder, tensors, f"{target}, {which}"
@@ -94,6 +92,18 @@ def _resolve(target: Path, overrides: list[str], base: bool, round_: str | None)
     from fedlm.models.adapters import initial_tensors
 
     return recipe, folder, initial_tensors(recipe), "base model"
+
+
+def _data_folder(run: Path) -> Path:
+    """The folder that the relative paths of a run's recipe start from; RunError when run.json is damaged."""
+    from fedlm.federation.rundir import RunDir
+
+    if not (run / "run.json").is_file():
+        return Path()
+    base = RunDir.open(run, write=False).meta.get("base")
+    if not isinstance(base, str):
+        raise RunError("run.json does not say which folder the data's paths start from", where=str(run / "run.json"))
+    return Path(base)
 
 
 def _on_silos(

@@ -34,7 +34,7 @@ def export(
     """
     from fedlm.errors import ModelError, nearest
     from fedlm.inference.session import run_recipe, run_tensors
-    from fedlm.models.export import save_adapter, save_merged
+    from fedlm.models.export import check_empty, save_adapter, save_merged
     from fedlm.models.folders import DTYPES
 
     if dtype not in DTYPES:
@@ -43,8 +43,7 @@ def export(
         raise ModelError(
             "--dtype only applies to --merged: adapters are always fp32", fix="add --merged or drop --dtype"
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ModelError("the folder to export to is not empty", where=str(out), fix="choose a new one")
+    check_empty(out)
     recipe = run_recipe(run)
     tensors, name = run_tensors(run, round_)
     loss = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -49,18 +50,34 @@ def init(
     if str(out) == "-":
         typer.echo(text, nl=False)
         return
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("w" if force else "x", encoding="utf-8") as handle:
-            handle.write(text)
-    except FileExistsError:
-        raise RecipeError(
-            "this file exists already", where=str(out), fix="choose another --out, or overwrite it with --force"
-        ) from None
-    except IsADirectoryError:
-        raise RecipeError("this is a folder, --out names a file", where=str(out)) from None
+    _write(out, text, force)
     if as_json:
         typer.echo(json.dumps({"template": template, "path": str(out)}, indent=1))
         return
     typer.echo(f"Wrote {out} ({template}).")
     typer.echo(f"Next: fedlm recipe check {out}")
+
+
+def _write(out: Path, text: str, force: bool) -> None:
+    """Write beside and rename, so that an old recipe is never lost to a full disk. (`fedlm.files` would load torch.)"""
+    if out.is_dir():
+        raise RecipeError("this is a folder, --out names a file", where=str(out), fix=f"--out {out / 'recipe.yaml'}")
+    if out.exists() and not out.is_file():
+        raise RecipeError("this is a device or a pipe, --out names a file", where=str(out), fix="--out - prints it")
+    if out.exists() and not force:
+        raise RecipeError(
+            "this file exists already", where=str(out), fix="choose another --out, or overwrite it with --force"
+        )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise RecipeError(
+            "this is no folder, so nothing can be written in it", where=str(out.parent), fix="choose another --out"
+        ) from None
+    target = out.resolve()  # a link stays a link
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)

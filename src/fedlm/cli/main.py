@@ -47,7 +47,8 @@ COMMANDS: dict[str, Entry] = {
     "doctor": Entry("doctor", "Say what this machine has and what is missing."),
 }
 
-_MENDABLE = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT}
+_NO_ROOM = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT}
+_NO_PLACE = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG}
 
 
 class CommandTable(TyperGroup):
@@ -83,9 +84,11 @@ class CommandTable(TyperGroup):
             complain("Interrupted.")
             raise typer.Exit(130) from None
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in _MENDABLE:
-                where = f"{error.filename}: " if error.filename is not None else ""
-                complain(f"{where}{error.strerror}. Fix: make room or give permission there, or choose another place.")
+            sentence = _mendable(error)
+            if sentence is not None:
+                if debug:
+                    traceback.print_exc()
+                complain(sentence)
                 raise typer.Exit(2) from None
             # typer's own exceptions (usage errors, Exit, Abort) and a closed pipe are typer's to answer
             if type(error).__module__.startswith("typer") or isinstance(error, EOFError | BrokenPipeError):
@@ -100,6 +103,30 @@ class CommandTable(TyperGroup):
                     "(look through it first: it may quote your data). `fedlm --debug ...` shows it here."
                 )
             raise typer.Exit(1) from None
+
+
+def _mendable(error: Exception) -> str | None:
+    """A sentence for what the machine refused; None for everything else."""
+    if _out_of_memory(error):
+        return (
+            "The memory of this machine or its GPU is not enough. Fix: lower training.batch_size or micro_batch_size, "
+            "training.max_length, federation.workers or adapter.rank, or choose a smaller model."
+        )
+    if not isinstance(error, OSError) or error.errno not in _NO_ROOM | _NO_PLACE:
+        return None
+    where = f"{error.filename}: " if error.filename is not None else ""
+    if error.errno in _NO_PLACE:
+        return f"{where}{error.strerror}. Fix: correct the path, or make the folder first."
+    return f"{where}{error.strerror}. Fix: make room or give permission there, or choose another place."
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Python's, the system's, and torch's: its GPU error by name, since torch is not imported here."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def complain(sentence: str) -> None:

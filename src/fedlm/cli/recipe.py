@@ -74,14 +74,18 @@ def _missing_files(path: Path, recipe: object) -> list[str]:
     assert isinstance(recipe, Schema)
     paths = [source.path for _, source in all_sources(recipe.data)] + [recipe.model.source]
     local = [p for p in dict.fromkeys(paths) if not p.startswith(("hub:", "pypi:", "npm:")) and p not in CATALOGUE]
-    return [p for p in local if not _exists(path.parent, Path(p).expanduser())]
+    return [p for p in local if not _exists(path.parent, p)]
 
 
-def _exists(base: Path, path: Path) -> bool:
-    whole = (base / path).absolute()
-    if any(mark in str(path) for mark in "*?["):
-        return any(True for _ in Path(whole.anchor).glob(str(whole.relative_to(whole.anchor))))
-    return whole.exists()
+def _exists(base: Path, text: str) -> bool:
+    try:
+        path = Path(text).expanduser()
+        whole = (base / path).absolute()
+        if any(mark in text for mark in "*?["):
+            return any(True for _ in Path(whole.anchor).glob(str(whole.relative_to(whole.anchor))))
+        return whole.exists()
+    except (OSError, RuntimeError, ValueError):  # a name too long for any file, an unknown ~user
+        return False
 
 
 def show(recipe: Recipe = Path("recipe.yaml"), set_: Overrides = None, as_json: Json = False) -> None:

@@ -126,11 +126,11 @@ def _run(
     recipe = chosen or load_recipe(_required(resume) / "recipe.yaml")
     facts = {"name": recipe.name, "recipe": recipe.model_dump(mode="json")}
     tracking = Tracking({name: get_tracker(name) for name in recipe.trackers}, facts, warn=progress.warn)
-    place = [resume or run_dir]
+    started: list[Path] = []
 
     def observe(event: Event) -> None:
         if event.get("kind") == "run_started":
-            place[0] = Path(event["run_dir"])
+            started.append(Path(event["run_dir"]))
         progress(event)
         tracking(event)
 
@@ -144,7 +144,8 @@ def _run(
             observe=observe,
         )
     except BaseException as error:
-        _after_failure(error, place[0], progress, report)
+        if started:
+            _after_failure(error, started[0], progress, report)
         raise
     finally:
         tracking.finish()
@@ -156,10 +157,12 @@ def _run(
     return result, result.path
 
 
-def _after_failure(error: BaseException, folder: Path | None, progress: Any, report: bool) -> None:
-    """Leave a report of what was done, and say how to go on; never hide the failure itself."""
-    if folder is None or not (folder / "rounds.jsonl").is_file():
+def _after_failure(error: BaseException, folder: Path, progress: Any, report: bool) -> None:
+    """Say how to go on, and leave a report of what was done; never hide the failure itself."""
+    if not (folder / "rounds.jsonl").is_file():
         return
+    if isinstance(error, FedlmError | KeyboardInterrupt):  # first: a second Ctrl-C must not lose it
+        progress.warn(f"What was finished is kept. To continue: fedlm run --resume {folder}")
     if report:
         from fedlm.report.html import write_report
 
@@ -167,8 +170,6 @@ def _after_failure(error: BaseException, folder: Path | None, progress: Any, rep
             write_report(folder)
         except (OSError, FedlmError) as second:
             progress.warn(f"report.html was not written: {second}")
-    if isinstance(error, FedlmError | KeyboardInterrupt):
-        progress.warn(f"What was finished is kept. To continue: fedlm run --resume {folder}")
 
 
 def _required(path: Path | None) -> Path:

@@ -14,7 +14,6 @@ An arm with a test.json is never run again, so a comparison that was killed goes
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -25,9 +24,10 @@ from fedlm.comparison.arms import BASE, BUDGETS, FEDERATED, Arm, federated_recip
 from fedlm.comparison.measuring import measure_on_silos
 from fedlm.comparison.verdict import ArmResult, arm_metrics, judge, table
 from fedlm.errors import RunError
-from fedlm.federation.api import MAY_CHANGE, new_run
+from fedlm.federation.api import MAY_CHANGE, about, new_run, remove_run, same_data, using
 from fedlm.federation.coordinator import run
 from fedlm.federation.engines.local import LocalEngine, resolve_workers
+from fedlm.federation.interrupt import Interrupt
 from fedlm.federation.rundir import RunDir, disk_errors
 from fedlm.federation.sampling import sample
 from fedlm.files import read_json, write_json
@@ -83,15 +83,18 @@ def compare(
     _check_directory(recipe, run_dir, resume, force)
     results: list[ArmResult] = []
     silo_count = 0
-    for seed in seeds:
-        seeded = recipe.model_copy(update={"seed": seed})
-        data = load_data(seeded, base)
-        silo_count = len(data.names)
-        own = seed == recipe.seed
-        arms_root = run_dir / "arms" if own else run_dir / "arms" / f"seed-{seed}"
-        federated = run_dir if own else arms_root / FEDERATED
-        one = _Comparison(seeded, data, base, federated, arms_root, observe, workers, len(seeds))
-        results += one.run(plan_arms(seeded, one.training_rows(), budgets=budgets, silos=silos))
+    with Interrupt():  # SIGTERM ends a comparison as Ctrl-C does
+        for seed in seeds:
+            seeded = recipe.model_copy(update={"seed": seed})
+            data = load_data(seeded, base)
+            if force and not results:  # not before the new data could be read
+                remove_run(run_dir)
+            silo_count = len(data.names)
+            own = seed == recipe.seed
+            arms_root = run_dir / "arms" if own else run_dir / "arms" / f"seed-{seed}"
+            federated = run_dir if own else arms_root / FEDERATED
+            one = _Comparison(seeded, data, base, federated, arms_root, observe, workers, len(seeds))
+            results += one.run(plan_arms(seeded, one.training_rows(), budgets=budgets, silos=silos))
     outcome: Fields = {
         "schema": SCHEMA,
         "arms": [{"arm": r.arm, "seed": r.seed, "metrics": arm_metrics(r), "cost": r.cost} for r in results],
@@ -111,11 +114,14 @@ def _check_directory(recipe: Recipe, run_dir: Path, resume: bool, force: bool) -
     RunError: there is a comparison and it is not to be resumed, or it is of another recipe.
     """
     if not (run_dir / "run.json").exists():
+        if (run_dir / "arms").exists():
+            raise RunError(
+                "this directory holds arms of a comparison, but run.json is missing",
+                where=str(run_dir),
+                fix="remove it or choose another --run-dir",
+            )
         return
     if force:
-        RunDir.open(run_dir).close()  # fails if anyone is running in it
-        with disk_errors(run_dir):
-            shutil.rmtree(run_dir)
         return
     if not resume:
         raise RunError(
@@ -156,6 +162,8 @@ class _Comparison:
         self.testers = [name for name in sorted(panel) if len(data.silo(name).test)]
         if not self.testers:
             raise RunError("no silo holds a test row, so there is nothing to compare on", fix="raise data.split.test")
+        if (federated / "run.json").exists():
+            same_data(RunDir.open(federated, write=False), data)
         self._arm_of_run: dict[str, str] = {}
         self._count = 0
 
@@ -285,13 +293,10 @@ class _Comparison:
         if (folder / "run.json").exists():
             directory = RunDir.open(folder)
         else:
-            directory = new_run(recipe, folder, base=self.base)
-            directory.update_meta(arm=arm, skipped=self.data.skipped)
+            directory = new_run(recipe, folder, base=self.base, arm=arm, **about(self.data))
         self._arm_of_run[directory.run] = arm
-        try:
+        with using(directory):
             yield directory
-        finally:
-            directory.close()
 
     def _from_engine(self, event: Event) -> None:
         self._tell(event, self._arm_of_run.get(str(event.get("run")), ""))

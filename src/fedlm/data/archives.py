@@ -35,6 +35,8 @@ _BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, 
 def glob_regex(pattern: str) -> re.Pattern[str]:
     """A glob over '/'-separated names as a regular expression: '*' and '?' stay within a part, '**' crosses parts.
 
+    Raises PackageError for brackets that make no sense.
+
     >>> bool(glob_regex("data/**/*.txt").fullmatch("data/a/b/c.txt"))
     True
     """
@@ -54,7 +56,10 @@ def glob_regex(pattern: str) -> re.Pattern[str]:
             out, i = f"{out}[{inside}]", end + 1
         else:
             out, i = out + re.escape(pattern[i]), i + 1
-    return re.compile(out, re.DOTALL)
+    try:
+        return re.compile(out, re.DOTALL)
+    except re.error as fault:
+        raise PackageError(f"this is no glob: {fault.msg}", where=pattern, fix="check its brackets [...]") from None
 
 
 def list_members(archive: Path) -> list[str]:

@@ -40,7 +40,8 @@ def _code() -> str:
     """A hash of the code that reads and maps, so that another version of it never meets its predecessor's tables."""
     here = Path(__file__).parent
     names = ("archives.py", "cache.py", "columns.py", "examples.py", "readers.py", "sources.py")
-    return hashlib.sha256(b"".join((here / name).read_bytes() for name in names)).hexdigest()
+    files = [*(here / name for name in names), here.parent / "recipe" / "expressions.py"]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def table_of(located: Located, malformed: str, partition: PartitionSpec | None) -> Table:
@@ -60,12 +61,12 @@ def table_of(located: Located, malformed: str, partition: PartitionSpec | None) 
     folder = cache_dir() / "datasets"
     table, note = folder / f"{key}.arrow", folder / f"{key}.json"
     try:
-        with locked(folder / f"{key}.lock"):
-            if not note.exists():  # the note is written last
-                counts = _write(table, map_rows(
-                    read_rows(located), source, malformed, domain=located.domain, partition=partition
-                ), kind, source.path)  # fmt: skip
-                write_json(note, counts)
+        if not note.exists():  # the note is written last; a warm cache may be read-only
+            with locked(folder / f"{key}.lock"):
+                if not note.exists():
+                    rows = read_rows(located)
+                    examples = map_rows(rows, source, malformed, domain=located.domain, partition=partition)
+                    write_json(note, _write(table, examples, kind, source.path))
     except OSError as fault:
         raise DataError(
             f"the examples cannot be kept: {fault.strerror or fault}",

@@ -1,21 +1,18 @@
 """Column expressions: 'doc.query' reaches into nested records, '{text:.400}\\n\\nTopic?' is a template over columns.
 
-Templates are a restricted form of Python's: fields are column names, there is no attribute or index access, no
-conversion, and a format may only cut, pad or round. So a recipe from a stranger can neither run code nor fill memory.
+What a template may hold is said, and checked, in `fedlm.recipe.expressions`.
 """
 
 from __future__ import annotations
 
-import re
-import string
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from fedlm.errors import DataError, nearest
+from fedlm.recipe.expressions import is_template, parse_template
 
 Row = Mapping[str, Any]
-_SPEC = re.compile(r"[<>^]?[0-9]{0,4}(?:\.[0-9]{1,6})?[sdf]?")
-_FIELD = re.compile(r"[^\[\](){}!:]+")
 
 
 class MalformedRowError(Exception):
@@ -57,19 +54,21 @@ def look_up(row: Row, name: str) -> Any:
 
 
 def as_text(value: Any, name: str) -> str:
-    """A scalar as text. Raises MalformedRowError for empty values, lists and records."""
+    """A scalar as text. Raises MalformedRowError for empty values, NaN, infinities, lists and records."""
     if isinstance(value, str):
         if value.strip():
             return value
     elif isinstance(value, bool | int | float):
+        _check_finite(value, name)
         return str(value)
     elif value is not None:
         raise MalformedRowError(f"column '{name}' holds a {type(value).__name__}, not text")
     raise MalformedRowError(f"column '{name}' is empty")
 
 
-def is_template(text: str) -> bool:
-    return "{" in text or "}" in text
+def _check_finite(value: Any, name: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise MalformedRowError(f"column '{name}' holds no finite number (NaN or infinity)")
 
 
 def compile_text(expression: str) -> Callable[[Row], str]:
@@ -80,7 +79,11 @@ def compile_text(expression: str) -> Callable[[Row], str]:
     """
     if not is_template(expression):
         return lambda row: as_text(look_up(row, expression), expression)
-    parts = _parse(expression)
+    try:
+        parts = parse_template(expression)
+    except ValueError as fault:
+        where = f"template of {len(expression)} characters '{expression[:60]}'"
+        raise DataError(str(fault), where=where) from None
 
     def fill(row: Row) -> str:
         out = []
@@ -96,33 +99,11 @@ def compile_text(expression: str) -> Callable[[Row], str]:
     return fill
 
 
-def _parse(expression: str) -> list[tuple[str, str | None, str]]:
-    where = f"template of {len(expression)} characters '{expression[:60]}'"
-    try:
-        parsed = list(string.Formatter().parse(expression))
-    except ValueError as fault:
-        raise DataError(str(fault), where=where, fix="write {{ and }} for literal braces") from fault
-    parts = []
-    for literal, field, spec, conversion in parsed:
-        if field is not None:
-            if not _FIELD.fullmatch(field) or conversion is not None:
-                raise DataError(
-                    f"the field '{field}' is not a plain column name",
-                    where=where,
-                    fix="write {column} or {column:.400}",
-                )
-            if not _SPEC.fullmatch(spec or ""):
-                raise DataError(
-                    f"the format '{spec}' is not accepted", where=where, fix="formats look like .400, >12 or .2f"
-                )
-        parts.append((literal, field, spec or ""))
-    return parts
-
-
 def _format(value: Any, name: str, spec: str) -> str:
-    if spec.endswith(("d", "f")):
-        try:
-            return format(value, spec)
-        except (TypeError, ValueError):
-            raise MalformedRowError(f"column '{name}' is not a number that fits the format '{spec}'") from None
-    return format(as_text(value, name), spec)
+    if not spec.endswith(("d", "f")):
+        return format(as_text(value, name), spec)
+    _check_finite(value, name)
+    try:
+        return format(value, spec)
+    except (TypeError, ValueError, OverflowError):
+        raise MalformedRowError(f"column '{name}' is not a number that fits the format '{spec}'") from None

@@ -13,14 +13,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
-from fedlm.data.columns import MalformedRowError, Row, as_text, compile_text, is_template, look_up
+from fedlm.data.columns import MalformedRowError, Row, as_text, compile_text, look_up
 from fedlm.data.readers import RawRow
 from fedlm.errors import DataError
+from fedlm.recipe.expressions import is_template
 from fedlm.recipe.schema import Columns, PartitionSpec, SourceSpec
 
 _COMMON = [(name, pa.string()) for name in ("label", "domain", "hash", "group", "row")]
@@ -219,25 +220,31 @@ def _choice(columns: Columns) -> Callable[[Row], Example]:
     options = _options(columns.choices)
 
     def build(row: Row) -> Example:
-        choices = options(row)
+        choices, labels = options(row)
         if len(choices) < 2:
             raise MalformedRowError("there are fewer than two choices")
-        return {"question": question(row), "choices": choices, "answer": right_choice(read_answer(row), choices)}
+        right = right_choice(read_answer(row), choices, labels)
+        return {"question": question(row), "choices": choices, "answer": right}
 
     return build
 
 
-def _options(choices: str | list[str] | None) -> Callable[[Row], list[str]]:
+def _options(choices: str | list[str] | None) -> Callable[[Row], tuple[list[str], list[str]]]:
+    """A row's choices and, where a record names them as the ARC family on the hub does, their labels (else none)."""
     if isinstance(choices, list):
         parts = [compile_text(c) if is_template(c) else _literal(c) for c in choices]
-        return lambda row: [part(row) for part in parts]
+        return lambda row: ([part(row) for part in parts], [])
     name = str(choices)
 
-    def build(row: Row) -> list[str]:
+    def build(row: Row) -> tuple[list[str], list[str]]:
         value = look_up(row, name)
-        if isinstance(value, Mapping) and isinstance(value.get("text"), list):  # the ARC family on the hub
-            value = value["text"]
-        return [as_text(item, f"{name}[{i}]") for i, item in enumerate(_as_list(value, name, "choices"))]
+        record = look_up(row, name.removesuffix(".text")) if name.endswith(".text") and name not in row else value
+        labels = None
+        if isinstance(record, Mapping) and isinstance(record.get("text"), list):
+            value, labels = record["text"], record.get("label")
+        texts = [as_text(item, f"{name}[{i}]") for i, item in enumerate(_as_list(value, name, "choices"))]
+        each = isinstance(labels, list) and len(labels) == len(texts)
+        return texts, [str(label) for label in labels or []] if each else []
 
     return build
 
@@ -246,17 +253,26 @@ def _literal(text: str) -> Callable[[Row], str]:
     return lambda _: text
 
 
-def right_choice(answer: Any, choices: list[str]) -> int:
+def right_choice(answer: Any, choices: list[str], labels: Sequence[str] = ()) -> int:
     """The index of the right choice.
 
-    A number is an index from 0. Text is compared with the choices (case, white space, a final stop and a leading
-    'A. ' aside), then read as a letter A.. and last, if all digits, as an index from 0.
+    Where the data labels its choices, an answer that is one of the labels means that choice. Otherwise a number is an
+    index from 0, unless the labels are numbers. Text is compared with the choices (case, white space, a final stop and
+    a leading 'A. ' aside), then read as a letter A.. and last, if all digits, as such a number.
 
     Raises:
         MalformedRowError: the answer is not among the choices, or is equal to several.
     """
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)
+    if labels and isinstance(answer, str | int) and not isinstance(answer, bool):
+        named = [i for i, label in enumerate(labels) if _normal(label) == _normal(str(answer))]
+        if len(named) > 1:
+            raise MalformedRowError("the answer's label is given to several choices")
+        if named:
+            return named[0]
+        if str(answer).strip().isdecimal() and all(label.strip().isdecimal() for label in labels):
+            raise MalformedRowError("the answer is not among the choices' labels")
     if isinstance(answer, int) and not isinstance(answer, bool):
         if 0 <= answer < len(choices):
             return answer

@@ -8,6 +8,8 @@ validation) takes every equal row out of the weaker ones, over all silos that ar
 from __future__ import annotations
 
 import bisect
+import functools
+import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ import numpy.typing as npt
 from fedlm.data.cache import table_of
 from fedlm.data.examples import has_categories
 from fedlm.data.partition import deal
-from fedlm.data.sources import locate
+from fedlm.data.sources import Located, locate
 from fedlm.errors import DataError
 from fedlm.randomness import key
 from fedlm.recipe.schema import DataSpec, Recipe, SourceSpec, SplitSpec
@@ -86,6 +88,17 @@ class FederatedData:
             labels = {values[i]: int(counts[i]) for i in np.flatnonzero(counts)}
         return {"rows": {role: len(part) for role, part in zip(ROLES, parts, strict=True)}, "labels": labels}
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over who holds which rows in which role: equal for equal data, whatever the order of files."""
+        state = hashlib.sha256(self.kind.encode())
+        hashes = np.array(self._rows["hash"][:], dtype=object)
+        for name in self.names:
+            for role, part in zip(ROLES, self._parts[name], strict=True):
+                state.update(f"\x1f{name}\x1f{role}\x1f{len(part)}\x1f".encode())
+                state.update("".join(sorted(hashes[part])).encode())
+        return state.hexdigest()
+
     def _select(self, name: str, parts: tuple[Ints, ...]) -> SiloData:
         train, validation, test = (self._rows.select(part) for part in parts)
         return SiloData(name, self.kind, train, validation, test)
@@ -122,7 +135,10 @@ def load_data(recipe: Recipe, base: Path = Path()) -> FederatedData:
     """
     spec, seed = recipe.data, recipe.seed
     sources, holders = _flat(spec)
-    tables = [table_of(locate(source, base), spec.malformed, spec.partition) for source in sources]
+    located = [locate(source, base) for source in sources]
+    if spec.partition is not None and spec.partition.kind == "domain":
+        _check_domains(located)
+    tables = [table_of(found, spec.malformed, spec.partition) for found in located]
     kinds = {table.kind for table in tables}
     if len(kinds) > 1:
         listed = ", ".join(f"{s.path} ({t.kind})" for s, t in zip(sources, tables, strict=True))
@@ -218,6 +234,20 @@ def _roles(
     return roles, dropped
 
 
+def _check_domains(located: list[Located]) -> None:
+    """Refuse two sources that would silently become one silo; held-out ones may share the name of one that trains."""
+    training = [found for found in located if found.source.role in ("split", "train")]
+    first: dict[str, str] = {}
+    for found in training:
+        if found.domain in first:
+            raise DataError(
+                f"two sources are one domain, '{found.domain}': {first[found.domain]} and {found.source.path}",
+                where="data.sources",
+                fix="give each source a `name` of its own",
+            )
+        first[found.domain] = found.source.path
+
+
 def _check_training_rows(name: str, roles: Ints) -> None:
     if not len(roles) or (roles == 0).any():
         if len(roles):
@@ -226,5 +256,5 @@ def _check_training_rows(name: str, roles: Ints) -> None:
     raise DataError(
         f"the silo has no training row: its {len(roles)} row(s) are held out for validation or test",
         where=f"silo '{name}'",
-        fix="give it more rows, raise partition.min_rows so that small silos are left out, or lower data.split",
+        fix="give it more rows, lower data.split, or set `role: train` on its source",
     )

@@ -122,13 +122,12 @@ def fetch(source: str, sha256: str | None) -> Path:
         PackageError: no hash given (the sentence says the one found), another hash found, or the download failed.
     """
     package = parse_source(source)
-    with locked(package.folder / ".lock"):
-        found = [p for p in sorted(package.folder.iterdir()) if _is_archive(p)]
-        for path in found:
-            if sha256 is not None and _verified(path, sha256):
+    if sha256 is not None:  # without the lock, since a warm cache may be read-only
+        for path in _archives(package):
+            if _verified(path, sha256):
                 return path
-        if not found:
-            found = [_download(package)]
+    with locked(package.folder / ".lock"):
+        found = _archives(package) or [_download(package)]
         if sha256 is None:
             raise PackageError(
                 "a package must be pinned by the SHA-256 of its file, and the source gives none",
@@ -145,6 +144,11 @@ def fetch(source: str, sha256: str | None) -> Path:
             fix=f"if the pin is right, remove {package.folder} and fetch again from a registry you trust; "
             "if the pin is wrong, correct it after checking the file",
         )
+
+
+def _archives(package: PackageSource) -> list[Path]:
+    """The archives that the cache keeps; each was renamed into place whole."""
+    return [p for p in sorted(package.folder.iterdir()) if _is_archive(p)] if package.folder.is_dir() else []
 
 
 def _is_archive(path: Path) -> bool:

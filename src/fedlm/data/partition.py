@@ -89,12 +89,13 @@ def _shares(owner: Ints, rows: Ints, proportions: npt.NDArray[np.float64]) -> No
 
 def _enough(roles: Ints, silos: int, spec: PartitionSpec) -> None:
     rows = int((roles == 0).sum())
-    if rows < silos * spec.min_rows:
+    possible = rows // spec.min_rows
+    if possible < silos:
         raise DataError(
             f"{rows} training rows cannot give each of {silos} silos min_rows: {spec.min_rows}; "
-            f"at most {rows // spec.min_rows} silos are possible",
+            + (f"at most {possible} silos are possible" if possible else "they are too few for any silo"),
             where="data.partition",
-            fix="use fewer silos, more rows, or a smaller min_rows",
+            fix=("use fewer silos, more rows," if possible else "use more rows") + " or a smaller min_rows",
         )
 
 
@@ -176,16 +177,20 @@ def _sharded(dataset: Any, spec: PartitionSpec, seed: int, roles: Ints) -> tuple
     return _numbered(silos), owner
 
 
+def _counts_by_itself(spec: PartitionSpec) -> None:
+    if spec.silos is not None:
+        raise DataError(
+            f"`silos` does not apply to a {spec.kind} partition, which counts by itself",
+            where="data.partition",
+            fix="use max_silos to keep the largest groups only" if spec.kind == "natural" else "leave it out",
+        )
+
+
 def _natural(dataset: Any, spec: PartitionSpec, seed: int, roles: Ints) -> tuple[list[str], Ints]:
     """A silo per value of `by`; groups with fewer than min_rows training rows are left out."""
     del seed
     values, codes = _codes(dataset, "group")
-    if spec.silos is not None:
-        raise DataError(
-            "`silos` does not apply to a natural partition, which counts by itself",
-            where="data.partition",
-            fix="use max_silos to keep the largest groups only",
-        )
+    _counts_by_itself(spec)
     have = np.bincount(codes[roles == 0], minlength=len(values))
     kept = sorted(np.flatnonzero(have >= spec.min_rows).tolist(), key=lambda c: (-int(have[c]), values[c]))
     kept = sorted(kept[: spec.max_silos])
@@ -202,28 +207,11 @@ def _natural(dataset: Any, spec: PartitionSpec, seed: int, roles: Ints) -> tuple
 
 
 def _domains(dataset: Any, spec: PartitionSpec, seed: int, roles: Ints) -> tuple[list[str], Ints]:
-    """A silo per source; with more silos than sources, each source is split iid among its share of them."""
+    """A silo per source."""
+    del seed, roles
+    _counts_by_itself(spec)
     values, codes = _codes(dataset, "domain")
-    silos = spec.silos or len(values)
-    if silos < len(values):
-        raise DataError(
-            f"{silos} silos cannot hold {len(values)} domains ({', '.join(values[:8])}) apart",
-            where="data.partition",
-            fix=f"set silos to at least {len(values)}, or leave it out",
-        )
-    have = np.bincount(codes[roles == 0], minlength=len(values))
-    share = np.full(len(values), silos // len(values))
-    share[np.argsort(-have, kind="stable")[: silos % len(values)]] += 1
-    first = np.cumsum(share) - share
-    owner, names = np.empty(len(codes), np.int64), []
-    for code, slug in enumerate(slugs(values)):
-        size = int(share[code])
-        names += [slug] if size == 1 else [f"{slug[:56]}-{i:0{len(str(size - 1))}d}" for i in range(size)]
-        for role in np.unique(roles):
-            rng = numpy_generator(seed, "partition", "domain", values[code], int(role))
-            rows = rng.permutation(np.flatnonzero((codes == code) & (roles == role)))
-            owner[rows] = first[code] + rng.permutation(size)[np.arange(len(rows)) % size]
-    return names, owner
+    return slugs(values), codes
 
 
 def slugs(values: list[str]) -> list[str]:

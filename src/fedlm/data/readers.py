@@ -70,11 +70,10 @@ def read_stream(name: str, stream: BinaryIO, kind: str, encoding: str) -> Iterat
     Raises:
         DataError: the file as a whole cannot be read.
     """
-    try:
-        codecs.lookup(encoding)
-    except LookupError:
-        raise DataError(f"there is no encoding '{encoding}'", where=name, fix="try utf-8 or latin-1") from None
-    if encoding.replace("_", "-").lower() in ("utf-8", "utf8"):
+    codec = _text_codec(encoding)
+    if codec is None:
+        raise DataError(f"there is no text encoding '{encoding}'", where=name, fix="try utf-8 or latin-1")
+    if codec == "utf-8":
         encoding = "utf-8-sig"  # the same, but a byte order mark at the start is no part of the text
     elif kind in ("jsonl", "csv") and "\n{,".encode(encoding) != b"\n{,":
         raise DataError(
@@ -88,6 +87,15 @@ def read_stream(name: str, stream: BinaryIO, kind: str, encoding: str) -> Iterat
         yield from _READERS[kind](name, stream, encoding)
     except (zlib.error, EOFError, OSError, pa.ArrowException) as fault:
         raise DataError(f"the file cannot be read as {kind}: {_phrase(fault)}", where=name) from fault
+
+
+def _text_codec(encoding: str) -> str | None:
+    """The codec's own name, e.g. 'utf-8' for 'U8'; None if there is none, or it is none for the text of files."""
+    try:
+        codec = codecs.lookup(encoding)
+    except (LookupError, ValueError):
+        return None
+    return codec.name if codec._is_text_encoding and codec.name not in ("idna", "punycode", "undefined") else None
 
 
 def _phrase(fault: Exception) -> str:

@@ -73,6 +73,14 @@ def _slug(text: str) -> str:
 
 
 def _files(source: SourceSpec, base: Path) -> list[tuple[str, Path]]:
+    try:
+        return _found_files(source, base)
+    except (OSError, RuntimeError, ValueError) as fault:  # a name too long, an unknown ~user, a glob with '**x'
+        reason = (fault.strerror if isinstance(fault, OSError) else str(fault)) or type(fault).__name__
+        raise DataError(f"this path cannot be used: {reason}", where=source.path, fix="correct the path") from fault
+
+
+def _found_files(source: SourceSpec, base: Path) -> list[tuple[str, Path]]:
     path = Path(source.path).expanduser()
     whole = path if path.is_absolute() else base / path
     if whole.is_file():

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import fedlm
-from fedlm.errors import RunError
+from fedlm.errors import FedlmError, RunError
 from fedlm.federation.rundir import RunDir, disk_errors
-from fedlm.messages import Event, Observe
+from fedlm.messages import Fields, Observe
 from fedlm.recipe.schema import Recipe
 
 if TYPE_CHECKING:
+    from fedlm.data.federated import FederatedData
     from fedlm.federation.records import RunResult
 
 MAY_CHANGE = ("federation.workers", "federation.keep", "trackers")
@@ -63,29 +65,69 @@ def run_recipe(
             raise RunError("there is no recipe to run")
         base = base or Path()
         run_dir = run_dir or Path("runs") / f"{recipe.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
-        directory = new_run(recipe, run_dir, base=base, force=force)
+        data = _read(recipe, base, observe)  # before the directory: a mistake in the recipe leaves nothing behind
+        directory = new_run(recipe, run_dir, base=base, force=force, **about(data))
+    with using(directory):
+        if resume:
+            data = _read(recipe, base, observe)
+            same_data(directory, data)
+        return _run(recipe, data, directory, base, resume, observe, silos)
+
+
+@contextlib.contextmanager
+def using(directory: RunDir) -> Iterator[RunDir]:
+    """Closes the directory at the end. If the model or the data turn out to be unusable before the silos were greeted,
+    the directory is removed, so that the mistake can be mended and the same command given again."""
     try:
-        return _run(recipe, directory, base, resume, observe, silos)
+        yield directory
+    except RunError:
+        raise
+    except FedlmError:
+        if not directory.begun:
+            directory.discard()
+        raise
     finally:
         directory.close()
 
 
-def new_run(recipe: Recipe, run_dir: Path, *, base: Path = Path(), force: bool = False) -> RunDir:
-    """A new, locked run directory for this recipe.
+def _read(recipe: Recipe, base: Path, observe: Observe | None) -> FederatedData:
+    from fedlm.data.federated import load_data
+    from fedlm.federation.memory import release_freed
+
+    if observe:
+        observe({"kind": "phase", "text": "reading the data"})
+    data = load_data(recipe, base)
+    release_freed()
+    return data
+
+
+def about(data: FederatedData) -> Fields:
+    """What run.json says of the data."""
+    return {"data": data.fingerprint, "skipped": data.skipped}
+
+
+def same_data(directory: RunDir, data: FederatedData) -> None:
+    """Raises:
+    RunError: the silos' rows are not those that this run began with, so going on would not end in the same model.
+    """
+    if directory.meta.get("data", data.fingerprint) != data.fingerprint:
+        raise RunError(
+            "the data has changed since this run began: its rows, their silos or their roles are others",
+            where=str(directory.path),
+            fix="put the data back, or start a new run",
+        )
+
+
+def new_run(recipe: Recipe, run_dir: Path, *, base: Path = Path(), force: bool = False, **facts: Any) -> RunDir:
+    """A new, locked run directory for this recipe; `facts` go into its run.json.
 
     Raises:
         RunError: the directory is taken (without `force`) or cannot be written.
     """
     from fedlm.recipe.load import dump_recipe
 
-    if force and (run_dir / "run.json").is_file():
-        # Only ever a directory that is a run, and only when nobody is running in it.
-        RunDir.open(run_dir).close()
-        with disk_errors(run_dir):
-            # Moved away whole first: a kill half-way leaves no half of a run under this name.
-            old = run_dir.with_name(f".{run_dir.name}.replaced")
-            shutil.rmtree(old, ignore_errors=True)
-            shutil.rmtree(run_dir.rename(old))
+    if force:
+        remove_run(run_dir)
     now = datetime.now(UTC)
     meta = {
         "run": f"{recipe.name}-{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}",
@@ -94,32 +136,41 @@ def new_run(recipe: Recipe, run_dir: Path, *, base: Path = Path(), force: bool =
         "versions": {},
         "created": now.isoformat(timespec="seconds"),
         "base": str(base.resolve()),
+        **facts,
     }
     return RunDir.create(run_dir, meta=meta, recipe_text=dump_recipe(recipe))
 
 
+def remove_run(run_dir: Path) -> None:
+    """Remove a run that nobody is running in; what is no run stays.
+
+    Raises:
+        RunError: another process is running in it, or it cannot be removed.
+    """
+    if not (run_dir / "run.json").is_file():
+        return
+    RunDir.open(run_dir).close()
+    run_dir = run_dir.resolve()
+    with disk_errors(run_dir):
+        # Moved away whole first: a kill half-way leaves no half of a run under this name.
+        old = run_dir.with_name(f".{run_dir.name}.replaced")
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(run_dir.rename(old))
+
+
 def _run(
     recipe: Recipe,
+    data: FederatedData,
     directory: RunDir,
     base: Path,
     resume: bool,
     observe: Observe | None,
     silos: Sequence[str] | None,
 ) -> RunResult:
-    from fedlm.data.federated import load_data
     from fedlm.federation import coordinator
     from fedlm.federation.engines.local import LocalEngine, resolve_workers
-    from fedlm.federation.memory import release_freed
     from fedlm.federation.sampling import invited
 
-    def tell(event: Event) -> None:
-        if observe:
-            observe(event)
-
-    tell({"kind": "phase", "text": "reading the data"})
-    data = load_data(recipe, base)
-    directory.update_meta(skipped=data.skipped)
-    release_freed()
     names = list(silos) if silos is not None else data.names
     workers = resolve_workers(recipe.federation, invited(recipe.federation, len(names)), recipe.model.device)
     engine = LocalEngine(recipe, data, directory.path, workers=workers, observe=observe, base=base)

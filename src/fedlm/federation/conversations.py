@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,31 +12,17 @@ import torch
 from fedlm.algorithms.base import Accumulator, Algorithm, weight_of
 from fedlm.errors import RunError, UpdateRefused
 from fedlm.evaluation import summarise
+from fedlm.federation.figures import check_card, check_counts, check_training
 from fedlm.federation.folding import FoldResult, fold_in_order
 from fedlm.federation.memory import release_freed
 from fedlm.federation.records import Traffic, failure_lines, reasons, silo_line
 from fedlm.federation.rundir import RunDir, disk_errors
-from fedlm.federation.sampling import quorum, sample
+from fedlm.federation.sampling import quorum, sample, wanted
 from fedlm.federation.silo import PROTOCOL
 from fedlm.federation.updates import check_update, largest_weight
 from fedlm.files import read_json, write_json
 from fedlm.messages import Engine, Event, Failure, FailureKind, Fields, Observe, Reply, Request, Tensors
 from fedlm.recipe.schema import Recipe
-
-
-def require_numbers(reply: Reply, names: Iterable[str]) -> None:
-    """Refuse a reply whose figures cannot be added up or written down.
-
-    Raises:
-        UpdateRefused: one of these fields is no number, or any figure is negative or not finite.
-    """
-    for name in names:
-        value = reply.fields.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UpdateRefused(f"the reply has no number '{name}'", where=reply.silo)
-    for name, value in reply.fields.items():
-        if isinstance(value, int | float) and not 0 <= value < math.inf:
-            raise UpdateRefused(f"the reply's '{name[:40]}' is {value}", where=reply.silo)
 
 
 class Conversations:
@@ -45,7 +31,7 @@ class Conversations:
     Attributes:
         training_rows: after `enrol`, by silo, its number of training rows.
         trainers: after `enrol`, names of the silos with training rows, sorted.
-        measurers: by role, names of the silos with rows of that role.
+        measured_rows: by role, its number of rows by silo, of the silos that have any.
     """
 
     def __init__(
@@ -61,46 +47,69 @@ class Conversations:
         self.algorithm, self.names = algorithm, names
         self.training_rows: dict[str, int] = {}
         self.trainers: list[str] = []
-        self.measurers: dict[str, list[str]] = {}
+        self.measured_rows: dict[str, dict[str, int]] = {}
         self._observe = observe
 
     def enrol(self) -> None:
         """Ask every silo for its versions and row counts; those without training rows are not sampled later.
 
+        A resumed run keeps the cards it has, and greets the silos that did not answer before.
+
         Raises:
-            RunError: no silo answers, or one speaks another protocol version.
+            RunError: fewer silos than the quorum answer, or one speaks another protocol version.
         """
         file = self.dir.path / "data.json"
-        if not file.exists():
+        cards = self._known_cards(file)
+        if strangers := [name for name in self.names if name not in cards]:
             self.phase("greeting the silos")
-            cards: dict[str, Any] = {}
             refused: list[Failure] = []
             versions: dict[str, Any] = {}
-            hello = (self.request(name, "hello", -1, {}, {"protocol": PROTOCOL}) for name in self.names)
+            hello = (self.request(name, "hello", -1, {}, {"protocol": PROTOCOL}) for name in strangers)
             for answer in self.engine.exchange(hello):
+                try:
+                    if isinstance(answer, Reply):
+                        cards[answer.silo] = check_card(answer.silo, answer.fields)
+                        versions = versions or answer.fields["versions"]
+                except UpdateRefused as refusal:
+                    answer = Failure(answer.silo, FailureKind.BAD_UPDATE, refusal.what)
                 if isinstance(answer, Failure):
                     refused.append(answer)
                     self.failed(-1, answer)
-                else:
-                    cards[answer.silo] = answer.fields["card"]
-                    versions = versions or answer.fields["versions"]
             mismatch = [f for f in refused if f.kind is FailureKind.VERSION_MISMATCH]
-            if mismatch or not cards:
-                raise RunError("no run is possible with these silos: " + reasons(mismatch or refused))
+            needed = quorum(self.spec, wanted(self.spec, len(self.names)))
+            if mismatch or len(cards) < needed:
+                raise RunError(
+                    f"no run is possible: {len(cards)} of {len(self.names)} silos take part, the quorum is {needed} ("
+                    f"{reasons(mismatch or refused)})",
+                    where=str(self.dir.path),
+                    fix="mend the silos and try again",
+                )
             with disk_errors(file):
                 write_json(file, {"silos": {name: cards[name] for name in sorted(cards)}})
-            self.dir.update_meta(versions=versions)
-        rows = {name: card["rows"] for name, card in read_json(file)["silos"].items()}
-        self.training_rows = {n: rows[n]["train"] for n in self.names if n in rows and rows[n]["train"] > 0}
+            if versions:
+                self.dir.update_meta(versions=versions)
+        rows = {name: cards[name]["rows"] for name in self.names if name in cards}
+        self.training_rows = {name: counts["train"] for name, counts in rows.items() if counts["train"] > 0}
         self.trainers = list(self.training_rows)
         for role in ("validation", "test"):
-            self.measurers[role] = [n for n in self.names if n in rows and rows[n][role] > 0]
-        del rows
+            self.measured_rows[role] = {name: counts[role] for name, counts in rows.items() if counts[role] > 0}
+        del rows, cards
         release_freed()
         if not self.trainers:
             raise RunError("no silo holds a training row", fix="check the sources, the partition and the split")
         if idle := len(self.names) - len(self.trainers):
             self.phase(f"{idle} of {len(self.names)} silos hold no training row or did not answer, and are not sampled")
+
+    def _known_cards(self, file: Path) -> dict[str, Fields]:
+        if not file.exists():
+            return {}
+        try:
+            stored = read_json(file)["silos"]
+            return {name: check_card(name, {"card": card, "versions": {}}) for name, card in stored.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, UpdateRefused):
+            raise RunError(
+                "data.json is damaged", where=str(file), fix="remove it: --resume then asks the silos again"
+            ) from None
 
     def train(
         self,
@@ -130,7 +139,7 @@ class Conversations:
 
         def check(reply: Reply) -> float:
             """The weight of a good update. Raises UpdateRefused for any other."""
-            require_numbers(reply, ("loss", "examples", "tokens", "target_tokens", "steps", "seconds"))
+            check_training(reply)
             weight = weight_of(self.spec.algorithm, reply.fields)
             most = largest_weight(self.recipe, self.training_rows[reply.silo])
             check_update(reply.silo, reply.tensors, expected, weight, max_weight=most)
@@ -150,11 +159,21 @@ class Conversations:
             result = fold_in_order(self.algorithm, accumulator, sampled, arriving, self.dir.spool, check, enough=want)
         for failure in result.failures:
             self.failed(number, failure)
+        if number == 0:
+            self._tell_lost_rows(result)
         return result
+
+    def _tell_lost_rows(self, result: FoldResult) -> None:
+        for figure, what in (("dropped", "keep no target token and are not used"), ("cut", "are cut")):
+            rows = {name: int(fields[figure]) for name, fields in result.fields.items() if fields[figure]}
+            if rows:
+                limit = self.recipe.training.max_length
+                of = sum(self.training_rows[name] for name in rows)
+                self.phase(f"{sum(rows.values())} of {of} rows {what} at {limit} tokens (in {len(rows)} silos)")
 
     def validate(self, parameters: Tensors, number: int, traffic: Traffic) -> Fields | None:
         """Summary on validation rows; None when no silo has any."""
-        if not self.measurers["validation"]:
+        if not self.measured_rows["validation"]:
             return None
         return self.measure(parameters, "validation", number, traffic)
 
@@ -164,7 +183,8 @@ class Conversations:
         Raises:
             RunError: fewer answers than the quorum.
         """
-        names = self.measurers[role]
+        rows = self.measured_rows[role]
+        names = list(rows)
         panel = sample(names, self.recipe.evaluation.silos or len(names), self.recipe.seed, "panel")
         requests = (self.request(n, "evaluate", number, parameters, {"role": role, "items": False}) for n in panel)
         counts: dict[str, Fields] = {}
@@ -172,7 +192,7 @@ class Conversations:
         for answer in self.exchange(requests):
             try:
                 if isinstance(answer, Reply):
-                    require_numbers(answer, ("examples",))
+                    check_counts(answer, self.recipe, rows[answer.silo])
             except UpdateRefused as refusal:
                 answer = Failure(answer.silo, FailureKind.BAD_UPDATE, refusal.what)
             if isinstance(answer, Failure):

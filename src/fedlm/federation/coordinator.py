@@ -209,7 +209,7 @@ class Federation:
             assert checkpoint is not None
             state = _State(checkpoint.parameters, checkpoint.server_state, state.progress)
         evaluation = None
-        if final_test and self.silos.measurers["test"]:
+        if final_test and self.silos.measured_rows["test"]:
             self.silos.phase("measuring the base and the best model on test rows")
             evaluation = {
                 "base": self.silos.measure(self.fresh().parameters, "test", -1, Traffic()),

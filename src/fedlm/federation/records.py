@@ -50,11 +50,23 @@ def training_loss(folded: FoldResult) -> float | None:
     return sum(f["loss"] * f["target_tokens"] for f in fields) / tokens if tokens else None
 
 
-_LINE = ("loss", "examples", "tokens", "target_tokens", "steps", "seconds", "tokens_per_second", "peak_rss")
+LINE = (
+    "loss",
+    "examples",
+    "tokens",
+    "target_tokens",
+    "steps",
+    "seconds",
+    "tokens_per_second",
+    "peak_rss",
+    "dropped",
+    "cut",
+)
+"""Figures of a silo's training that are written down; `dropped` rows kept no target token, `cut` ones lost some."""
 
 
 def silo_line(fields: Fields) -> dict[str, Any]:
-    line = {name: fields[name] for name in _LINE if name in fields}
+    line = {name: fields[name] for name in LINE if name in fields}
     return {**line, "bytes_up": fields.get("sent_bytes", 0), "bytes_down": fields.get("received_bytes", 0)}
 
 

@@ -19,6 +19,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -99,6 +100,8 @@ def disk_fault(error: OSError, path: Path) -> RunError:
 
 
 _FOLDERS = ("checkpoints", "silos", "spool")
+_META = {"schema", "status", "rounds_done", "best_round"}
+"""What every run.json has."""
 
 
 def _unborn(path: Path) -> bool:
@@ -174,14 +177,16 @@ class RunDir:
             raise RunError("there is no run here (run.json is missing)", where=str(path)) from None
         except NotADirectoryError as error:
             raise disk_fault(error, path) from None
-        except (json.JSONDecodeError, UnicodeDecodeError):
+        except ValueError:  # no JSON, or no UTF-8
             raise RunError("run.json is damaged", where=str(file)) from None
-        if self._meta.get("schema") != SCHEMA:
+        if isinstance(self._meta, dict) and self._meta.get("schema", SCHEMA) != SCHEMA:
             raise RunError(
-                f"the run directory has layout version {self._meta.get('schema')}, this fedlm reads version {SCHEMA}",
+                f"the run directory has layout version {self._meta['schema']}, this fedlm reads version {SCHEMA}",
                 where=str(path),
                 fix="use the fedlm version that wrote it (see run.json)",
             )
+        if not isinstance(self._meta, dict) or not self._meta.keys() >= _META:
+            raise RunError("run.json is damaged", where=str(file))
         if write:
             with disk_errors(path):
                 self.lock()
@@ -203,6 +208,17 @@ class RunDir:
                 "another process is running in this run directory", where=str(self.path), fix="wait for it or stop it"
             ) from None
         self._lock = handle
+
+    @property
+    def begun(self) -> bool:
+        """Whether the silos were greeted: before that there is nothing to go on with."""
+        return (self.path / "data.json").exists()
+
+    def discard(self) -> None:
+        """Remove the whole directory."""
+        with disk_errors(self.path):
+            shutil.rmtree(self.path)
+        self.close()
 
     def close(self) -> None:
         """Let go of the lock."""
@@ -281,7 +297,8 @@ class RunDir:
                     if not line.endswith(b"\n"):
                         raise ValueError
                     record = json.loads(line)
-                except ValueError:
+                    record["round"]
+                except (ValueError, KeyError, TypeError):
                     torn = number
                     continue
                 yield record
@@ -341,7 +358,7 @@ class RunDir:
         folder = self.path / "checkpoints"
         if not folder.is_dir():
             return []
-        return sorted(int(p.name.removeprefix("round-")) for p in folder.iterdir() if p.name.startswith("round-"))
+        return sorted(int(found[1]) for p in folder.iterdir() if (found := re.fullmatch(r"round-(\d+)", p.name)))
 
     def load_checkpoint(self, round_: int | None = None) -> Checkpoint | None:
         """The checkpoint of a round, by default the last one; None when the run has none yet.
@@ -391,7 +408,7 @@ class RunDir:
             return Checkpoint(tensors["model"], tensors["server"], Progress(**state))
         except FileNotFoundError:
             raise RunError("the checkpoint is incomplete (this file is missing)", where=str(file)) from None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise RunError("the checkpoint is corrupt (its state cannot be read)", where=str(file)) from None
 
     def _way_back(self, round_: int, rounds: list[int]) -> str:

@@ -84,13 +84,18 @@ def largest_weight(recipe: Recipe, rows: int) -> float:
     `rows` is its number of training rows, and an example has at most `max_length` target tokens. A silo that wants to
     count for more must lie before the run starts, on its data card, where the operator sees it.
     """
-    spec, training = recipe.federation.algorithm, recipe.training
+    spec, longest = recipe.federation.algorithm, recipe.training.max_length
     if ALGORITHMS[spec.name].equal_weights or spec.weights == "equal":
         return 1.0
+    if spec.weights == "tokens":
+        return float(rows * largest_tokens(recipe))
     # Pre-training cuts a document into sequences; nobody but the silo knows into how many.
-    pieces = 1 if recipe.task == "instruct" else math.ceil(LONGEST_DOCUMENT / max(training.max_length - 1, 1))
-    examples = rows * pieces
-    return float(examples * training.max_length if spec.weights == "tokens" else examples)
+    return float(rows if recipe.task == "instruct" else rows * math.ceil(LONGEST_DOCUMENT / max(longest - 1, 1)))
+
+
+def largest_tokens(recipe: Recipe) -> int:
+    """The most target tokens that one row can have."""
+    return recipe.training.max_length if recipe.task == "instruct" else LONGEST_DOCUMENT
 
 
 def _listed(names: list[str], limit: int = 3) -> str:

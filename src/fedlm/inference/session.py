@@ -16,6 +16,7 @@ from fedlm.inference.generate import Sampling, stream
 from fedlm.messages import Tensors
 from fedlm.models.adapters import attach, base_only, set_tensors
 from fedlm.models.export import load_adapter
+from fedlm.models.folders import local_path
 from fedlm.models.load import load_base, load_tokenizer
 from fedlm.recipe.load import load_recipe
 from fedlm.recipe.schema import ModelSpec, Recipe
@@ -96,10 +97,12 @@ class Chat:
         """Stream the answer; question and answer join the history once the answer is complete.
 
         Raises:
-            ModelError: the text is empty, or leaves no room in the model's context.
+            ModelError: the text is empty, holds bytes that are no text, or leaves no room in the model's context.
         """
         if not text.strip():
             raise ModelError("the prompt is empty")
+        if any("\ud800" <= character <= "\udfff" for character in text):  # what Python makes of such bytes
+            raise ModelError("the prompt holds bytes that are no text", fix="give it as UTF-8")
         asked = [*self.history, {"role": "user", "content": text}]
         pieces = []
         with base_only(self.model) if self.use_base else nullcontext():
@@ -129,7 +132,7 @@ def open_chat(source: str, spec: ModelSpec | None = None, which: str | None = No
     Raises:
         RunError, ModelError, RecipeError: what cannot be loaded, and why.
     """
-    path = Path(source).expanduser()
+    path = local_path(source)
     if spec is None and is_run(path):
         recipe = run_recipe(path)
         tensors, name = run_tensors(path, which)

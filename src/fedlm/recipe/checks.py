@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from string import Formatter
 from typing import TYPE_CHECKING, Any
+
+from fedlm.recipe.expressions import is_template, parse_template
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -36,6 +37,7 @@ _KINDS = {
     "prompt + chosen + rejected": "preference",
     "question + choices + answer": "choice",
 }
+_ONLY_HUB = "only 'hub:' sources have it"
 _TASK_KINDS = {"instruct": ("messages", "choice"), "pretrain": ("text",)}
 
 
@@ -90,6 +92,11 @@ def _origin(spec: Any, field: str, path: Path) -> Iterator[Problem]:
             yield (*path, field), f"'{text}' is not of the form 'hub:owner/name'"
         elif spec.revision is None:
             yield (*path, "revision"), "a hub source must be pinned: give the commit as `revision`"
+        elif not re.fullmatch("[0-9a-f]{40}", spec.revision):
+            yield (
+                (*path, "revision"),
+                "must be a commit, 40 lower-case hex digits: the content of a branch or tag can change",
+            )
     elif scheme:
         yield (*path, field), f"unknown kind of source '{known}:', use a local path, 'hub:', 'pypi:' or 'npm:'"
     if known != "hub" and spec.revision is not None:
@@ -106,10 +113,7 @@ def _data(data: DataSpec) -> Iterator[Problem]:
     kinds: dict[str, Path] = {}
     for path, source in all_sources(data):
         yield from _origin(source, "path", path)
-        if not source.path.startswith("hub:"):
-            for field in ("subset", "hub_split"):
-                if _changed(source, field):
-                    yield (*path, field), "has no effect: only 'hub:' sources have it"
+        yield from _reading(source, path)
         yield from _columns(source.columns, (*path, "columns"))
         kind = kind_of(source.columns)
         if kind is not None:
@@ -128,6 +132,22 @@ def _data(data: DataSpec) -> Iterator[Problem]:
         yield from _partition(data)
 
 
+def _reading(source: SourceSpec, path: Path) -> Iterator[Problem]:
+    """Settings of a source that nothing reads, and a glob that Python does not know."""
+    hub = source.path.startswith("hub:")
+    for field in ("format", "encoding") if hub else ("subset", "hub_split"):
+        if _changed(source, field):
+            yield (*path, field), f"has no effect: {'a hub dataset has its own' if hub else _ONLY_HUB}"
+    ending = source.path.lower().removesuffix(".gz").endswith(".parquet")
+    if _changed(source, "encoding") and (source.format == "parquet" or (source.format == "auto" and ending)):
+        yield (*path, "encoding"), "has no effect on Parquet files, which say how their text is written"
+    local = not re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", source.path)
+    if local and source.sha256 is not None:
+        yield (*path, "sha256"), "has no effect: only registry packages are checked against a hash"
+    if local and any("**" in part and part != "**" for part in source.path.split("/")):
+        yield (*path, "path"), "'**' must be a part of its own, as in data/**/*.jsonl"
+
+
 def _columns(columns: Columns, path: Path) -> Iterator[Problem]:
     """Exactly one mapping, and templates that can be filled."""
     if mapping_of(columns) is None:
@@ -139,15 +159,15 @@ def _columns(columns: Columns, path: Path) -> Iterator[Problem]:
     for name in type(columns).model_fields:
         value = getattr(columns, name)
         for text in value if isinstance(value, list) else [value]:
-            if not isinstance(text, str) or not ("{" in text or "}" in text):
-                continue
-            try:
-                fields = [field for _, field, _, _ in Formatter().parse(text) if field is not None]
-            except ValueError as error:
-                yield (*path, name), f"is not a template: {error} (write {{{{ and }}}} for braces that are text)"
-            else:
-                if "" in fields:
-                    yield (*path, name), "has empty braces: name a column in them, such as {text} or {text:.400}"
+            yield from _template(text, (*path, name))
+
+
+def _template(text: str | None, path: Path) -> Iterator[Problem]:
+    if text is not None and is_template(text):
+        try:
+            parse_template(text)
+        except ValueError as error:
+            yield path, str(error)
 
 
 def _partition(data: DataSpec) -> Iterator[Problem]:
@@ -164,6 +184,7 @@ def _partition(data: DataSpec) -> Iterator[Problem]:
     for field in ("silos", "by", "pattern", "alpha", "shards_per_silo", "max_silos"):
         if field not in uses and _changed(part, field):
             yield (*here, field), f"has no effect on a '{part.kind}' partition"
+    yield from _template(part.by, (*here, "by"))
     if part.pattern is not None:
         try:
             groups = re.compile(part.pattern).groups
@@ -223,10 +244,14 @@ def _without_effect(recipe: Recipe) -> Iterator[Problem]:
         (adapter, ("adapter",), "rank", adapter.kind, ("lora",)),
         (adapter, ("adapter",), "alpha", adapter.kind, ("lora",)),
         (adapter, ("adapter",), "dropout", adapter.kind, ("lora",)),
+        (adapter, ("adapter",), "targets", adapter.kind, ("lora", "ia3")),
+        (training, ("training",), "final_lr", training.schedule, ("linear", "cosine")),
     ]
     for spec, path, field, chosen, by in readers:
         if chosen not in by and _changed(spec, field):
             yield (*path, field), f"has no effect with '{chosen}' (it belongs to {', '.join(by)})"
+    if "generation" not in recipe.evaluation.metrics and _changed(recipe.evaluation, "max_new_tokens"):
+        yield ("evaluation", "max_new_tokens"), "has no effect without the metric 'generation'"
 
 
 def _changed(spec: BaseModel, field: str) -> bool:

@@ -63,9 +63,13 @@ def _from_folder(recipe: Recipe, folder: Path) -> Recipe:
         text = getattr(spec, field)
         if text is None or text.startswith(("hub:", "pypi:", "npm:")):
             continue
-        local = folder / Path(text).expanduser()
-        if "/" in text or local.exists() or local.suffix in (".gguf", ".jinja"):
-            changed[field] = str(local.resolve())
+        try:
+            local = folder / Path(text).expanduser()
+            if "/" in text or local.exists() or local.suffix in (".gguf", ".jinja"):
+                changed[field] = str(local.resolve())
+        except (OSError, RuntimeError, ValueError) as fault:  # a name too long, an unknown ~user, a NUL
+            reason = (fault.strerror if isinstance(fault, OSError) else str(fault)) or type(fault).__name__
+            raise RecipeError(f"this path cannot be used: {reason}", where=f"model.{field}", fix="correct it") from None
     return recipe.model_copy(update={"model": spec.model_copy(update=changed)}) if changed else recipe
 
 
@@ -158,7 +162,7 @@ def _override(tree: Tree, override: str) -> None:
         model = model_at(Recipe, path)
         last = position == len(pieces) - 1
         if isinstance(here, list):
-            if not piece.isdigit() or int(piece) >= len(here):
+            if not re.fullmatch("[0-9]{1,9}", piece) or int(piece) >= len(here):
                 what = f"'{'.'.join(map(str, path))}' is a list of {len(here)}: use an index 0 to {len(here) - 1}"
                 empty = f"'{'.'.join(map(str, path))}' is empty: there is no item to change"
                 raise RecipeError(f"{what}, not '{piece}'" if here else empty, where=where)
@@ -202,7 +206,7 @@ def _explain(error: ValidationError, tree: Tree) -> Iterator[str]:
 def _line(place: str) -> int:
     """The line number of a place; overrides, which have none, come last."""
     number = place.rpartition(":")[2]
-    return int(number) if number.isdigit() else 1_000_000
+    return int(number) if re.fullmatch("[0-9]{1,9}", number) else 1_000_000
 
 
 def _joined(reasons: list[str]) -> str:
@@ -252,6 +256,10 @@ def _reason(kind: str, message: str, path: Dotted, value: Any, context: dict[str
         return f"'{_short(value)}' does not fit {_PATTERNS.get(context['pattern'], context['pattern'])}"
     if kind == "string_type" and isinstance(value, bool | int | float):
         return f"must be text, got {_short(value)}: quote it"
+    if kind == "string_type" and isinstance(value, dict):
+        return "must be text, got a mapping: quote a text that begins with {"
+    if kind == "string_too_short":
+        return "must not be empty"
     text = re.sub(r"^Input should be", "must be", message)
     return f"{text[0].lower()}{text[1:]}, got {_short(value)}"
 

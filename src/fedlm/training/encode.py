@@ -25,7 +25,7 @@ class TokenSet(Sequence[Encoded]):
     loss: NDArray[np.bool_]
     offsets: NDArray[np.int64]
     dropped: int = 0
-    """Rows without any target token after cutting."""
+    """Rows without any target token after cutting; also rows that the task or the chat template refuses, if skipped."""
     cut: int = 0
     """Rows that were longer than `max_length` and lost tokens."""
 
@@ -71,23 +71,42 @@ class TokenSet(Sequence[Encoded]):
         return cls(**arrays, **json.loads((folder / "counts.json").read_text()))
 
 
-def encode_all(dataset: Iterable[dict[str, Any]], task: Task, tokenizer: Any, max_length: int) -> TokenSet:
+def encode_all(
+    dataset: Iterable[dict[str, Any]], task: Task, tokenizer: Any, max_length: int, *, skip: bool = False
+) -> TokenSet:
     """Encode every row; rows that keep no target token within `max_length` are counted in `dropped`.
 
+    Args:
+        dataset: canonical rows.
+        task: makes sequences of them.
+        tokenizer: with a chat template, where the task needs one.
+        max_length: tokens per sequence.
+        skip: count a row that the task or the chat template refuses as dropped, as the recipe's `malformed: skip` says.
+
     Raises:
-        DataError: a row does not fit the task, or no row keeps a target.
+        DataError: a row is refused and not skipped (file and row are named), all are, or no row keeps a target.
+        ModelError: the chat template is missing or broken.
     """
     found: list[Encoded] = []
     rows = dropped = cut = 0
+    faults: list[DataError] = []
     for row in dataset:
         rows += 1
-        pieces = task.pieces(row, tokenizer, max_length)
+        try:
+            pieces = task.pieces(row, tokenizer, max_length)
+        except DataError as fault:
+            if not skip:
+                raise
+            faults.append(fault)
+            pieces = []
         found += pieces
         dropped += not pieces
         cut += any(piece.cut for piece in pieces)
     if not found:
         if rows == 0:
             raise DataError("there are no rows to train on", fix="check the source's `where`, `role` and the partition")
+        if len(faults) == rows:
+            raise faults[0]
         raise DataError(
             f"none of the {rows} rows keeps a target token within {max_length} tokens",
             fix="raise `training.max_length` or shorten the prompts",

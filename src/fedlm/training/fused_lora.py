@@ -10,6 +10,7 @@ PEFT's modules stay where they are; only their `forward` is replaced inside `fus
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -119,6 +120,9 @@ def unfit(layer: Any) -> str | None:
     return None
 
 
+_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
 @contextmanager
 def fused_lora(model: nn.Module) -> Iterator[int]:
     """Inside, plain LoRA layers run fused; gives their number. Others stay PEFT's, and the log says why."""
@@ -129,7 +133,9 @@ def fused_lora(model: nn.Module) -> Iterator[int]:
         left = {name: reason for name, reason in reasons.items() if reason}
         if left:
             name, reason = next(iter(left.items()))
-            log.warning("%d LoRA layers run unfused, for instance %s: %s", len(left), name, reason)
+            if model not in _told:  # once, not every round
+                _told.add(model)
+                log.warning("%d LoRA layers run unfused, for instance %s: %s", len(left), name, reason)
         fit = {name: m for name, m in found.items() if name not in left}
         for name in fit:
             parent, _, child = name.rpartition(".")

@@ -170,7 +170,8 @@ def batch_nll(model: Module, examples: list[Encoded], spec: TrainingSpec, device
 
 def drops(model: Module) -> bool:
     """Whether dropout is on: then a shared beginning must not be computed once, or its examples would drop alike."""
-    if model.training and getattr(causal_model(model).config, "attention_dropout", 0.0):
+    in_attention: Any = getattr(causal_model(model).config, "attention_dropout", 0.0)
+    if model.training and in_attention:
         return True
     return any(isinstance(m, torch.nn.Dropout) and m.p > 0 and m.training for m in model.modules())
 

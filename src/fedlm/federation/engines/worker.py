@@ -13,7 +13,7 @@ import sys
 import threading
 from pathlib import Path
 
-from fedlm.errors import FedlmError
+from fedlm.errors import FedlmError, RunError
 from fedlm.federation.engines.wire import (
     ClosedError,
     Lines,
@@ -23,6 +23,7 @@ from fedlm.federation.engines.wire import (
     spooled,
     write_spool,
 )
+from fedlm.federation.rundir import disk_errors
 from fedlm.messages import Event, Failure, FailureKind, Reply, Tensors
 
 
@@ -114,13 +115,14 @@ def serve(lines: Lines, inbox: Inbox, start: Message) -> None:
         if isinstance(answer, Reply) and answer.tensors:
             file = f"reply-{os.getpid()}-{job}.safetensors"
             try:
-                write_spool(spooled(spool, file), answer.tensors)
-            except Exception as error:
-                file = None
-                answer = Failure(
-                    answer.silo, FailureKind.ERROR, f"the reply cannot be written ({type(error).__name__})"
-                )
-        lines.send(reply_message(job, answer, file))
+                with disk_errors(spool):
+                    write_spool(spooled(spool, file), answer.tensors)
+            except FedlmError as error:
+                file, answer = None, Failure(answer.silo, FailureKind.ERROR, error.sentence())
+        try:
+            lines.send(reply_message(job, answer, file))
+        except RunError as error:
+            lines.send(reply_message(job, Failure(str(message["silo"]), FailureKind.ERROR, error.sentence()), None))
 
 
 if __name__ == "__main__":

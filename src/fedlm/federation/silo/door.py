@@ -21,9 +21,11 @@ import torch
 import fedlm
 from fedlm.errors import DataError, FedlmError
 from fedlm.federation.memory import peak_rss
+from fedlm.federation.rundir import disk_errors
 from fedlm.federation.silo.state import StateStore, Trained, request_digest, request_key
 from fedlm.federation.silo.workbench import POOLED, Workbench
 from fedlm.messages import Failure, FailureKind, Fields, Observe, Reply, Request, Tensors
+from fedlm.recipe.methods import ALGORITHMS
 
 PROTOCOL = 1
 """Version of requests and replies; a silo refuses another one at `hello`."""
@@ -119,13 +121,20 @@ class Silo:
             raise _RefusedError(f"round {request.round} was already answered for other content under the same attempt")
         accepted = int(request.fields["accepted"])
         before = self._store.load(request.run, accepted) if accepted >= 0 else None
-        if accepted >= 0 and before is None:
+        if accepted >= 0 and before is None and self._keeps_state:
             raise _RefusedError(f"this silo no longer holds its state of round {accepted}")
 
         trained = self._train_round(request, before, key, digest)
-        self._store.save(request.run, request.round, trained)
+        with disk_errors(self._store.folder):
+            self._store.save(request.run, request.round, trained)
         self._store.keep_only(request.run, {accepted, request.round})
         return trained.reply, trained.fields
+
+    @property
+    def _keeps_state(self) -> bool:
+        """Whether a round's training depends on what this silo kept of an earlier one."""
+        recipe = self.bench.recipe
+        return recipe.training.keep_optimizer or ALGORITHMS[recipe.federation.algorithm.name].silo_state
 
     def _train_round(self, request: Request, before: Trained | None, key: str, digest: str) -> Trained:
         from fedlm.training.loop import Window, train
@@ -164,6 +173,8 @@ class Silo:
             "rows": len(tokens),
             "row_targets": int(tokens.loss.sum()),
             "peak_rss": peak_rss(),
+            "dropped": tokens.dropped,
+            "cut": tokens.cut,
         }
         return Trained(key, digest, rule_state, result.optimizer_state if keep else {}, update, fields)
 

@@ -56,7 +56,7 @@ class StateStore:
     """The private states of one silo, for any number of runs."""
 
     def __init__(self, root: Path, silo: str) -> None:
-        self._folder = root / silo
+        self.folder = root / silo
 
     def load(self, run: str, round_: int) -> Trained | None:
         """What the silo kept of a round, or None.
@@ -81,7 +81,7 @@ class StateStore:
     def save(self, run: str, round_: int, trained: Trained) -> None:
         """Store a round's state and reply, readable by the owner only."""
         file = self._file(run, round_)
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         file.parent.mkdir(mode=0o700, exist_ok=True)
         tensors: Tensors = {}
         held: set[int] = set()
@@ -103,4 +103,4 @@ class StateStore:
                 file.unlink()
 
     def _file(self, run: str, round_: int) -> Path:
-        return self._folder / run / f"round-{round_:04d}.safetensors"
+        return self.folder / run / f"round-{round_:04d}.safetensors"

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from fedlm.data.federated import FederatedData, SiloData
     from fedlm.training.encode import TokenSet
 
-POOLED = "centralised"
-"""The silo that holds everything in one place; exists in simulation only."""
+POOLED = "_pooled"
+"""The silo that holds everything in one place; exists in simulation only. No real silo's name begins with '_'."""
 
 TOKENS_HELD = 32_000_000
 """Encoded tokens that stay in memory (5 bytes each); the silos used longest ago are encoded again when needed."""
@@ -107,7 +107,13 @@ class Workbench:
         from fedlm.training.tasks import get_task
 
         task = get_task(self.recipe.task)
-        tokens = encode_all(self.silo_data(name).train, task, self.tokenizer, self.recipe.training.max_length)
+        tokens = encode_all(
+            self.silo_data(name).train,
+            task,
+            self.tokenizer,
+            self.recipe.training.max_length,
+            skip=self.recipe.data.malformed == "skip",
+        )
         self._tokens[name] = tokens
         while len(self._tokens) > 1 and sum(len(t.ids) for t in self._tokens.values()) > TOKENS_HELD:
             self._tokens.popitem(last=False)

@@ -48,7 +48,8 @@ class Task:
         """All sequences of a row (a long document gives several); empty when no target token is left.
 
         Raises:
-            DataError: the row does not fit the task or the chat template; never quoting its text.
+            DataError: the row does not fit the task or the chat template; names the row, never quotes its text.
+            ModelError: the chat template is missing or broken, whatever the row.
         """
         raise NotImplementedError
 

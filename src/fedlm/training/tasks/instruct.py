@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fedlm.errors import DataError
+from fedlm.models.chat import FIX, MessagesRefused, render
 from fedlm.training.tasks.base import Encoded, Task, encoded
 
 
@@ -19,7 +20,7 @@ class Instruct(Task):
     name = "instruct"
 
     def pieces(self, row: dict[str, Any], tokenizer: Any, max_length: int) -> list[Encoded]:
-        where = row.get("__row__")
+        where = row.get("row")
         messages = self._messages(row)
         whole = _render(tokenizer, messages, False, where)
         special = set(tokenizer.all_special_ids)
@@ -36,7 +37,7 @@ class Instruct(Task):
                     f"the chat template renders a conversation up to assistant turn {turn} differently from the "
                     "same turns inside the whole conversation, so the assistant's tokens cannot be told apart",
                     where=where,
-                    fix="set `model.chat_template: chatml`, or use single-turn rows",
+                    fix=f"{FIX}, or use single-turn rows",
                 )
             context = _tokens(tokenizer, whole[done : len(prompt)])
             answer = _tokens(tokenizer, answered[len(prompt) :])
@@ -57,7 +58,7 @@ class Instruct(Task):
             return choice_messages(row["question"], row["choices"][row["answer"]])
         raise DataError(
             "the task 'instruct' needs rows with messages, prompt and response, or question, choices and answer",
-            where=row.get("__row__"),
+            where=row.get("row"),
             fix="map them in `columns`, or use `task: pretrain` for plain text",
         )
 
@@ -68,19 +69,16 @@ def choice_messages(question: str, answer: str) -> list[dict[str, str]]:
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]], generation_prompt: bool, where: str | None) -> str:
-    if not tokenizer.chat_template:
-        raise DataError(
-            "the tokenizer has no chat template", where=where, fix="set `model.chat_template`, for instance to 'chatml'"
-        )
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
-    except Exception as error:  # templates raise whatever they like; their messages may quote the text
+        return render(tokenizer, messages, generation_prompt)
+    except MessagesRefused as error:
         roles = ", ".join(m["role"] for m in messages) or "none"
         raise DataError(
-            f"the chat template refuses this conversation ({type(error).__name__}; roles: {roles})",
+            f"{error.what} (roles: {roles})",
             where=where,
-            fix="begin with a user or system turn and let user and assistant alternate, or set `model.chat_template`",
-        ) from None
+            fix="begin with a user or system turn and let user and assistant alternate, set data.malformed: skip, or "
+            + FIX,
+        ) from None  # the template's own error may quote the text
 
 
 def _tokens(tokenizer: Any, text: str) -> list[int]:

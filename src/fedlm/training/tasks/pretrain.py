@@ -24,7 +24,7 @@ class Pretrain(Task):
         if not isinstance(text, str):
             raise DataError(
                 "the task 'pretrain' needs rows with `text`",
-                where=row.get("__row__"),
+                where=row.get("row"),
                 fix="map `text` in `data.columns`",
             )
         if max_length < 2:
