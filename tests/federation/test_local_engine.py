@@ -18,7 +18,7 @@ import torch
 from fedlm.data.federated import load_data
 from fedlm.errors import ModelError
 from fedlm.federation.engines.local import LocalEngine, resolve_workers
-from fedlm.federation.engines.pool import Batch, Job, Worker
+from fedlm.federation.engines.pool import Batch, Job, Worker, own_gpu
 from fedlm.messages import Event, Failure, FailureKind, Reply, Request, Tensors
 from fedlm.models.adapters import initial_tensors
 from fedlm.recipe.schema import FederationSpec, Recipe
@@ -306,4 +306,17 @@ def test_automatic_workers() -> None:
     assert resolve_workers(FederationSpec(threads=cores), 1000, "cpu") == 1
     assert resolve_workers(FederationSpec(), 1, "cpu") == 1
     assert resolve_workers(FederationSpec(workers=3), 1000, "cpu") == 3
+
+
+def test_several_gpus_have_a_worker_each(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_workers(FederationSpec(), 1000, "cuda") == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert resolve_workers(FederationSpec(), 1000, "auto") == resolve_workers(FederationSpec(), 1000, "cuda") == 4
+    assert resolve_workers(FederationSpec(), 3, "cuda") == 3
+    assert [own_gpu(i)["CUDA_VISIBLE_DEVICES"] for i in range(5)] == ["0", "1", "2", "3", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,GPU-7")
+    assert own_gpu(3) == {"CUDA_VISIBLE_DEVICES": "GPU-7"}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert own_gpu(3) == {}

@@ -108,6 +108,21 @@ def test_resume_on_other_data_is_refused(tiny: Tiny, tmp_path: Path) -> None:
         run_recipe(None, run_dir=tmp_path / "run", resume=True)
 
 
+def test_conversations_that_the_template_refuses_are_counted_or_named(tiny: Tiny, tmp_path: Path) -> None:
+    """`malformed` decides, in training as in measuring."""
+    plain = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    opening = "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    test = "{% if 'bank' in messages[0]['content'] %}{{ raise_exception('no banks') }}{% endif %}"
+    (tmp_path / "t.jinja").write_text(test + plain + opening)
+    change = f"model.chat_template={tmp_path / 't.jinja'}"
+    with pytest.raises(RunError, match=r"rows\.jsonl:\d+: the chat template refuses these messages: no banks"):
+        run_recipe(tiny.recipe(change), base=tiny.base, run_dir=tmp_path / "fail")
+    recipe = tiny.recipe(change, "data.malformed=skip", "federation.rounds=1")
+    assert run_recipe(recipe, base=tiny.base, run_dir=tmp_path / "skip").status == "finished"
+    line = json.loads((tmp_path / "skip" / "rounds.jsonl").read_text().splitlines()[1])
+    assert all(silo["dropped"] > 0 for silo in line["silos"].values())
+
+
 def test_a_silo_may_be_called_anything(tiny: Tiny, tmp_path: Path) -> None:
     """'centralised' once meant all rows in one place."""
     text = (tiny.base / "rows.jsonl").read_text().replace("site0", "centralised").replace("site1", "pooled")
@@ -124,7 +139,7 @@ def test_a_full_disk_in_a_silo_is_called_that(tiny: Tiny, tmp_path: Path, monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("fedlm.federation.silo.state.write_tensors", full)
-    with pytest.raises(RunError, match="site0: error: .*the disk that holds the run directory is full"):
+    with pytest.raises(RunError, match=r"site0: error: .*the disk that holds the run directory is full"):
         run_recipe(tiny.recipe(), base=tiny.base, run_dir=tmp_path / "run")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedlm.errors import ModelError
+from fedlm.errors import DataError, ModelError
 from fedlm.evaluation.choice import encode_choices, judge_choices
 from fedlm.evaluation.generation import score_generation
 from fedlm.evaluation.prompts import context_length
@@ -18,7 +18,7 @@ from fedlm.evaluation.scoring import grouped_nll
 from fedlm.messages import Fields
 from fedlm.randomness import key
 from fedlm.recipe.schema import EvaluationSpec
-from fedlm.training.tasks import get_task
+from fedlm.training.tasks import Encoded, get_task
 
 
 def measure(
@@ -32,6 +32,7 @@ def measure(
     max_length: int,
     items: bool = False,
     packing: bool = True,
+    skip: bool = False,
 ) -> Fields:
     """Measure a model on canonical examples; the result is plain JSON and holds no text.
 
@@ -41,6 +42,7 @@ def measure(
         max_length: tokens at which rows are cut for the loss, which is that of the training task itself; a long
             document may be several sequences, which are added up.
         packing: False for models that cannot be packed (the recipe's `training.packing`).
+        skip: a row that the chat template refuses has no loss, as the recipe's `malformed: skip` says.
         items: add each row's result under "items", in the order of the rows, for paired comparisons.
 
     Returns:
@@ -51,6 +53,7 @@ def measure(
     The model's training flag and its gradients stay as they were; equal calls give equal results.
 
     Raises:
+        DataError: a row is refused, and not skipped.
         ModelError: when the model gives a loss that is not finite.
     """
     rows = _subset(rows, spec.max_examples)
@@ -70,7 +73,16 @@ def measure(
         wants_loss, wants_choice = "loss" in spec.metrics, "choice" in spec.metrics and kind == "choice"
         # Loss and choices of one row begin alike: scored together, the question is read once.
         task, context = get_task(task_name), context_length(model) if wants_choice else 0
-        pieces = [task.pieces(dict(row), tokenizer, max_length) if wants_loss else [] for row in rows]
+
+        def pieces_of(row: Any) -> list[Encoded]:
+            try:
+                return task.pieces(dict(row), tokenizer, max_length)
+            except DataError:
+                if not skip:
+                    raise
+                return []
+
+        pieces = [pieces_of(row) if wants_loss else [] for row in rows]
         choices = [encode_choices(row, tokenizer, task_name, context) if wants_choice else [] for row in rows]
         groups = [[*p, *c] for p, c in zip(pieces, choices, strict=True)]
         scored = grouped_nll(model, groups, batch_tokens=spec.batch_tokens, packing=packing)

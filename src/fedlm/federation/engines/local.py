@@ -39,16 +39,19 @@ if TYPE_CHECKING:
 
 
 def resolve_workers(spec: FederationSpec, silos: int, device: str) -> int:
-    """Worker processes for `workers: auto`: one per group of `threads` cores, never more than silos; one on a GPU."""
+    """Worker processes for `workers: auto`: one per group of `threads` cores, or per GPU; never more than silos."""
     if spec.workers != "auto":
         return min(spec.workers, max(1, silos))
-    if device not in ("auto", "cpu"):
-        return 1
     if device == "auto":
         import torch
 
-        if torch.cuda.is_available() or torch.backends.mps.is_available():
-            return 1
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda":
+        import torch
+
+        return max(1, min(torch.cuda.device_count(), silos))
+    if device == "mps":
+        return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores // spec.threads, silos))
 

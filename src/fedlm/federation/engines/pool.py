@@ -63,6 +63,17 @@ class Setup:
             spooled(self.spool, answer["tensors"]).unlink(missing_ok=True)
 
 
+def own_gpu(index: int) -> dict[str, str]:
+    """Environment that shows a worker one GPU of several: worker i gets the (i modulo their number)-th."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count < 2:
+        return {}
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return {"CUDA_VISIBLE_DEVICES": visible[index % count] if visible else str(index % count)}
+
+
 def closed(request: Request) -> Failure:
     """The answer to a request that no worker will take any more."""
     return Failure(request.silo, FailureKind.UNREACHABLE, "the engine was closed")
@@ -106,6 +117,7 @@ class Worker:
                     "OMP_NUM_THREADS": threads,
                     "MKL_NUM_THREADS": threads,
                     "TOKENIZERS_PARALLELISM": "false",
+                    **own_gpu(self._index),
                 },
                 start_new_session=True,
             )

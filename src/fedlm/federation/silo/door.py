@@ -202,6 +202,7 @@ class Silo:
             max_length=recipe.training.max_length,
             items=bool(request.fields.get("items", False)),
             packing=recipe.training.packing,
+            skip=recipe.data.malformed == "skip",
         )
         return {}, {**counts, "seconds": time.monotonic() - started, "peak_rss": peak_rss()}
 
