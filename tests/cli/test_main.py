@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import subprocess
 import sys
@@ -33,7 +34,12 @@ class _Faulty:
 
 
 def invoke(monkeypatch: pytest.MonkeyPatch, error: BaseException, *options: str) -> Any:
-    monkeypatch.setattr(main.importlib, "import_module", lambda _: _Faulty(error))
+    real = importlib.import_module
+
+    def stand_in(name: str, package: str | None = None) -> Any:  # other modules may be imported late, through the same
+        return _Faulty(error) if name.startswith("fedlm.cli.") else real(name, package)
+
+    monkeypatch.setattr(main.importlib, "import_module", stand_in)
     return runner.invoke(main.app, [*options, "doctor"])
 
 

@@ -181,7 +181,7 @@ def test_a_taken_directory_and_a_changed_recipe_are_refused(
 
     with pytest.raises(RunError, match="already holds a run"):
         compare(recipe, run_dir=finished[0])
-    changed = recipe.model_copy(update={"training": recipe.training.model_copy(update={"lr": 5.0})})
+    changed = recipe.model_copy(update={"training": recipe.training.model_copy(update={"lr": 1.0})})
     with pytest.raises(RunError, match=r"training\.lr: 0\.02 -> 1\.0"):
         compare(changed, run_dir=finished[0], resume=True)
 
