@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fedlm.errors import DataError, ModelError
+from fedlm.models.chat import render
 
 
 def render_prompt(question: str, tokenizer: Any, task_name: str) -> tuple[str, str, bool]:
@@ -22,7 +23,7 @@ def render_prompt(question: str, tokenizer: Any, task_name: str) -> tuple[str, s
             fix="set model.chat_template to 'chatml' or a Jinja file",
         )
     turns = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True), "", False
+    return render(tokenizer, turns, True), "", False
 
 
 def encode_pair(context: str, continuation: str, tokenizer: Any, *, special: bool) -> tuple[list[int], list[int]]:
