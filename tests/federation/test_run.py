@@ -95,6 +95,18 @@ def test_a_mistake_at_the_start_leaves_nothing_in_the_way(tiny: Tiny, tmp_path: 
         assert not folder.exists()
 
 
+def test_a_fault_at_a_resume_discards_nothing(tiny: Tiny, tmp_path: Path) -> None:
+    """Even without data.json, which a user may have removed as advised where it was damaged."""
+    folder = tmp_path / "run"
+    shutil.copytree(tiny.base, tmp_path / "base")
+    run_recipe(tiny.recipe("federation.rounds=1"), base=tmp_path / "base", run_dir=folder)
+    (folder / "data.json").unlink()
+    (tmp_path / "base" / "rows.jsonl").unlink()
+    with pytest.raises(FedlmError, match="rows"):
+        run_recipe(None, run_dir=folder, resume=True)
+    assert RunDir(folder).checkpoint_rounds() and (folder / "adapter").exists()
+
+
 def test_resume_on_other_data_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     shutil.copytree(tiny.base, tmp_path / "base")
     recipe = tiny.recipe("federation.rounds=1")

@@ -211,8 +211,8 @@ class RunDir:
 
     @property
     def begun(self) -> bool:
-        """Whether the silos were greeted: before that there is nothing to go on with."""
-        return (self.path / "data.json").exists()
+        """Whether the silos were greeted or a round was begun: before that there is nothing to go on with."""
+        return bool(self.checkpoint_rounds()) or any((self.path / n).exists() for n in ("data.json", "rounds.jsonl"))
 
     def discard(self) -> None:
         """Remove the whole directory."""
