@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:  # relays that only pass bytes on import this module, and must not load torch
+    from torch import Tensor
 
-Tensors = dict[str, Tensor]
+Tensors = dict[str, "Tensor"]
 Fields = dict[str, Any]
 """Plain JSON: None, bool, int, float, str, lists and dictionaries of these."""
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from fedlm.errors import RunError
-from fedlm.federation.engines import wire
-from fedlm.federation.engines.wire import ClosedError, Lines, serialized_size, spooled, write_spool
+from fedlm.federation.engines import lines as lines_module
+from fedlm.federation.engines.lines import ClosedError, Lines, spooled
+from fedlm.federation.engines.wire import serialized_size, write_spool
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_whoever_breaks_the_protocol_is_gone(line: bytes) -> None:
 
 
 def test_lines_are_bounded_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "MAX_LINE", 100)
+    monkeypatch.setattr(lines_module, "MAX_LINE", 100)
     left, right = socket.socketpair()
     with pytest.raises(RunError, match="over the bound"):
         Lines(left).send({"x": "y" * 200})

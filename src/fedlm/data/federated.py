@@ -134,6 +134,12 @@ def load_data(recipe: Recipe, base: Path = Path()) -> FederatedData:
             one row is served if that row's hash makes it a training row.
     """
     spec, seed = recipe.data, recipe.seed
+    if spec.at_silos:
+        raise DataError(
+            "this recipe names no text: every silo brings its own",
+            where="data.at_silos",
+            fix="run it over a network with --network KIT, or name sources here to simulate it on one machine",
+        )
     sources, holders = _flat(spec)
     located = [locate(source, base) for source in sources]
     if spec.partition is not None and spec.partition.kind == "domain":

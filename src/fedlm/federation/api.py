@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fedlm.data.federated import FederatedData
     from fedlm.federation.records import RunResult
 
-MAY_CHANGE = ("federation.workers", "federation.keep", "trackers")
+MAY_CHANGE = ("federation.workers", "federation.keep", "federation.retries", "federation.reconnect", "trackers")
 """Recipe fields that change no bit of the result, so a resumed run may have others."""
 
 

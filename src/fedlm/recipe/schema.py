@@ -154,23 +154,28 @@ class SiloSpec(Strict):
 
 
 class DataSpec(Strict):
-    """The text: shared sources dealt to silos by a partition, or named silos with sources of their own."""
+    """The text: shared sources dealt to silos by a partition, named silos with sources of their own, or what each silo
+    of a network brings itself."""
 
     sources: list[SourceSpec] = Field(default_factory=list)
     partition: PartitionSpec | None = None
     silos: list[SiloSpec] = Field(default_factory=list)
+    at_silos: bool = Field(
+        False, description="Each silo brings its own text, described in a file that only it has (network runs only)."
+    )
     split: SplitSpec = SplitSpec()
     malformed: Literal["fail", "skip"] = Field("fail", description="'skip' counts malformed rows and goes on.")
 
     @model_validator(mode="after")
     def _one_way(self) -> DataSpec:
-        if bool(self.sources) == bool(self.silos):
+        if bool(self.sources) + bool(self.silos) + self.at_silos != 1:
             raise ValueError(
-                "give either `sources` with a `partition` (simulation) or `silos` with sources of their own"
+                "give either `sources` with a `partition` (simulation) or `silos` with sources of their own, "
+                "or `at_silos: true` where every silo of a network brings its own text"
             )
         if self.sources and self.partition is None:
             raise ValueError("`sources` need a `partition` that says which silo holds which rows")
-        if self.silos and self.partition is not None:
+        if not self.sources and self.partition is not None:
             raise ValueError("`partition` does not apply to named silos: they already hold their own rows")
         names = [s.name for s in self.silos]
         if len(set(names)) != len(names):
@@ -253,6 +258,12 @@ class FederationSpec(Strict):
         1.0, description="Share of the round's sample that must answer, else the run stops."
     )
     deadline: PositiveFloat | None = Field(None, description="Seconds per round.")
+    retries: Annotated[int, Field(ge=0, le=10)] = Field(
+        1, description="How often a request is sent again to a silo whose process died."
+    )
+    reconnect: PositiveFloat = Field(
+        60.0, description="Seconds that a silo may be out of reach before it counts as unreachable (network runs)."
+    )
     workers: PositiveInt | Literal["auto"] = Field("auto", description="Processes that train silos side by side.")
     threads: PositiveInt = Field(1, description="Torch threads per worker; part of what makes runs repeatable.")
     patience: PositiveInt | None = Field(

@@ -4,13 +4,13 @@ Both give the same bits: a silo's result depends on its request, its private sta
 on nothing else. With workers, requests wait in one queue and each free worker takes the next; any worker can serve any
 silo, since private states lie on disk.
 
-Failure semantics. A worker that dies (killed, out of memory) is started again and its request is sent once more under
-the same key: training is deterministic, and if the first try had already stored its reply the silo answers from there.
-A second death gives `Failure(UNREACHABLE)`. A request without a reply at its deadline gives `Failure(TIMED_OUT)`, its
-worker is told to stop at the next optimiser step and what it still sends is dropped; a worker that does not react is
-killed after a while. A model or data fault while a worker starts is raised from `exchange`, since no silo can mend it.
-Closing the engine, from any thread, answers everything that is still asked of its workers, then and later, with
-`Failure(UNREACHABLE)`: no exchange waits for a worker that is gone.
+Failure semantics. A worker that dies (killed, out of memory) is started again and its request is sent again under the
+same key, `federation.retries` times: training is deterministic, and if an earlier try had already stored its reply the
+silo answers from there. Then it is `Failure(UNREACHABLE)`. A request without a reply at its deadline gives
+`Failure(TIMED_OUT)`, its worker is told to stop at the next optimiser step and what it still sends is dropped; a worker
+that does not react is killed after a while. A model or data fault while a worker starts is raised from `exchange`,
+since no silo can mend it. Closing the engine, from any thread, answers everything that is still asked of its workers,
+then and later, with `Failure(UNREACHABLE)`: no exchange waits for a worker that is gone.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedlm.federation.engines.lines import spooled
 from fedlm.federation.engines.pool import Batch, Job, Setup, Worker, closed
-from fedlm.federation.engines.wire import parse_reply, serialized_size, spooled, write_spool
+from fedlm.federation.engines.wire import parse_reply, serialized_size, write_spool
 from fedlm.federation.rundir import disk_errors
 from fedlm.federation.silo import POOLED, Silo, Workbench
 from fedlm.files import read_tensors

@@ -17,7 +17,8 @@ from typing import Any
 
 import fedlm.errors
 from fedlm.errors import FedlmError, RunError
-from fedlm.federation.engines.wire import ClosedError, Lines, request_message, spooled
+from fedlm.federation.engines.lines import ClosedError, Lines, spooled
+from fedlm.federation.engines.wire import request_message
 from fedlm.federation.rundir import disk_errors
 from fedlm.messages import Event, Failure, FailureKind, Request
 from fedlm.recipe.schema import Recipe
@@ -191,7 +192,7 @@ class Worker:
 
     def _answer(self, job: Job) -> Any:
         ended = ""
-        for _ in range(2):
+        for _ in range(1 + self._setup.recipe.federation.retries):
             if self._stopped:
                 break
             try:
@@ -213,7 +214,7 @@ class Worker:
                 break
         if self._stopped:
             return closed(job.request)
-        return Failure(job.request.silo, FailureKind.UNREACHABLE, f"its worker process died twice ({ended})")
+        return Failure(job.request.silo, FailureKind.UNREACHABLE, f"its worker process died each time ({ended})")
 
     def _ask(self, job: Job) -> Any:
         lines = self._open_lines()

@@ -14,15 +14,8 @@ import threading
 from pathlib import Path
 
 from fedlm.errors import FedlmError, RunError
-from fedlm.federation.engines.wire import (
-    ClosedError,
-    Lines,
-    Message,
-    parse_request,
-    reply_message,
-    spooled,
-    write_spool,
-)
+from fedlm.federation.engines.lines import ClosedError, Lines, Message, spooled
+from fedlm.federation.engines.wire import parse_request, reply_message, write_spool
 from fedlm.federation.rundir import disk_errors
 from fedlm.messages import Event, Failure, FailureKind, Reply, Tensors
 
