@@ -56,6 +56,10 @@ class RunError(FedlmError):
     """A run cannot start, continue or be read: quorum, run directory, checkpoint."""
 
 
+class NetworkError(FedlmError):
+    """A kit, a certificate or a process between organisations is wrong, missing or does not answer."""
+
+
 class MissingExtra(FedlmError):
     """A feature needs an optional dependency that is not installed."""
 
