@@ -156,20 +156,23 @@ def sign(key_path: Path, nonce: bytes) -> bytes:
     return _key(key_path).sign(_CONTEXT + nonce, _PADDING, hashes.SHA256())
 
 
-def verify(cert_pem: bytes, nonce: bytes, signature: bytes) -> bool:
-    """Whether the certificate's owner signed this nonce with `sign`. Says nothing of who signed the certificate.
+def verify(cert_pem: bytes, nonce: bytes, signature: bytes) -> None:
+    """Check that the certificate's owner signed this nonce with `sign`. Says nothing of who signed the certificate.
 
     Raises:
-        NetworkError: not a certificate.
+        NetworkError: not a certificate, or someone else's signature.
     """
     public = _certificate(cert_pem).public_key()
-    if not isinstance(public, rsa.RSAPublicKey):
-        return False
     try:
+        if not isinstance(public, rsa.RSAPublicKey):
+            raise InvalidSignature
         public.verify(signature, _CONTEXT + nonce, _PADDING, hashes.SHA256())
     except InvalidSignature:
-        return False
-    return True
+        raise NetworkError(
+            "the signature is not by the certificate's owner",
+            where="operator's certificate",
+            fix="use the key that belongs to the certificate",
+        ) from None
 
 
 _PADDING = padding.PSS(padding.MGF1(hashes.SHA256()), padding.PSS.DIGEST_LENGTH)
