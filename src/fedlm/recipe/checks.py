@@ -59,7 +59,7 @@ def kind_of(columns: Columns) -> str | None:
 def problems(recipe: Recipe) -> Iterator[Problem]:
     """Every impossible combination in an otherwise well-formed recipe, as (path, reason)."""
     yield from _model(recipe)
-    yield from _data(recipe.data)
+    yield from data_problems(recipe.data)
     yield from _task(recipe)
     yield from _federation(recipe)
     yield from _without_effect(recipe)
@@ -109,7 +109,8 @@ def _model(recipe: Recipe) -> Iterator[Problem]:
         yield ("adapter", "targets"), "names no module, so nothing would be trained"
 
 
-def _data(data: DataSpec) -> Iterator[Problem]:
+def data_problems(data: DataSpec) -> Iterator[Problem]:
+    """The impossible combinations within a recipe's, or a silo's own, description of its text."""
     kinds: dict[str, Path] = {}
     for path, source in all_sources(data):
         yield from _origin(source, "path", path)
@@ -210,7 +211,7 @@ def _task(recipe: Recipe) -> Iterator[Problem]:
                 f"task '{recipe.task}' cannot learn from {kind} rows, it needs {' or '.join(allowed)}",
             )
     for index, metric in enumerate(recipe.evaluation.metrics):
-        if metric != "loss" and not any(s.columns.choices is not None for _, s in found):
+        if metric != "loss" and not (recipe.data.at_silos or any(s.columns.choices is not None for _, s in found)):
             yield (
                 ("evaluation", "metrics", index),
                 f"metric '{metric}' needs sources mapped to question + choices + answer",

@@ -8,9 +8,9 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 
 from fedlm.errors import RecipeError, nearest
@@ -18,6 +18,9 @@ from fedlm.recipe.fields import annotation_at, is_list, literals_in, model_at
 from fedlm.recipe.schema import Recipe
 from fedlm.recipe.yamltree import Path as Dotted
 from fedlm.recipe.yamltree import Tree, parse_value, parse_yaml
+
+
+M = TypeVar("M", bound=BaseModel)
 
 
 class InvalidRecipeError(RecipeError):
@@ -51,6 +54,26 @@ def build_recipe(tree: Tree, overrides: Sequence[str] = ()) -> Recipe:
         return Recipe.model_validate(tree.data)
     except ValidationError as error:
         raise InvalidRecipeError(list(_explain(error, tree))) from None
+
+
+def load_yaml(path: str | Path, schema: type[M], *, what: str, example: str) -> M:
+    """Read another of fedlm's YAML files, such as a policy, with the same care as a recipe.
+
+    Args:
+        path: a YAML file.
+        schema: what it must be.
+        what: the kind of file, for errors.
+        example: the command that writes one to start from.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
+    path = Path(path)
+    tree = parse_yaml(_read(path, what, example), str(path), what=what, example=example)
+    try:
+        return schema.model_validate(tree.data)
+    except ValidationError as error:
+        raise InvalidRecipeError(list(_explain(error, tree, schema))) from None
 
 
 def _from_folder(recipe: Recipe, folder: Path) -> Recipe:
@@ -124,7 +147,7 @@ def _shown(flat: dict[str, Any], name: str) -> str:
     return json.dumps(flat[name], ensure_ascii=False) if name in flat else "(absent)"
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, what: str = "recipe", example: str = "`fedlm init`") -> str:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -132,10 +155,10 @@ def _read(path: Path) -> str:
         hint = nearest(path.name, near) + " " if near else ""
         hint = hint if hint.startswith("did") else ""
         raise RecipeError(
-            "there is no such file", where=str(path), fix=f"{hint}`fedlm init` writes a recipe to start from"
+            "there is no such file", where=str(path), fix=f"{hint}{example} writes a {what} to start from"
         ) from None
     except IsADirectoryError:
-        raise RecipeError("this is a folder, a recipe is a YAML file", where=str(path)) from None
+        raise RecipeError(f"this is a folder, a {what} is a YAML file", where=str(path)) from None
     except OSError as error:
         raise RecipeError(f"the file cannot be read: {error.strerror}", where=str(path)) from None
     try:
@@ -186,7 +209,7 @@ def _override(tree: Tree, override: str) -> None:
     tree.places[tuple(path)] = f"--set {dotted}"
 
 
-def _explain(error: ValidationError, tree: Tree) -> Iterator[str]:
+def _explain(error: ValidationError, tree: Tree, schema: type[BaseModel] = Recipe) -> Iterator[str]:
     """Each fault once, in the order of the file. A union's several complaints about one value become one."""
     reasons: dict[Dotted, list[str]] = {}
     for fault in error.errors(include_url=False):
@@ -196,7 +219,7 @@ def _explain(error: ValidationError, tree: Tree) -> Iterator[str]:
                 reasons.setdefault((*loc, *below), []).append(reason)
             continue
         path, value = _real_path(tree.data, loc, kind)
-        reasons.setdefault(path, []).append(_reason(kind, str(fault["msg"]), path, value, context))
+        reasons.setdefault(path, []).append(_reason(kind, str(fault["msg"]), path, value, context, schema))
     for path, told in sorted(reasons.items(), key=lambda item: _line(tree.place(item[0]))):
         name = ".".join(map(str, path))
         reason = _joined(list(dict.fromkeys(told)))
@@ -234,15 +257,17 @@ def _real_path(data: Any, loc: Sequence[str | int], kind: str) -> tuple[Dotted, 
     return tuple(path), data
 
 
-def _reason(kind: str, message: str, path: Dotted, value: Any, context: dict[str, Any]) -> str:
+def _reason(
+    kind: str, message: str, path: Dotted, value: Any, context: dict[str, Any], schema: type[BaseModel]
+) -> str:
     if kind == "extra_forbidden":
-        model = model_at(Recipe, path[:-1])
+        model = model_at(schema, path[:-1])
         hint = nearest(str(path[-1]), model.model_fields) if model else "remove it"
         return f"unknown field, {hint}"
     if kind == "missing":
         return "this field is required and missing"
     if kind == "literal_error":
-        valid = literals_in(annotation_at(Recipe, path))
+        valid = literals_in(annotation_at(schema, path))
         if isinstance(value, str) and len(valid) > 1:
             hint = nearest(value, valid)
             everything = "" if hint.startswith("valid") else f" (valid: {', '.join(valid)})"

@@ -40,18 +40,20 @@ class Tree:
         return self.places.get(known, "recipe")
 
 
-def parse_yaml(text: str, name: str) -> Tree:
+def parse_yaml(text: str, name: str, *, what: str = "recipe", example: str = "`fedlm init`") -> Tree:
     """Parse one YAML document whose top level is a mapping.
 
     Args:
         text: the file's text.
         name: what to call the file in errors and places.
+        what: the kind of file, for errors.
+        example: the command that writes one to start from.
 
     Raises:
         RecipeError: not YAML, a repeated key, a tag, an endless alias, or too large; with file and line.
     """
     if len(text) > _LIMIT_BYTES:
-        raise RecipeError(f"a recipe of {len(text):,} characters is not a recipe (limit {_LIMIT_BYTES:,})", where=name)
+        raise RecipeError(f"a {what} of {len(text):,} characters is not a {what} (limit {_LIMIT_BYTES:,})", where=name)
     try:
         root = YAML(typ="safe", pure=True).compose(text)
     except MarkedYAMLError as error:
@@ -61,9 +63,9 @@ def parse_yaml(text: str, name: str) -> Tree:
         reason = "nested too deeply" if isinstance(error, RecursionError) else "it holds characters that YAML forbids"
         raise RecipeError(f"this is not YAML: {reason}", where=name) from None
     if root is None:
-        raise RecipeError("the recipe is empty", where=name, fix="`fedlm init` writes one to start from")
+        raise RecipeError(f"the {what} is empty", where=name, fix=f"{example} writes one to start from")
     if not isinstance(root, MappingNode):
-        raise RecipeError("a recipe is a mapping of fields to values", where=f"{name}:1", fix="see `fedlm init`")
+        raise RecipeError(f"a {what} is a mapping of fields to values", where=f"{name}:1", fix=f"see {example}")
     tree = Tree(None, {(): f"{name}:{root.start_mark.line + 1}"})
     tree.data = _Builder(name, tree.places).build(root, (), 0)
     return tree
