@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import logging
 import os
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from fedlm import __version__
+from fedlm import __version__, logs
 from fedlm.errors import FedlmError, nearest
 
 
@@ -130,7 +131,10 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def complain(sentence: str) -> None:
-    """One sentence on stderr, red on a terminal."""
+    """One sentence on stderr, red on a terminal; a line of the log where that is JSON."""
+    if logs.as_json():
+        logging.getLogger("fedlm.cli").error(sentence)
+        return
     typer.secho(sentence, fg=typer.colors.RED, err=True)
 
 

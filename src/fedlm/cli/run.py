@@ -12,7 +12,7 @@ from fedlm.errors import FedlmError, RecipeError, RunError
 
 if TYPE_CHECKING:
     from fedlm.federation.records import RunResult
-    from fedlm.messages import Event
+    from fedlm.messages import Event, Observe
     from fedlm.recipe.schema import Recipe
 
 INTERRUPTED = 130
@@ -38,6 +38,17 @@ def run(
     force: Annotated[bool, typer.Option("--force", help="Replace the run that --run-dir holds.")] = False,
     no_report: Annotated[bool, typer.Option("--no-report", help="Write no report.html.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no progress.")] = False,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="Serve /metrics (Prometheus) and /health here.", show_default=False),
+    ] = None,
+    metrics_host: Annotated[str, typer.Option(help="The address that --metrics-port listens on.")] = "127.0.0.1",
+    stalled_after: Annotated[
+        float, typer.Option(min=1, help="Seconds without progress after which /health says stalled.")
+    ] = 1800.0,
+    json_logs: Annotated[
+        bool, typer.Option("--json-logs", help="Log JSON lines instead of showing progress; also FEDLM_LOG=json.")
+    ] = False,
 ) -> None:
     """Run the federation that a recipe describes, or resume one.
 
@@ -50,13 +61,18 @@ def run(
     """
     from rich.console import Console
 
+    from fedlm import logs
+    from fedlm.report.eventlog import EventLog
+    from fedlm.report.metrics import monitored
     from fedlm.report.progress import Progress
 
+    if json_logs or logs.wanted():
+        logs.configure(True, role="run")
     changes = [*(overrides or []), *([f"federation.workers={workers}"] if workers else [])]
     chosen = _choose(recipe, changes, resume, run_dir, force)
-    console = Console(stderr=True)
-    with Progress(console, silent=as_json) as progress:
-        result, folder = _run(chosen, recipe, resume, run_dir, force, progress, not no_report)
+    display = EventLog() if logs.as_json() else Progress(Console(stderr=True), silent=as_json)
+    with monitored(metrics_port, metrics_host, stalled_after) as watch, display as progress:
+        result, folder = _run(chosen, recipe, resume, run_dir, force, progress, not no_report, watch)
     _tell(result, folder, as_json, report=not no_report)
     if result.status == "interrupted":
         raise typer.Exit(INTERRUPTED)
@@ -116,8 +132,9 @@ def _run(
     force: bool,
     progress: Any,
     report: bool,
+    watch: Observe,
 ) -> tuple[RunResult, Path]:
-    """Run with everyone watching: the display and the recipe's trackers."""
+    """Run with everyone watching: the display, the metrics (`watch`) and the recipe's trackers."""
     progress({"kind": "phase", "text": "loading"})
     from fedlm.federation.api import run_recipe
     from fedlm.recipe.load import load_recipe
@@ -132,6 +149,7 @@ def _run(
         if event.get("kind") == "run_started":
             started.append(Path(event["run_dir"]))
         progress(event)
+        watch(event)
         tracking(event)
 
     try:
