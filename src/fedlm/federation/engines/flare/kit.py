@@ -176,7 +176,7 @@ def write_kit(kit: Kit) -> None:
     if kit.kind == "coordinator":
         data["silos"] = list(kit.silos)
     yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
+    yaml.default_flow_style, yaml.width = False, 200
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     text = StringIO()
     if kit.keys == "demo":
