@@ -19,7 +19,6 @@ from fedlm.recipe.schema import Recipe
 from fedlm.recipe.yamltree import Path as Dotted
 from fedlm.recipe.yamltree import Tree, parse_value, parse_yaml
 
-
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -257,9 +256,7 @@ def _real_path(data: Any, loc: Sequence[str | int], kind: str) -> tuple[Dotted, 
     return tuple(path), data
 
 
-def _reason(
-    kind: str, message: str, path: Dotted, value: Any, context: dict[str, Any], schema: type[BaseModel]
-) -> str:
+def _reason(kind: str, message: str, path: Dotted, value: Any, context: dict[str, Any], schema: type[BaseModel]) -> str:
     if kind == "extra_forbidden":
         model = model_at(schema, path[:-1])
         hint = nearest(str(path[-1]), model.model_fields) if model else "remove it"

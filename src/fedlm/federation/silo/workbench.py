@@ -58,7 +58,6 @@ class Workbench:
         with self.lock:
             if self._ready:
                 return
-            from fedlm.algorithms import get_algorithm
             from fedlm.models.adapters import attach, trainable
             from fedlm.models.load import load_base, load_tokenizer
             from fedlm.training.loop import check_length
@@ -67,17 +66,68 @@ class Workbench:
             # a gigabyte after some hundred steps. With 48 it is as fast. Read at the first product, so set before it.
             os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "48")
             set_threads(self.recipe.federation.threads)
-            self.algorithm: Algorithm = get_algorithm(self.recipe.federation.algorithm)
             self.tokenizer: Any = load_tokenizer(self.recipe.model, needs_template=self.recipe.task == "instruct")
             self.model: Any = attach(load_base(self.recipe.model), self.recipe.adapter, self.recipe.seed)
             check_length(self.model, self.recipe.training.max_length)
-            self.parameters: dict[str, torch.nn.Parameter] = {}
-            for name, parameter in trainable(self.model).items():
-                if self.algorithm.trainable(name):
-                    self.parameters[name] = parameter
-                else:
-                    parameter.requires_grad_(False)
+            self._adapter: dict[str, torch.nn.Parameter] = trainable(self.model)
+            self._choose()
             self._ready = True
+
+    def _choose(self) -> None:
+        """Of the adapter's parameters, train those that the algorithm trains."""
+        from fedlm.algorithms import get_algorithm
+
+        self.algorithm: Algorithm = get_algorithm(self.recipe.federation.algorithm)
+        self.parameters: dict[str, torch.nn.Parameter] = {}
+        for name, parameter in self._adapter.items():
+            chosen = self.algorithm.trainable(name)
+            parameter.requires_grad_(chosen)
+            if chosen:
+                self.parameters[name] = parameter
+
+    def take_over(self, other: Workbench) -> bool:
+        """Take the model that stands on another run's bench, if it is what `load` would put here; bits are the same.
+
+        Returns:
+            Whether it was taken; then the other bench has none. Full weights are taken only for the same seed and
+            algorithm: what one run has trained away cannot be put back.
+
+        Raises:
+            ModelError, TrainingError: as `load`, where this run asks more of the model.
+        """
+        from fedlm.models.adapters import first_value
+        from fedlm.models.chat import require_template
+        from fedlm.training.loop import check_length
+
+        with self.lock, other.lock:
+            ours, theirs = self.recipe, other.recipe
+            same = (ours.model, ours.adapter, ours.federation.threads) == (
+                theirs.model,
+                theirs.adapter,
+                theirs.federation.threads,
+            )
+            again = (ours.seed, ours.federation.algorithm) == (theirs.seed, theirs.federation.algorithm)
+            if self._ready or not other._ready or not same or not (again or ours.adapter.kind != "full"):
+                return False
+            if ours.task == "instruct":
+                require_template(other.tokenizer, where="model.chat_template")
+            check_length(other.model, ours.training.max_length)
+            self.tokenizer, self.model, self._adapter = other.tokenizer, other.model, other._adapter
+            other.unload()
+            if ours.adapter.kind != "full":
+                with torch.no_grad():
+                    for name, parameter in self._adapter.items():
+                        parameter.copy_(first_value(name, parameter.shape, ours.seed))
+            self._choose()
+            self._ready = True
+            return True
+
+    def unload(self) -> None:
+        """Give up the model and its memory; `load` puts it back."""
+        with self.lock:
+            for name in ("model", "tokenizer", "parameters", "_adapter"):
+                self.__dict__.pop(name, None)
+            self._ready = False
 
     def put(self, tensors: Tensors) -> None:
         """Fill the adapter with these values; parameters that the algorithm does not train keep their shared start."""

@@ -1,0 +1,300 @@
+"""A real silo: its owner's policy, text and state, serving the runs that a coordinator proposes.
+
+In a simulation the engine knows recipe and data. Here the recipe arrives with `hello`, and the silo decides: versions
+first (before anything of the recipe is read), then the policy, then whether model and text are what the run needs.
+What was agreed is written down, so a restarted worker goes on without being greeted again. Everything after that goes
+through `Silo`, the same door as in a simulation.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fedlm
+from fedlm.errors import FedlmError
+from fedlm.federation.api import MAY_CHANGE
+from fedlm.federation.silo import agreements
+from fedlm.federation.silo.agreements import RUN, Agreement
+from fedlm.federation.silo.door import PROTOCOL, Silo, classify
+from fedlm.federation.silo.holdings import load_holdings
+from fedlm.federation.silo.policy import (
+    Forbidden,
+    Policy,
+    check_recipe,
+    check_request,
+    check_rows,
+    check_verb,
+    load_policy,
+    local_model,
+)
+from fedlm.federation.silo.workbench import Workbench
+from fedlm.messages import Failure, FailureKind, Fields, Observe, Reply, Request
+from fedlm.recipe.load import InvalidRecipeError, build_recipe, diff_recipes
+from fedlm.recipe.schema import Recipe
+from fedlm.recipe.yamltree import Tree
+
+log = logging.getLogger("fedlm.silo")
+
+SCHEMA = 1
+"""Version of the recipe that this fedlm reads."""
+
+RUNS_HELD = 2
+"""Runs whose encoded rows stay in memory; others are read again from their agreement when they are asked for."""
+
+NOT_AGREED = "this silo has not agreed to this run; the coordinator must greet it first"
+
+
+class OwnSilo:
+    """One organisation's participant.
+
+    Args:
+        name: its name in the network; requests to other names are refused.
+        state_root: folder of private states and agreements; only the subfolder of this name is used.
+        data_file: describes the silo's text (see `Holdings`).
+        policy_file: what the owner allows; None for the defaults of `Policy`.
+        observe: receives progress events without text.
+
+    Raises:
+        RecipeError: the data file or the policy cannot be read or asks for something impossible.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        state_root: Path,
+        data_file: Path,
+        policy_file: Path | None = None,
+        observe: Observe | None = None,
+    ) -> None:
+        self.name = name
+        self.policy = Policy() if policy_file is None else load_policy(policy_file)
+        self._text = load_holdings(data_file)
+        self._states = state_root
+        self._observe = observe
+        self._lock = threading.RLock()
+        self._runs: OrderedDict[str, tuple[Agreement, Workbench]] = OrderedDict()
+        self._standing: Workbench | None = None
+        """The bench where the model stands: there is one model at most."""
+
+    def handle(
+        self, request: Request, observe: Observe | None = None, should_stop: Callable[[], bool] | None = None
+    ) -> Reply | Failure:
+        """Answer one request; one at a time. Never raises for anything that happens inside.
+
+        Args:
+            observe: receives this request's progress events, in place of the silo's own observer.
+            should_stop: asked between optimiser steps; True abandons the request without storing anything.
+        """
+        try:
+            if request.silo != self.name:
+                raise Forbidden("the request names another silo")
+            check_verb(self.policy, request.verb)
+            if not RUN.fullmatch(request.run):
+                raise Forbidden("the run has no proper name")
+            if request.verb == "hello":
+                check_versions(request.fields)
+            with self._lock:
+                if should_stop is not None and should_stop():
+                    return Failure(self.name, FailureKind.TIMED_OUT, "stopped before it began: nobody waits for it")
+                if request.verb == "hello":
+                    return self._hello(request)
+                bench = self._agreed(request.run)
+                check_request(self.policy, bench.recipe, request)
+                self._set_up(bench)
+                return self._door(bench, observe, should_stop).handle(request)
+        except _MismatchError as mismatch:
+            return self._refuse(request, FailureKind.VERSION_MISMATCH, str(mismatch))
+        except Forbidden as refusal:
+            return self._refuse(request, FailureKind.REFUSED, str(refusal))
+        except FedlmError as error:
+            return self._refuse(request, FailureKind.ERROR, error.sentence())
+        except Exception as error:
+            return self._refuse(request, *classify(error))
+
+    # ---------------------------------------------------------------- agreeing
+
+    def _hello(self, request: Request) -> Reply | Failure:
+        """Agree to a run, or to an agreed one again, and answer with versions, counts and the model's fingerprint."""
+        recipe = parse_recipe(request.fields.get("recipe"))
+        check_recipe(self.policy, recipe)
+        known = agreements.load(self._folder, request.run)
+        if known is not None:
+            _same_run(parse_recipe(known.recipe), recipe)
+        bench, agreement = self._prepare(request.run, recipe, request.fields.get("model"))
+        if known is not None:
+            _same_content(known, agreement)
+        answer = self._door(bench, None, None).handle(request)
+        if isinstance(answer, Failure):
+            return answer
+        agreements.save(self._folder, agreement)
+        self._hold(agreement, bench)
+        card = answer.fields["card"] if self.policy.share_labels else {**answer.fields["card"], "labels": {}}
+        fields: Fields = {**answer.fields, "schema": SCHEMA, "card": card, "model": agreement.model}
+        return Reply(self.name, "hello", request.run, request.round, request.attempt, {}, fields)
+
+    def _agreed(self, run: str) -> Workbench:
+        """The bench of a run that this silo has agreed to, as remembered or as written down.
+
+        Raises:
+            Forbidden: it has not, or the policy or the text has changed so that the agreement no longer holds.
+        """
+        if run in self._runs:
+            self._runs.move_to_end(run)
+            return self._runs[run][1]
+        agreement = agreements.load(self._folder, run)
+        if agreement is None:
+            raise Forbidden(NOT_AGREED)
+        if not compatible(agreement.fedlm, fedlm.__version__):
+            raise _MismatchError(
+                f"this silo agreed to the run with fedlm {agreement.fedlm} and now has fedlm {fedlm.__version__}"
+            )
+        recipe = parse_recipe(agreement.recipe)
+        check_recipe(self.policy, recipe)
+        bench, now = self._prepare(run, recipe, agreement.model)
+        _same_content(agreement, now)
+        self._hold(agreement, bench)
+        return bench
+
+    def _prepare(self, run: str, recipe: Recipe, model: Any) -> tuple[Workbench, Agreement]:
+        """The bench for a recipe, with its model on it, and what there would be to agree to.
+
+        Args:
+            model: the coordinator's fingerprint of it, or None where it gave none.
+
+        Raises:
+            _MismatchError: this silo's model is another one.
+            Forbidden: the text does not fit or is too little.
+        """
+        from fedlm.models.fingerprint import fingerprint
+
+        spec = local_model(self.policy, recipe.model)
+        ours = fingerprint(spec)
+        if model is not None:
+            check_fingerprint(model, ours)
+        here = self._text.recipe_for(recipe, self.name).model_copy(update={"model": spec})
+        data = self._text.load(here, self.name)
+        agreement = Agreement(run, fedlm.__version__, recipe.model_dump(mode="json"), ours, data.fingerprint)
+        held = self._runs.get(run)
+        same = held is not None and held[1].recipe == here and held[0].data == agreement.data
+        bench = held[1] if held is not None and same else Workbench(here, data)
+        self._set_up(bench)
+        rows = data.card(self.name)["rows"]["train"]
+        limited = self.policy.max_steps_per_round is not None
+        check_rows(self.policy, here, rows, len(bench.training_tokens(self.name)) if limited else None)
+        return bench, agreement
+
+    # ---------------------------------------------------------------- the bench
+
+    def _hold(self, agreement: Agreement, bench: Workbench) -> None:
+        self._runs[agreement.run] = (agreement, bench)
+        self._runs.move_to_end(agreement.run)
+        while len(self._runs) > RUNS_HELD:
+            self._runs.popitem(last=False)
+
+    def _set_up(self, bench: Workbench) -> None:
+        """Make the model stand on this bench: as it is, taken over from another run's bench, or loaded."""
+        if self._standing is not None and self._standing is not bench and not bench.take_over(self._standing):
+            self._standing.unload()
+        self._standing = bench
+        bench.load()
+
+    def _door(self, bench: Workbench, observe: Observe | None, should_stop: Callable[[], bool] | None) -> Silo:
+        return Silo(
+            self.name,
+            bench,
+            self._states,
+            allow=frozenset(self.policy.allow),
+            observe=observe or self._observe,
+            should_stop=should_stop,
+        )
+
+    @property
+    def _folder(self) -> Path:
+        return self._states / self.name
+
+    def _refuse(self, request: Request, kind: FailureKind, reason: str) -> Failure:
+        log.warning("%s: '%s' of run %s: %s: %s", self.name, request.verb[:40], request.run[:200], kind.value, reason)
+        return Failure(self.name, kind, reason)
+
+
+class _MismatchError(Exception):
+    """The two sides are not of one version, or not about one model."""
+
+
+def compatible(a: str, b: str) -> bool:
+    """Whether two versions of fedlm may work on one run: the same one; from 1.0 on, the same major version.
+
+    >>> compatible("0.1.0", "0.1.1"), compatible("1.2.0", "1.4.1")
+    (False, True)
+    """
+    majors = [version.split(".")[0] for version in (a, b)]
+    return a == b or (majors[0] == majors[1] and majors[0].isdecimal() and int(majors[0]) >= 1)
+
+
+def check_versions(fields: Fields) -> None:
+    """Compare what `hello` says of the coordinator with what this silo has; the recipe is not read before this.
+
+    Raises:
+        _MismatchError: naming both sides' version.
+    """
+    theirs = fields.get("protocol")
+    if theirs != PROTOCOL:
+        raise _MismatchError(f"this silo speaks protocol {PROTOCOL}, the coordinator {_said(theirs)}")
+    theirs = fields.get("fedlm")
+    if not isinstance(theirs, str) or not compatible(theirs, fedlm.__version__):
+        raise _MismatchError(f"this silo has fedlm {fedlm.__version__}, the coordinator {_said(theirs)}")
+    schema, recipe = fields.get("schema"), fields.get("recipe")
+    written = recipe.get("schema_version", schema) if isinstance(recipe, dict) else schema
+    if schema != SCHEMA or written != SCHEMA:
+        theirs = schema if schema != SCHEMA else written
+        raise _MismatchError(f"this silo reads recipes of schema {SCHEMA}, the coordinator's has {_said(theirs)}")
+
+
+def check_fingerprint(theirs: Any, ours: dict[str, str]) -> None:
+    """Raises:
+    _MismatchError: base weights or tokenizer are not the coordinator's, with the beginnings of both hashes.
+    """
+    for part, what in (("weights", "base model"), ("tokenizer", "tokenizer")):
+        said = theirs.get(part) if isinstance(theirs, dict) else None
+        if said != ours[part]:
+            raise _MismatchError(
+                f"the {what} here is not the coordinator's: SHA-256 {ours[part][:12]} here, {_said(said)[:12]} there"
+            )
+
+
+def parse_recipe(data: Any) -> Recipe:
+    """A recipe as it came over the network.
+
+    Raises:
+        Forbidden: it is missing or not valid here; says which fields.
+    """
+    if not isinstance(data, dict):
+        raise Forbidden("the greeting holds no recipe")
+    try:
+        return build_recipe(Tree(data))
+    except InvalidRecipeError as error:
+        told = "; ".join(problem.removeprefix("recipe: ") for problem in error.problems)
+        raise Forbidden(f"the recipe is not valid here: {told[:1000]}") from None
+
+
+def _same_run(before: Recipe, now: Recipe) -> None:
+    changes = [c for c in diff_recipes(before, now) if not c.startswith(MAY_CHANGE)]
+    if changes:
+        raise Forbidden(f"this silo agreed to another recipe for this run: {'; '.join(changes)[:1000]}")
+
+
+def _same_content(before: Agreement, now: Agreement) -> None:
+    if before.model != now.model:
+        check_fingerprint(before.model, now.model)
+    if before.data != now.data:
+        raise Forbidden("this silo's rows have changed since it agreed to this run; it can take part in a new one")
+
+
+def _said(value: Any) -> str:
+    """What the other side said, fit for a sentence."""
+    return "says nothing" if value is None else str(value)[:40]

@@ -1,0 +1,122 @@
+"""What a base model and its tokenizer are, in two hashes: equal wherever the same tokens meet the same weights.
+
+Organisations compare them before a run. Files differ where the content does not (shards, order, formatting, the version
+of the library that wrote them), so what is hashed is what the files say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedlm.files import cache_dir, write_json
+from fedlm.models.folders import open_weights, read_config, weight_files
+from fedlm.models.load import load_tokenizer, resolve
+from fedlm.recipe.schema import ModelSpec
+
+VERSION = 1
+"""Of what is hashed and how; part of each hash's memo, not of the hash."""
+
+THREADS = 4
+"""Tensors hashed side by side; hashing lets other threads run."""
+
+_NOTES = frozenset(
+    {
+        "transformers_version",
+        "_name_or_path",
+        "dtype",
+        "torch_dtype",
+        "architectures",
+        "use_cache",
+        "_attn_implementation",
+    }
+)
+"""Entries of config.json that tell who wrote it and how it is run, not what is computed."""
+
+
+def fingerprint(spec: ModelSpec) -> dict[str, str]:
+    """Hex SHA-256 of the base `weights` in the recipe's dtype, with the architecture's numbers, and of the `tokenizer`.
+
+    Independent of adapter, device, process, and of how the weights are cut into files. The hash of the weights is
+    remembered in the cache for as long as the files stay the same.
+
+    Raises:
+        ModelError, PackageError: the model or its tokenizer cannot be had (see `resolve`, `load_tokenizer`).
+    """
+    folder = resolve(spec)
+    return {"weights": _remembered(folder), "tokenizer": tokenizer_hash(load_tokenizer(spec))}
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 over a model folder's tensors (name, dtype, shape, bytes; by name) and its config.json.
+
+    Raises:
+        ModelError: the folder's weights or configuration cannot be read.
+    """
+    lines: dict[str, str] = {}
+    for file in weight_files(folder):
+        with open_weights(file) as weights, ThreadPoolExecutor(THREADS) as pool:
+            names = list(weights.keys())
+            # each tensor is a view of the mapped file, so memory stays flat whatever the model's size
+            lines.update(
+                zip(names, pool.map(lambda name, of=weights: _tensor_line(of.get_tensor(name)), names), strict=True)
+            )
+    config = {k: v for k, v in read_config(folder / "config.json").items() if k not in _NOTES and _says_something(v)}
+    state = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name in sorted(lines):
+        state.update(f"\x1f{name}\x1f{lines[name]}".encode())
+    return state.hexdigest()
+
+
+def _tensor_line(tensor: torch.Tensor) -> str:
+    digest = hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+    return f"{tensor.dtype} {tuple(tensor.shape)} {digest}"
+
+
+def _says_something(value: Any) -> bool:
+    """Whether an entry is more than an absent one: other versions of the library write or leave out such defaults."""
+    return value is not None and value is not False and value != [] and value != {}
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """SHA-256 over all that turns text and messages into token numbers: vocabulary, merges, normalisation, special
+    tokens and the chat template."""
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = parts["model"]
+    if "merges" in model:  # written as "a b" or as ["a", "b"], depending on the library's version
+        model["merges"] = [m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"]]
+    what = {
+        "model": {k: v for k, v in model.items() if _says_something(v)},
+        "added": sorted((t["id"], t["content"], t["special"]) for t in parts["added_tokens"]),
+        "rules": [parts.get(name) for name in ("normalizer", "pre_tokenizer", "post_processor")],
+        "special": [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id],
+        "template": tokenizer.chat_template,
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def _remembered(folder: Path) -> str:
+    """`weights_hash`, kept beside the other hashes of the cache while sizes, times and inodes stay the same."""
+    files = [folder / "config.json", *weight_files(folder)]
+    stats = [file.stat() for file in files]
+    stamp = [VERSION, *([s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for s in stats)]
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
+    memo = cache_dir() / "fingerprints" / f"{name}.json"
+    try:
+        known = json.loads(memo.read_text())
+        if known["stamp"] == stamp:
+            return str(known["weights"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # no memo yet, or a damaged one: it is made again
+    digest = weights_hash(folder)
+    try:
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        write_json(memo, {"stamp": stamp, "weights": digest})
+    except OSError:
+        pass  # a read-only cache costs time, not correctness
+    return digest
