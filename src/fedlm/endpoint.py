@@ -51,7 +51,8 @@ def new_registry(feature: str = "--metrics-port") -> CollectorRegistry:
         raise MissingExtra(feature, "network") from error
     import psutil
 
-    disable_created_metrics()  # a second series for each counter, with the time of its birth
+    # else each counter has a second series, with the time of its birth
+    disable_created_metrics()  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)  # process_resident_memory_bytes, process_cpu_seconds_total, process_open_fds
     PlatformCollector(registry=registry)  # the version of Python
@@ -92,7 +93,9 @@ class Endpoint:
         self._server = _Server((host, port), _Handler)
         self._server.registry, self._server.health = registry, health
         self.host, self.port = host, int(self._server.server_address[1])
-        self._thread = threading.Thread(target=self._server.serve_forever, name="fedlm-metrics", daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.1,), name="fedlm-metrics", daemon=True
+        )
         self._thread.start()
 
     def close(self) -> None:
@@ -114,6 +117,7 @@ class _Server(http.server.ThreadingHTTPServer):
     registry: CollectorRegistry
     health: Health
     daemon_threads = True
+    request_queue_size = 4 * WATCHERS
     # closing must not wait for a watcher that sends its request letter by letter
     block_on_close = False
 
