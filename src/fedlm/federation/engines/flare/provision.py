@@ -36,7 +36,10 @@ MEMBERS = "members.json"
 PROFILE = "project_profile.yaml"
 _BUILDERS = (
     {"path": "nvflare.lighter.impl.workspace.WorkspaceBuilder"},
-    {"path": "nvflare.lighter.impl.static_file.StaticFileBuilder", "args": {"config_folder": "config"}},
+    {
+        "path": "nvflare.lighter.impl.static_file.StaticFileBuilder",
+        "args": {"config_folder": "config", "scheme": "grpc"},
+    },
     {"path": "nvflare.lighter.impl.cert.CertBuilder"},
 )
 

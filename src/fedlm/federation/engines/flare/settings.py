@@ -96,6 +96,9 @@ def communication() -> dict[str, Any]:
     """comm_config.json: silos talk to the coordinator alone, and a peer that vanishes is noticed."""
     return {
         "allow_adhoc_conns": False,
+        # NVFlare opens a port on loopback for jobs' processes, which never come: let no other local user use it
+        "internal": {"scheme": "tcp", "resources": {"host": "localhost", "connection_security": "mtls"}},
+        "use_aio_grpc": False,
         "max_message_size": _MAX_MESSAGE,
         "heartbeat_interval": HEARTBEAT_SECONDS,
         "subnet_heartbeat_interval": HEARTBEAT_SECONDS,
@@ -104,6 +107,7 @@ def communication() -> dict[str, Any]:
             "options": [
                 ["grpc.max_send_message_length", _MAX_MESSAGE + 2**20],
                 ["grpc.max_receive_message_length", _MAX_MESSAGE + 2**20],
+                ["grpc.so_reuseport", 0],  # two coordinators on one port would share its silos
                 # a cut cable ends no TCP connection: ask every 10 s whether the peer is still there
                 ["grpc.keepalive_time_ms", 10_000],
                 ["grpc.keepalive_timeout_ms", 5_000],
