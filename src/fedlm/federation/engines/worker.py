@@ -11,25 +11,34 @@ import queue
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from fedlm.errors import FedlmError, RunError
 from fedlm.federation.engines.lines import ClosedError, Lines, Message, spooled
 from fedlm.federation.engines.wire import parse_request, reply_message, write_spool
 from fedlm.federation.rundir import disk_errors
-from fedlm.messages import Event, Failure, FailureKind, Reply, Tensors
+from fedlm.messages import Event, Failure, FailureKind, Observe, Reply, Request, Tensors
+
+Handle = Callable[[Request, Observe, Callable[[], bool]], Reply | Failure]
+"""Answers a request; receives where to send progress events, and what says that nobody waits any more."""
 
 
 class Inbox:
-    """Requests in order of arrival; a thread reads them, so that a cancellation or the engine's end is seen at once."""
+    """Requests in order of arrival; a thread reads them, so that a cancellation or the other side's end is seen.
 
-    def __init__(self, lines: Lines) -> None:
-        self._lines = lines
-        self._requests: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    Args:
+        at_end: called, by the reading thread, when the other side is gone.
+    """
+
+    def __init__(self, lines: Lines, at_end: Callable[[], None] = lambda: None) -> None:
+        self._lines, self._at_end = lines, at_end
+        self._requests: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._cancelled: set[int] = set()
         threading.Thread(target=self._read, name="fedlm-inbox", daemon=True).start()
 
-    def next(self) -> Message:
+    def next(self) -> Message | None:
+        """The next request; None when the other side is gone."""
         return self._requests.get()
 
     def cancelled(self, job: int) -> bool:
@@ -45,15 +54,16 @@ class Inbox:
         except ClosedError:
             pass
         finally:
-            # The engine is gone: nothing here is worth finishing, stored states are written atomically.
-            os._exit(0)
+            self._at_end()
+            self._requests.put(None)
 
 
 def main() -> None:
     lines = Lines(socket.socket(fileno=int(sys.argv[1])))
     start = lines.receive()
     assert start is not None
-    inbox = Inbox(lines)
+    # Without its engine nothing here is worth finishing; stored states are written atomically.
+    inbox = Inbox(lines, at_end=lambda: os._exit(0))
     try:
         serve(lines, inbox, start)
     except FedlmError as error:
@@ -72,7 +82,6 @@ def serve(lines: Lines, inbox: Inbox, start: Message) -> None:
     """
     from fedlm.data.federated import load_data
     from fedlm.federation.silo import Silo, Workbench
-    from fedlm.files import read_tensors
     from fedlm.recipe.schema import Recipe
 
     recipe = Recipe.model_validate(start["recipe"])
@@ -80,9 +89,23 @@ def serve(lines: Lines, inbox: Inbox, start: Message) -> None:
     bench = Workbench(recipe, load_data(recipe, Path(start["base"])))
     bench.load()
     lines.send({"type": "ready"})
+
+    def handle(request: Request, observe: Observe, should_stop: Callable[[], bool]) -> Reply | Failure:
+        return Silo(request.silo, bench, states, observe=observe, should_stop=should_stop).handle(request)
+
+    answer_requests(lines, inbox, spool, handle)
+
+
+def answer_requests(lines: Lines, inbox: Inbox, spool: Path, handle: Handle) -> None:
+    """Answer one request after another, until the other side is gone.
+
+    Raises:
+        ClosedError: it is gone, and an answer could not be sent.
+    """
+    from fedlm.files import read_tensors
+
     broadcast: tuple[str, Tensors] = ("", {})
-    while True:
-        message = inbox.next()
+    while (message := inbox.next()) is not None:
         job, name = int(message["job"]), message["tensors"]
 
         def observe(event: Event, job: int = job) -> None:
@@ -102,8 +125,7 @@ def serve(lines: Lines, inbox: Inbox, start: Message) -> None:
                 str(message["silo"]), FailureKind.TIMED_OUT, "the coordinator no longer waits for this reply"
             )
         else:
-            silo = Silo(request.silo, bench, states, observe=observe, should_stop=should_stop)
-            answer = silo.handle(request)
+            answer = handle(request, observe, should_stop)
         file = None
         if isinstance(answer, Reply) and answer.tensors:
             file = f"reply-{os.getpid()}-{job}.safetensors"
