@@ -1,4 +1,4 @@
-"""Run a recipe on this machine, from the start or from where it stopped: what `fedlm run` calls."""
+"""Run a recipe, from the start or from where it stopped: what `fedlm run` calls."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import fedlm
 from fedlm.errors import FedlmError, RunError
+from fedlm.federation.engines.choose import Choice, make_engine
 from fedlm.federation.rundir import RunDir, disk_errors
 from fedlm.messages import Fields, Observe
 from fedlm.recipe.schema import Recipe
@@ -33,8 +34,13 @@ def run_recipe(
     force: bool = False,
     observe: Observe | None = None,
     silos: Sequence[str] | None = None,
+    engine: str = "local",
+    address: str | None = None,
+    network: Path | None = None,
 ) -> RunResult:
-    """Run a federation of simulated silos on the local engine.
+    """Run a federation: of simulated silos on this machine or a Ray cluster, or of organisations.
+
+    The engine changes no bit of the result, so a run may be resumed on another one.
 
     Args:
         recipe: what to run; may be None to resume with the run's own recipe.
@@ -45,11 +51,15 @@ def run_recipe(
         force: replace the run that `run_dir` holds.
         observe: receives progress events.
         silos: names that take part; all by default.
+        engine: "local" or "ray" (see `engines.choose`).
+        address: with "ray", a running cluster; by default Ray is started on this machine.
+        network: the coordinator's kit, for a run with organisations.
 
     Raises:
         RunError: see `RunDir` and `coordinator.run`; also a resume with a changed recipe, naming what changed.
         FedlmError: the model or the data cannot be loaded.
     """
+    where = Choice(engine, address, network)
     if resume:
         if run_dir is None:
             raise RunError("resuming needs the run directory", fix="name it: --resume RUN")
@@ -71,7 +81,7 @@ def run_recipe(
         if resume:
             data = _read(recipe, base, observe)
             same_data(directory, data)
-        return _run(recipe, data, directory, base, resume, observe, silos)
+        return _run(recipe, data, directory, base, resume, observe, silos, where)
 
 
 @contextlib.contextmanager
@@ -166,14 +176,13 @@ def _run(
     resume: bool,
     observe: Observe | None,
     silos: Sequence[str] | None,
+    where: Choice,
 ) -> RunResult:
     from fedlm.federation import coordinator
-    from fedlm.federation.engines.local import LocalEngine, resolve_workers
     from fedlm.federation.sampling import invited
 
-    names = list(silos) if silos is not None else data.names
-    workers = resolve_workers(recipe.federation, invited(recipe.federation, len(names)), recipe.model.device)
-    engine = LocalEngine(recipe, data, directory.path, workers=workers, observe=observe, base=base)
+    most = invited(recipe.federation, len(data.names if silos is None else silos))
+    engine = make_engine(where, recipe, data, directory.path, most=most, base=base, observe=observe)
     try:
         return coordinator.run(recipe, engine, directory, observe=observe, resume=resume, silos=silos)
     finally:

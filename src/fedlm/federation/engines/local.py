@@ -173,7 +173,7 @@ class LocalEngine:
         last: Tensors | None = None
         for request in requests:
             if _past(until):
-                yield _timed_out(request.silo)
+                yield timed_out(request.silo)
                 continue
             if request.tensors is not last:
                 last, sizes = request.tensors, {}
@@ -188,9 +188,9 @@ class LocalEngine:
             )
             answer = self._unknown(request) or silo.handle(request)
             if _past(until):
-                yield _timed_out(request.silo)
+                yield timed_out(request.silo)
             elif isinstance(answer, Reply):
-                yield _measured(answer, sizes[id(request.tensors)], serialized_size(answer.tensors))
+                yield measured(answer, sizes[id(request.tensors)], serialized_size(answer.tensors))
             else:
                 yield answer
 
@@ -224,7 +224,7 @@ class LocalEngine:
                     raise answer
                 yield self._fetch(job, answer)
             for job in open_jobs.values():
-                yield _timed_out(job.request.silo)
+                yield timed_out(job.request.silo)
         finally:
             batch.closed = time.monotonic()
             for worker in self._pool:
@@ -257,13 +257,13 @@ class LocalEngine:
             return message
         if message["type"] == "failure" or message["tensors"] is None:
             answer = parse_reply(message, job.request, {})
-            return answer if isinstance(answer, Failure) else _measured(answer, job.size, 0)
+            return answer if isinstance(answer, Failure) else measured(answer, job.size, 0)
         path = spooled(self._spool, message["tensors"])
         size = path.stat().st_size
         answer = parse_reply(message, job.request, read_tensors(path))
         path.unlink()
         assert isinstance(answer, Reply)
-        return _measured(answer, job.size, size)
+        return measured(answer, job.size, size)
 
     def _unknown(self, request: Request) -> Failure | None:
         if request.silo == POOLED or request.silo in self._known():
@@ -284,10 +284,12 @@ def _past(until: float | None) -> bool:
     return until is not None and time.monotonic() >= until
 
 
-def _timed_out(silo: str) -> Failure:
+def timed_out(silo: str) -> Failure:
+    """The answer to a request whose reply comes too late."""
     return Failure(silo, FailureKind.TIMED_OUT, "no reply within the round's deadline")
 
 
-def _measured(reply: Reply, received: int, sent: int) -> Reply:
+def measured(reply: Reply, received: int, sent: int) -> Reply:
+    """The reply with the bytes that its silo received and sent."""
     fields = {**reply.fields, "received_bytes": received, "sent_bytes": sent}
     return Reply(reply.silo, reply.verb, reply.run, reply.round, reply.attempt, reply.tensors, fields)

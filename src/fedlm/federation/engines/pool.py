@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,14 @@ def own_gpu(index: int) -> dict[str, str]:
         return {}
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     return {"CUDA_VISIBLE_DEVICES": visible[index % count] if visible else str(index % count)}
+
+
+def fault(message: Mapping[str, Any]) -> FedlmError:
+    """The error that a worker met, from its fields `error` (the type's name), `what`, `where` and `fix`."""
+    kind = getattr(fedlm.errors, message["error"], FedlmError)
+    if not (isinstance(kind, type) and issubclass(kind, FedlmError)) or kind is fedlm.errors.MissingExtra:
+        kind = FedlmError  # MissingExtra writes its own sentence
+    return kind(message["what"], where=message["where"], fix=message["fix"])
 
 
 def closed(request: Request) -> Failure:
@@ -149,11 +157,7 @@ class Worker:
             ) from None
         assert message is not None
         if message["type"] == "fatal":
-            kind = getattr(fedlm.errors, message["error"], FedlmError)
-            error: FedlmError = FedlmError(message["what"], where=message["where"], fix=message["fix"])
-            if isinstance(kind, type) and issubclass(kind, FedlmError) and kind is not fedlm.errors.MissingExtra:
-                error = kind(message["what"], where=message["where"], fix=message["fix"])
-            raise error
+            raise fault(message)
 
     def _open_lines(self) -> Lines:
         """Raises:

@@ -1,0 +1,1 @@
+"""The Ray engine: simulated silos over the CPUs and GPUs of one cluster. See `engine`."""
