@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from fedlm.files import cache_dir, write_json
-from fedlm.models.folders import open_weights, read_config, weight_files
+from fedlm.models.chat import template_text
+from fedlm.models.folders import HELPERS, open_weights, read_config, weight_files
 from fedlm.models.load import load_tokenizer, resolve
 from fedlm.recipe.schema import ModelSpec
 
@@ -26,30 +27,51 @@ THREADS = 4
 """Tensors hashed side by side; hashing lets other threads run."""
 
 _NOTES = frozenset(
-    {
+    [
         "transformers_version",
         "_name_or_path",
         "dtype",
         "torch_dtype",
         "architectures",
         "use_cache",
-        "_attn_implementation",
-    }
+        "return_dict",
+        "id2label",
+        "label2id",
+        "initializer_range",
+    ]
 )
 """Entries of config.json that tell who wrote it and how it is run, not what is computed."""
 
 
 def fingerprint(spec: ModelSpec) -> dict[str, str]:
-    """Hex SHA-256 of the base `weights` in the recipe's dtype, with the architecture's numbers, and of the `tokenizer`.
+    """Hex SHA-256 of the base `weights` in the recipe's dtype, with the architecture's numbers, and of the `tokenizer`
+    with its chat template.
 
-    Independent of adapter, device, process, and of how the weights are cut into files. The hash of the weights is
-    remembered in the cache for as long as the files stay the same.
+    Independent of adapter, device, process, and of how the weights are cut into files. Remembered in the cache for as
+    long as the model's files stay the same.
 
     Raises:
         ModelError, PackageError: the model or its tokenizer cannot be had (see `resolve`, `load_tokenizer`).
     """
     folder = resolve(spec)
-    return {"weights": _remembered(folder), "tokenizer": tokenizer_hash(load_tokenizer(spec))}
+    template = None if spec.chat_template is None else template_text(spec.chat_template)
+    files = {*weight_files(folder), *(f for f in folder.iterdir() if f.suffix in HELPERS)}
+    stats = [(file.name, file.stat()) for file in sorted(files)]
+    stamp = [VERSION, *([name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for name, s in stats)]
+    memo = cache_dir() / "fingerprints" / f"{_sha256([str(folder.resolve()), template])}.json"
+    try:
+        known = json.loads(memo.read_text())
+        if known["stamp"] == stamp:
+            return {part: str(known[part]) for part in ("weights", "tokenizer")}
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # no memo yet, or a damaged one: it is made again
+    found = {"weights": weights_hash(folder), "tokenizer": tokenizer_hash(load_tokenizer(spec))}
+    try:
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        write_json(memo, {"stamp": stamp, **found})
+    except OSError:
+        pass  # a read-only cache costs time, not correctness
+    return found
 
 
 def weights_hash(folder: Path) -> str:
@@ -66,8 +88,9 @@ def weights_hash(folder: Path) -> str:
             lines.update(
                 zip(names, pool.map(lambda name, of=weights: _tensor_line(of.get_tensor(name)), names), strict=True)
             )
-    config = {k: v for k, v in read_config(folder / "config.json").items() if k not in _NOTES and _says_something(v)}
-    state = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    # absent and empty entries mean the same, and which of them are written depends on the library's version
+    config = {k: v for k, v in read_config(folder / "config.json").items() if v and k not in _NOTES}
+    state = hashlib.sha256(_sha256(config).encode())
     for name in sorted(lines):
         state.update(f"\x1f{name}\x1f{lines[name]}".encode())
     return state.hexdigest()
@@ -78,11 +101,6 @@ def _tensor_line(tensor: torch.Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)} {digest}"
 
 
-def _says_something(value: Any) -> bool:
-    """Whether an entry is more than an absent one: other versions of the library write or leave out such defaults."""
-    return value is not None and value is not False and value != [] and value != {}
-
-
 def tokenizer_hash(tokenizer: Any) -> str:
     """SHA-256 over all that turns text and messages into token numbers: vocabulary, merges, normalisation, special
     tokens and the chat template."""
@@ -91,32 +109,14 @@ def tokenizer_hash(tokenizer: Any) -> str:
     if "merges" in model:  # written as "a b" or as ["a", "b"], depending on the library's version
         model["merges"] = [m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"]]
     what = {
-        "model": {k: v for k, v in model.items() if _says_something(v)},
+        "model": {k: v for k, v in model.items() if v},
         "added": sorted((t["id"], t["content"], t["special"]) for t in parts["added_tokens"]),
         "rules": [parts.get(name) for name in ("normalizer", "pre_tokenizer", "post_processor")],
         "special": [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id],
         "template": tokenizer.chat_template,
     }
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+    return _sha256(what)
 
 
-def _remembered(folder: Path) -> str:
-    """`weights_hash`, kept beside the other hashes of the cache while sizes, times and inodes stay the same."""
-    files = [folder / "config.json", *weight_files(folder)]
-    stats = [file.stat() for file in files]
-    stamp = [VERSION, *([s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for s in stats)]
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
-    memo = cache_dir() / "fingerprints" / f"{name}.json"
-    try:
-        known = json.loads(memo.read_text())
-        if known["stamp"] == stamp:
-            return str(known["weights"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # no memo yet, or a damaged one: it is made again
-    digest = weights_hash(folder)
-    try:
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        write_json(memo, {"stamp": stamp, "weights": digest})
-    except OSError:
-        pass  # a read-only cache costs time, not correctness
-    return digest
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
