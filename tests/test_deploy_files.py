@@ -1,4 +1,4 @@
-"""Container files, compose files and systemd units: linted where a linter is there, held to what docs/deploy.md says."""
+"""Container files, compose files and systemd units: linted where a linter is there, held to what the docs say."""
 
 from __future__ import annotations
 
