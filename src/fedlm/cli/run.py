@@ -11,6 +11,7 @@ from fedlm.cli.output import print_json
 from fedlm.errors import FedlmError, RecipeError, RunError
 
 if TYPE_CHECKING:
+    from fedlm.federation.engines.choose import Choice
     from fedlm.federation.records import RunResult
     from fedlm.messages import Event, Observe
     from fedlm.recipe.schema import Recipe
@@ -35,6 +36,18 @@ def run(
         Path | None, typer.Option("--resume", metavar="RUN", help="Continue this run.", show_default=False)
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes that train silos side by side.")] = None,
+    engine: Annotated[
+        str, typer.Option("--engine", metavar="local|ray", help="Where silos are simulated: here, or over Ray.")
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            metavar="HOST:PORT",
+            help="With ray: a running cluster; default: start Ray.",
+            show_default=False,
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the run that --run-dir holds.")] = False,
     no_report: Annotated[bool, typer.Option("--no-report", help="Write no report.html.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no progress.")] = False,
@@ -58,21 +71,24 @@ def run(
       fedlm run recipe.yaml --set federation.rounds=2 --set training.lr=1e-4
       fedlm run recipe.yaml --run-dir runs/first --workers 2
       fedlm run --resume runs/first
+      fedlm run recipe.yaml --engine ray --address head:6379 --run-dir /shared/first
     """
     from rich.console import Console
 
     from fedlm import logs
+    from fedlm.federation.engines.choose import Choice
     from fedlm.report.eventlog import EventLog
     from fedlm.report.metrics import monitored
     from fedlm.report.progress import Progress
 
     if json_logs or logs.wanted():
         logs.configure(True, role="run")
+    where = Choice(engine, address)
     changes = [*(overrides or []), *([f"federation.workers={workers}"] if workers else [])]
     chosen = _choose(recipe, changes, resume, run_dir, force)
     display = EventLog() if logs.as_json() else Progress(Console(stderr=True), silent=as_json)
     with monitored(metrics_port, metrics_host, stalled_after) as watch, display as progress:
-        result, folder = _run(chosen, recipe, resume, run_dir, force, progress, not no_report, watch)
+        result, folder = _run(chosen, recipe, resume, run_dir, force, progress, not no_report, watch, where)
     _tell(result, folder, as_json, report=not no_report)
     if result.status == "interrupted":
         raise typer.Exit(INTERRUPTED)
@@ -133,6 +149,7 @@ def _run(
     progress: Any,
     report: bool,
     watch: Observe,
+    where: Choice,
 ) -> tuple[RunResult, Path]:
     """Run with everyone watching: the display, the metrics (`watch`) and the recipe's trackers."""
     progress({"kind": "phase", "text": "loading"})
@@ -160,6 +177,9 @@ def _run(
             resume=resume is not None,
             force=force,
             observe=observe,
+            engine=where.engine,
+            address=where.address,
+            network=where.network,
         )
     except BaseException as error:
         if started:
