@@ -14,7 +14,7 @@ from fedlm.messages import Failure, Fields, Reply, Request
 from fedlm.recipe.schema import Recipe
 
 
-def greeting(recipe: Recipe, **changes: Any) -> Fields:
+def greeting(recipe: Recipe, /, **changes: Any) -> Fields:
     """What a coordinator says first over a network."""
     fields = {
         "protocol": PROTOCOL,
