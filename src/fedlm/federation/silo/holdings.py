@@ -49,9 +49,9 @@ class Holdings(Strict):
         if self.base is not None and not self.share_of_recipe:
             raise ValueError("`base` belongs to `share_of_recipe`: the paths of `sources` are relative to this file")
         if self.sources:
-            # checked as one silo of a recipe: below data.silos.0 the paths are those of this file
+            # checked as one silo of a recipe: below data.silos.0 the fields are those of this file
             spec = DataSpec(silos=[SiloSpec(name="silo", sources=self.sources)])
-            if found := [(path[2:], reason) for path, reason in data_problems(spec)]:
+            if found := [(path[3:], reason) for path, reason in data_problems(spec)]:
                 text = "; ".join(f"{'.'.join(map(str, path))}: {reason}" for path, reason in found)
                 raise PydanticCustomError("impossible", "{text}", {"text": text, "problems": found})
         return self

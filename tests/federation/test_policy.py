@@ -1,0 +1,218 @@
+"""What an owner allows: every line of policy.yaml refuses something, and faults of the file are told by line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedlm.errors import RecipeError
+from fedlm.federation.silo.holdings import load_holdings
+from fedlm.federation.silo.policy import (
+    Forbidden,
+    Policy,
+    check_recipe,
+    check_rows,
+    check_verb,
+    example,
+    load_policy,
+    local_model,
+)
+from fedlm.recipe.schema import ModelSpec, Recipe
+
+SHA = "ab" * 32
+PACKAGE = "pypi:some-model==1.0!model.gguf"
+
+
+def recipe(**changes: Any) -> Recipe:
+    data = {
+        "name": "r",
+        "model": {"source": "smollm2-135m-instruct"},
+        "data": {"at_silos": True},
+        "training": {"steps": 4},
+    }
+    return Recipe.model_validate({**data, **changes})
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> Callable[[str], Policy]:
+    def read(text: str) -> Policy:
+        file = tmp_path / "policy.yaml"
+        file.write_text(text)
+        return load_policy(file)
+
+    return read
+
+
+def test_the_example_is_the_default(policy: Callable[[str], Policy]) -> None:
+    assert policy(example()) == Policy()
+    named = {line.lstrip("# ").partition(":")[0] for line in example().splitlines()}
+    assert named >= set(Policy.model_fields)
+
+
+def test_by_default_small_adapters_of_pinned_models() -> None:
+    check_recipe(Policy(), recipe())
+    check_recipe(Policy(), recipe(adapter={"kind": "ia3"}))
+    check_rows(Policy(), recipe(), 1, None)
+    with pytest.raises(Forbidden, match=r"'full'.*adapters: lora, ia3"):
+        check_recipe(Policy(), recipe(adapter={"kind": "full"}))
+
+
+@pytest.mark.parametrize(
+    ("line", "changes"),
+    [
+        ("tasks: [pretrain]", {}),
+        ("algorithms: [fedavg]", {"federation": {"algorithm": {"name": "scaffold"}}}),
+        ("algorithms: []", {}),
+        ("adapters: [ia3]", {}),
+        ("max_rounds: 3", {"federation": {"rounds": 4}}),
+        ("max_rank: 7", {"adapter": {"rank": 8}}),
+        ("max_steps_per_round: 3", {}),
+        ("any_pinned_model: false", {}),
+        ("any_pinned_model: false", {"model": {"source": PACKAGE, "sha256": SHA}}),
+    ],
+)
+def test_each_line_refuses_and_is_named(policy: Callable[[str], Policy], line: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(Forbidden, match=line.partition(":")[0] if "model" not in line else "models: none"):
+        check_recipe(policy(line), recipe(**changes))
+
+
+@pytest.mark.parametrize(
+    "line", ["max_rounds: 4", "max_rank: 8", "max_steps_per_round: 4", "tasks: [instruct]", "algorithms: [fedavg]"]
+)
+def test_what_just_fits_is_allowed(policy: Callable[[str], Policy], line: str) -> None:
+    check_recipe(policy(line), recipe())
+
+
+def test_rank_is_a_matter_of_lora_alone(policy: Callable[[str], Policy]) -> None:
+    check_recipe(policy("max_rank: 1"), recipe(adapter={"kind": "ia3"}))
+
+
+def test_verbs(policy: Callable[[str], Policy]) -> None:
+    check_verb(Policy(), "train")
+    with pytest.raises(Forbidden, match="allowed: hello, evaluate"):
+        check_verb(policy("allow: [hello, evaluate]"), "train")
+
+
+def test_rows_and_steps(policy: Callable[[str], Policy]) -> None:
+    with pytest.raises(Forbidden, match="min_rows: 20"):
+        check_rows(policy("min_rows: 20"), recipe(), 19, None)
+    check_rows(policy("min_rows: 20"), recipe(), 20, None)
+    epochs = recipe(training={"epochs": 2.0, "batch_size": 4})
+    check_rows(policy("max_steps_per_round: 10"), epochs, 20, 20)
+    with pytest.raises(Forbidden, match="11 steps per round"):
+        check_rows(policy("max_steps_per_round: 10"), epochs, 20, 21)
+
+
+# ------------------------------------------------------------------------------------------------ models
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"source": "smollm2-135m-instruct"},
+        {"source": PACKAGE, "sha256": SHA},
+        {"source": "hub:owner/name", "revision": "0" * 40},
+    ],
+)
+def test_what_is_pinned_to_its_bytes_may_be_fetched(model: dict[str, str]) -> None:
+    spec = recipe(model=model).model
+    assert local_model(Policy(), spec) == spec
+
+
+@pytest.mark.parametrize("source", ["/srv/secret", "./x.gguf", "x.gguf", "~/model", "somewhere", "a\\b"])
+def test_a_recipe_never_chooses_a_place_here(source: str) -> None:
+    with pytest.raises(Forbidden, match="lies on the coordinator's disk"):
+        local_model(Policy(), ModelSpec(source=source))
+
+
+def test_the_owner_supplies_models(policy: Callable[[str], Policy], tmp_path: Path) -> None:
+    """By the name in the recipe; a path also goes by its last part, but what is pinned only by its whole name."""
+    (tmp_path / "base").mkdir()
+    rules = policy(f"models: {{ours: base, smollm2-135m-instruct: {tmp_path}/base, model.gguf: base}}")
+    here = str((tmp_path / "base").resolve())
+    for source in ("ours", "/at/the/coordinator/ours", "/at/the/coordinator/ours/", "smollm2-135m-instruct"):
+        assert local_model(rules, ModelSpec(source=source, sha256=SHA)) == ModelSpec(source=here)
+    assert local_model(rules, ModelSpec(source=PACKAGE, sha256=SHA)).source == PACKAGE
+
+
+def test_only_the_listed_models(policy: Callable[[str], Policy]) -> None:
+    rules = policy(f"any_pinned_model: false\nmodels: {{'{PACKAGE}': pinned, elsewhere: pinned}}")
+    assert local_model(rules, ModelSpec(source=PACKAGE, sha256=SHA)).source == PACKAGE
+    with pytest.raises(Forbidden, match="models: pypi:some"):
+        local_model(rules, recipe().model)
+    with pytest.raises(Forbidden, match="coordinator's disk"):
+        local_model(rules, ModelSpec(source="elsewhere"))
+
+
+def test_chat_templates_come_from_the_owner_too(policy: Callable[[str], Policy], tmp_path: Path) -> None:
+    def asked(template: str) -> ModelSpec:
+        return ModelSpec(source="smollm2-135m-instruct", chat_template=template)
+
+    assert local_model(Policy(), asked("chatml")).chat_template == "chatml"
+    with pytest.raises(Forbidden, match=r"'ward\.jinja' is a file"):
+        local_model(Policy(), asked("/etc/ward.jinja"))
+    (tmp_path / "mine.jinja").write_text("{{ messages }}")
+    rules = policy("chat_templates: {ward.jinja: mine.jinja}")
+    assert local_model(rules, asked("/x/ward.jinja")).chat_template == str((tmp_path / "mine.jinja").resolve())
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("allow: [hello]\nmax_ranks: 3\n", ":2: max_ranks: unknown field, did you mean 'max_rank'"),
+        ("max_rounds: 0", ":1: max_rounds: must be greater than or equal to 1|:1: max_rounds: must be greater than 0"),
+        ("max_rounds: yes", "max_rounds: must be a valid integer"),
+        ("allow: [hello, generate]", "unknown value 'generate'"),
+        ("algorithms: [fedavgg]", "unknown algorithm 'fedavgg', did you mean 'fedavg'"),
+        ("models: {x: nowhere}", "models.x: there is no folder or file 'nowhere'"),
+        ("chat_templates: {x: .}", "chat_templates.x: there is no file"),
+        ("models: {x: a, x: b}", "given twice"),
+        ("", "the policy is empty.*fedlm silo policy --example"),
+        ("- a", "a policy is a mapping"),
+        ("min_rows: !!python/object:os.system x", "tag"),
+    ],
+)
+def test_faults_of_a_policy(policy: Callable[[str], Policy], text: str, told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        policy(text)
+
+
+def test_no_such_policy(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"there is no such file.*writes a policy"):
+        load_policy(tmp_path / "policy.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("sources: []", "give either `sources`"),
+        ("share_of_recipe: false", "give either `sources`"),
+        ("sources: [{path: a, columns: {text: t}}]\nshare_of_recipe: true", "give either `sources`"),
+        ("sources: [{path: a, columns: {text: t}}]\nbase: x", "`base` belongs to"),
+        ("share_of_recipe: true\nbase: nowhere", "there is no folder 'nowhere'"),
+        ("sources:\n- {path: a, columns: {text: t}}\n- {path: b, columns: {txt: t}}", r":3: sources\.1\.columns\.txt"),
+        ("sources:\n- {path: a, columns: {text: t}}\n- {path: 'npm:x', columns: {text: t}}", r":3: sources\.1\.path"),
+        ("sources:\n- {path: a, columns: {text: t, prompt: p}}", r":2: sources\.0\.columns: map rows in exactly one"),
+        ("sources: [{path: a, columns: {text: t}, role: test}]", "nothing to train on"),
+        ("source: []", "unknown field, did you mean 'sources'"),
+    ],
+)
+def test_faults_of_a_data_file(tmp_path: Path, text: str, told: str) -> None:
+    file = tmp_path / "data.yaml"
+    file.write_text(text)
+    with pytest.raises(RecipeError, match=told):
+        load_holdings(file)
+
+
+def test_paths_of_a_data_file_start_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data.yaml").write_text("sources: [{path: a.jsonl, columns: {text: t}}]")
+    monkeypatch.chdir(tmp_path)
+    text = load_holdings(Path("data.yaml"))
+    monkeypatch.chdir("/")
+    assert text.base == tmp_path.resolve()
