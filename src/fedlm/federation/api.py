@@ -75,12 +75,16 @@ def run_recipe(
             raise RunError("there is no recipe to run")
         base = base or Path()
         run_dir = run_dir or Path("runs") / f"{recipe.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
-        data = _read(recipe, base, observe)  # before the directory: a mistake in the recipe leaves nothing behind
-        directory = new_run(recipe, run_dir, base=base, force=force, **about(data))
+        # Before the directory: a mistake in the recipe leaves nothing behind. Over a network no text is read here.
+        data = None if network else _read(recipe, base, observe)
+        facts = about(data) if data is not None else {"network": kit_network(network), "skipped": {}}
+        directory = new_run(recipe, run_dir, base=base, force=force, **facts)
     with using(directory):
         if resume:
-            data = _read(recipe, base, observe)
-            same_data(directory, data)
+            same_network(directory, kit_network(network))
+            data = None if network else _read(recipe, base, observe)
+            if data is not None:
+                same_data(directory, data)
         return _run(recipe, data, directory, base, resume, observe, silos, where)
 
 
@@ -128,6 +132,29 @@ def same_data(directory: RunDir, data: FederatedData) -> None:
         )
 
 
+def kit_network(kit: Path | None) -> str | None:
+    """The name of a coordinator's network. Raises NetworkError when this is no coordinator's kit."""
+    if kit is None:
+        return None
+    from fedlm.federation.engines.flare.kit import read_kit
+
+    return read_kit(kit, "coordinator").network
+
+
+def same_network(directory: RunDir, network: str | None) -> None:
+    """Raises:
+    RunError: the run began with other parties, who hold its private states.
+    """
+    began = directory.meta.get("network")
+    if began != network:
+        raise RunError(
+            f"this run began {f'over the network {began}' if began else 'with simulated silos'}, "
+            f"it cannot go on {f'over the network {network}' if network else 'with simulated ones'}",
+            where=str(directory.path),
+            fix="continue it with --network and that network's kit" if began else "continue it without --network",
+        )
+
+
 def new_run(recipe: Recipe, run_dir: Path, *, base: Path = Path(), force: bool = False, **facts: Any) -> RunDir:
     """A new, locked run directory for this recipe; `facts` go into its run.json.
 
@@ -170,7 +197,7 @@ def remove_run(run_dir: Path) -> None:
 
 def _run(
     recipe: Recipe,
-    data: FederatedData,
+    data: FederatedData | None,
     directory: RunDir,
     base: Path,
     resume: bool,
@@ -179,10 +206,8 @@ def _run(
     where: Choice,
 ) -> RunResult:
     from fedlm.federation import coordinator
-    from fedlm.federation.sampling import invited
 
-    most = invited(recipe.federation, len(data.names if silos is None else silos))
-    engine = make_engine(where, recipe, data, directory.path, most=most, base=base, observe=observe)
+    engine = make_engine(where, recipe, data, directory, silos=silos, base=base, observe=observe)
     try:
         return coordinator.run(recipe, engine, directory, observe=observe, resume=resume, silos=silos)
     finally:

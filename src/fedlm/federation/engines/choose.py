@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedlm.errors import RunError, nearest
+from fedlm.federation.rundir import RunDir
+from fedlm.federation.sampling import invited
 from fedlm.messages import Engine, Observe
 from fedlm.recipe.schema import Recipe
 
@@ -53,26 +56,34 @@ class Choice:
 def make_engine(
     choice: Choice,
     recipe: Recipe,
-    data: FederatedData,
-    run_dir: Path,
+    data: FederatedData | None,
+    directory: RunDir,
     *,
-    most: int,
+    silos: Sequence[str] | None = None,
     base: Path = Path(),
     observe: Observe | None = None,
 ) -> Engine:
-    """The engine of this choice. It starts at its first exchange, and raises then what is wrong with its machines.
+    """The engine of this choice. Those that simulate start at their first exchange, and raise then what is wrong.
 
     Args:
-        most: silos that are asked at once; there are never more workers.
+        data: all silos' rows; None over a network, where each silo has its own.
+        silos: names that take part; all by default.
         base: folder that relative paths of the recipe start from.
+
+    Raises:
+        NetworkError: the network's relay does not answer, or refuses.
     """
     if choice.network is not None:
-        raise RunError("this fedlm cannot run over a network", where=str(choice.network))
+        from fedlm.federation.engines.flare.engine import FlareEngine
+
+        return FlareEngine(recipe, choice.network, directory.run, directory.path, observe=observe)
+    assert data is not None
+    most = invited(recipe.federation, len(data.names if silos is None else silos))
     if choice.engine == "ray":
         from fedlm.federation.engines.ray.engine import RayEngine
 
-        return RayEngine(recipe, data, run_dir, address=choice.address, most=most, observe=observe, base=base)
+        return RayEngine(recipe, data, directory.path, address=choice.address, most=most, observe=observe, base=base)
     from fedlm.federation.engines.local import LocalEngine, resolve_workers
 
     workers = resolve_workers(recipe.federation, most, recipe.model.device)
-    return LocalEngine(recipe, data, run_dir, workers=workers, observe=observe, base=base)
+    return LocalEngine(recipe, data, directory.path, workers=workers, observe=observe, base=base)
