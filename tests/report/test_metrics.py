@@ -18,8 +18,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fedlm.endpoint import WATCHERS, Endpoint, new_registry, serve_metrics
 from fedlm.errors import MissingExtra, RunError
-from fedlm.federation.silo.metrics import SiloMetrics
-from fedlm.messages import FailureKind
 from fedlm.report.metrics import SILO_LABELS, RunMetrics, monitored
 
 
@@ -233,42 +231,6 @@ def test_without_a_port_nothing_is_needed(monkeypatch: pytest.MonkeyPatch) -> No
         observe({"kind": "run_started"})
     with pytest.raises(MissingExtra, match=r"fedlm\[network\]"), monitored(1):
         pass
-
-
-# ---------------------------------------------------------------- a silo's worker
-
-
-def test_a_silos_worker_counts_requests(clock: Clock) -> None:
-    registry = new_registry()
-    silo = SiloMetrics(registry, "hospital-a", clock=clock)
-    assert silo.health()[0] is False
-    silo.connected(True)
-    silo.began("train")
-    assert silo.health() == (
-        True,
-        {"status": "busy", "silo": "hospital-a", "busy": "train", "seconds_since_request": None},
-    )
-    silo.ended("train", None, 3.0, received=7, sent=10)
-    silo.began("rm -rf")
-    silo.ended("rm -rf", FailureKind.REFUSED, 0.0, received=1, sent=1)
-    clock.now += 5
-    assert silo.health()[1] == {
-        "status": "ready",
-        "silo": "hospital-a",
-        "busy": None,
-        "seconds_since_request": 5.0,
-    }
-
-    def value(name: str, **labels: str) -> float | None:
-        return registry.get_sample_value(f"fedlm_silo_{name}", labels)
-
-    assert value("requests_total", verb="train", outcome="ok") == 1
-    assert value("requests_total", verb="other", outcome="refused") == 1
-    assert value("request_seconds_sum", verb="train") == 3.0
-    assert (value("bytes_total", way="in"), value("bytes_total", way="out")) == (8, 11)
-    assert (value("connected"), value("busy")) == (1, 0)
-    silo.connected(False)
-    assert silo.health()[1]["status"] == "disconnected" and value("connected") == 0
 
 
 def test_the_endpoint_needs_no_torch() -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import fedlm
 from fedlm.errors import FedlmError, NetworkError
+from fedlm.federation.engines.flare.figures import FILE, counted
 from fedlm.federation.engines.flare.kit import Kit, read_kit, socket_path
 from fedlm.federation.engines.lines import ClosedError, Lines, Message
 from fedlm.federation.engines.worker import Handle, Inbox, answer_requests
@@ -78,7 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         kit = read_kit(options.kit, "silo")
-        serve(socket_path(kit.path), owner(kit, options.data, options.policy), facts(), _tell)
+        handle = counted(owner(kit, options.data, options.policy), kit.run / FILE)
+        serve(socket_path(kit.path), handle, facts(), _tell)
     except FedlmError as error:
         print(f"fedlm silo worker: {error}", file=sys.stderr, flush=True)
         return 2
