@@ -45,6 +45,9 @@ COMMANDS: dict[str, Entry] = {
     "chat": Entry("chat", "Talk to the base model with a run's adapter."),
     "report": Entry("report", "Write report.html of a run."),
     "export": Entry("export", "Export a run's adapter for PEFT, or merged into the model."),
+    "network": Entry("network", "Make a network of organisations, enrol silos, see who is connected."),
+    "coordinator": Entry("coordinator", "Run the coordinator's side of a network."),
+    "silo": Entry("silo", "Run a silo's side of a network."),
     "doctor": Entry("doctor", "Say what this machine has and what is missing."),
 }
 

@@ -128,7 +128,7 @@ def read_kit(path: Path | str, kind: Kind | None = None) -> Kit:
         data = None
     if not isinstance(data, dict):
         raise NetworkError("kit.yaml is damaged", where=str(file), fix="make the kit again")
-    kit = _checked(folder, data)
+    kit = parse_kit(folder, data)
     if kind is not None and kit.kind != kind:
         raise NetworkError(
             f"this is the kit of a {kit.kind}, not of a {kind}",
@@ -138,7 +138,8 @@ def read_kit(path: Path | str, kind: Kind | None = None) -> Kit:
     return kit
 
 
-def _checked(folder: Path, data: dict[str, Any]) -> Kit:
+def parse_kit(folder: Path, data: dict[str, Any]) -> Kit:
+    """The kit that kit.yaml's data describes. Raises NetworkError: another format, something missing or not valid."""
     where = str(folder / KIT_FILE)
     if data.get("format") != FORMAT:
         raise NetworkError(

@@ -29,6 +29,7 @@ def _watch(descriptor: int) -> None:
 
 def main() -> None:
     """Run the module named by the first argument as `python -m` would."""
+    os.umask(0o077)  # whatever it writes is this user's own
     descriptor = os.dup(0)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)  # the program itself, and what it starts, has no keyboard

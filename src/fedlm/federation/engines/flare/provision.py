@@ -74,7 +74,7 @@ def new_network(consortium: Consortium, out: Path, demo: bool = False) -> list[P
             )
     out.mkdir(parents=True, exist_ok=True)
     # Made beside its place and renamed: a failure on the way leaves no half network.
-    with tempfile.TemporaryDirectory(prefix=".fedlm-network-", dir=out) as name:
+    with tempfile.TemporaryDirectory(prefix=".fedlm-network-", dir=out.resolve()) as name:
         workshop = Path(name)
         made = (_demo if demo else _own)(consortium, workshop)
         for built, target in zip(made, targets, strict=True):

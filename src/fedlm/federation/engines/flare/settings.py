@@ -122,17 +122,12 @@ def communication() -> dict[str, Any]:
 
 
 def logging_config(json_logs: bool) -> dict[str, Any]:
-    """log_config.json: one file that rotates, warnings and what connects; nothing on the console."""
-    kind = "JsonFormatter" if json_logs else "BaseFormatter"
+    """log_config.json: one file that rotates; nothing on the console."""
+    formatter = {"()": "fedlm.logs.JsonLines" if json_logs else "fedlm.logs.PlainLines"}
     return {
         "version": 1,
         "disable_existing_loggers": False,
-        "formatters": {
-            "fedlm": {
-                "()": f"nvflare.fuel.utils.log_utils.{kind}",
-                "fmt": "%(asctime)s - %(name)s - %(levelname)s - %(message)s",
-            }
-        },
+        "formatters": {"fedlm": formatter},
         "handlers": {
             "file": {
                 "class": "logging.handlers.RotatingFileHandler",
