@@ -380,6 +380,19 @@ def test_full_weights_are_not_passed_on_to_another_seed(tiny: Tiny, loads: list[
     assert len(loads) == 2
 
 
+def test_a_failed_training_leaves_nothing_behind(tiny: Tiny, recipe: Recipe, owner: Callable[..., OwnSilo]) -> None:
+    """A model that diverged ends its own run; the gradients it left on the bench reach no other."""
+    alone, silo = owner(), owner()
+    for run, served in (("alone", alone), ("bad", silo), ("good", silo)):
+        reply_of(served.handle(hello(recipe, run=run)))
+    bad = train(recipe, tiny, run="bad")
+    bad.tensors.update({n: torch.full_like(t, torch.nan) for n, t in bad.tensors.items()})
+    assert "became nan" in failure_of(silo.handle(bad), FailureKind.ERROR)
+    got = reply_of(silo.handle(train(recipe, tiny, run="good"))).tensors
+    wanted = reply_of(alone.handle(train(recipe, tiny, run="alone"))).tensors
+    assert all(torch.equal(got[n], t) for n, t in wanted.items())
+
+
 # ------------------------------------------------------------------------------------------------ limits
 
 

@@ -103,6 +103,7 @@ def train(
     if rule is not None:
         _load(parameters, rule.start(), silo)
     optimizer = make_optimizer(spec, parameters)
+    optimizer.zero_grad(set_to_none=True)  # a training that failed here before may have left gradients behind
     if optimizer_state:
         load_optimizer_state(optimizer, parameters, optimizer_state)
     device = model_device(model)
