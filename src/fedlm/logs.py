@@ -54,6 +54,7 @@ def configure(json_lines: bool, file: Path | None = None, *, level: int = loggin
 
     Args:
         json_lines: one JSON object per line instead of plain text.
+        level: of fedlm's own lines; libraries are heard from WARNING on.
         file: write there instead of standard error; its folder exists.
         always: fields of every line, e.g. role="silo", silo="hospital-a".
 
@@ -76,7 +77,8 @@ def configure(json_lines: bool, file: Path | None = None, *, level: int = loggin
             old.close()
     handler.set_name(OURS)
     root.addHandler(handler)
-    root.setLevel(level)
+    root.setLevel(max(level, logging.WARNING))
+    logging.getLogger("fedlm").setLevel(level)
     logging.captureWarnings(True)
     sys.excepthook = _log_uncaught if json_lines else sys.__excepthook__
 

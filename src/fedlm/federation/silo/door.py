@@ -8,8 +8,8 @@ content it trains again from the state named by `accepted`.
 
 from __future__ import annotations
 
+import logging
 import platform
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -26,6 +26,8 @@ from fedlm.federation.silo.state import StateStore, Trained, request_digest, req
 from fedlm.federation.silo.workbench import POOLED, Workbench
 from fedlm.messages import Failure, FailureKind, Fields, Observe, Reply, Request, Tensors
 from fedlm.recipe.methods import ALGORITHMS
+
+log = logging.getLogger("fedlm.silo")
 
 PROTOCOL = 1
 """Version of requests and replies; a silo refuses another one at `hello`."""
@@ -226,5 +228,5 @@ def classify(error: Exception) -> tuple[FailureKind, str]:
     place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
     ours = [f for f in frames if "fedlm" in Path(f.filename).parts]
     via = f" (from {Path(ours[-1].filename).name}:{ours[-1].lineno})" if ours and ours[-1] is not frames[-1] else ""
-    print(f"silo error: {type(error).__name__}{place}{via}", file=sys.stderr)
+    log.error("silo error: %s%s%s", type(error).__name__, place, via)
     return FailureKind.ERROR, f"unexpected {type(error).__name__}{place}{via}"

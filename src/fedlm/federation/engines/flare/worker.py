@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import platform
 import socket
@@ -18,12 +19,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import fedlm
+from fedlm import logs
 from fedlm.errors import FedlmError, NetworkError
 from fedlm.federation.engines.flare.figures import FILE, counted
 from fedlm.federation.engines.flare.kit import Kit, read_kit, socket_path
 from fedlm.federation.engines.lines import ClosedError, Lines, Message
 from fedlm.federation.engines.worker import Handle, Inbox, answer_requests
 from fedlm.messages import Failure, Observe, Reply, Request
+
+log = logging.getLogger("fedlm.silo")
 
 AGAIN_SECONDS = 0.5
 """Pause between tries to reach the relay."""
@@ -78,11 +82,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--policy", type=Path)
     options = parser.parse_args(arguments)
     try:
+        logs.configure(logs.wanted())
         kit = read_kit(options.kit, "silo")
+        logs.configure(logs.wanted(), role="worker", party=kit.name)
         handle = counted(owner(kit, options.data, options.policy), kit.run / FILE)
         serve(socket_path(kit.path), handle, facts(), _tell)
     except FedlmError as error:
-        print(f"fedlm silo worker: {error}", file=sys.stderr, flush=True)
+        log.error("the worker cannot go on: %s", error)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -116,7 +122,7 @@ def quiet(observe: Observe) -> Observe:
 
 
 def _tell(connected: bool) -> None:
-    print(f"fedlm silo worker: {'ready' if connected else 'the relay is gone, waiting for it'}", flush=True)
+    log.info("the worker is ready" if connected else "the relay is gone, the worker waits for it")
 
 
 if __name__ == "__main__":
