@@ -364,6 +364,21 @@ def test_another_model_takes_the_place(
     assert len(standing) == 1 and all("model" not in vars(b) for _, b in silo._runs.values() if b not in standing)
 
 
+def test_a_model_taken_over_starts_where_its_own_seed_starts(tiny: Tiny, loads: list[int]) -> None:
+    """Also what an algorithm does not train, and so never receives, has the values of a fresh loading."""
+    from fedlm.data.federated import load_data
+
+    recipe = tiny.recipe()
+    first = Workbench(recipe, load_data(recipe, tiny.base))
+    first.load()
+    first.put({n: t + 1 for n, t in first.take().items()})
+    other = variant(recipe, seed=3)
+    second = Workbench(other, first.data)
+    assert second.take_over(first) and len(loads) == 1
+    wanted = initial_tensors(other)
+    assert all(torch.equal(t, wanted[n]) for n, t in second.take().items())
+
+
 def test_full_weights_are_not_passed_on_to_another_seed(tiny: Tiny, loads: list[int]) -> None:
     from fedlm.data.federated import load_data
 

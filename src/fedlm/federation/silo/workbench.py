@@ -6,6 +6,7 @@ bench for one request and taken off again.
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections import OrderedDict
@@ -113,7 +114,7 @@ class Workbench:
                 require_template(other.tokenizer, where="model.chat_template")
             check_length(other.model, ours.training.max_length)
             self.tokenizer, self.model, self._adapter = other.tokenizer, other.model, other._adapter
-            other.unload()
+            other._forget()
             if ours.adapter.kind != "full":
                 with torch.no_grad():
                     for name, parameter in self._adapter.items():
@@ -125,9 +126,13 @@ class Workbench:
     def unload(self) -> None:
         """Give up the model and its memory; `load` puts it back."""
         with self.lock:
-            for name in ("model", "tokenizer", "parameters", "_adapter"):
-                self.__dict__.pop(name, None)
-            self._ready = False
+            self._forget()
+        gc.collect()  # modules refer to one another in circles
+
+    def _forget(self) -> None:
+        for name in ("model", "tokenizer", "parameters", "_adapter"):
+            self.__dict__.pop(name, None)
+        self._ready = False
 
     def put(self, tensors: Tensors) -> None:
         """Fill the adapter with these values; parameters that the algorithm does not train keep their shared start."""
