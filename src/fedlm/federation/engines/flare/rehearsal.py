@@ -1,0 +1,108 @@
+"""A whole network on this machine, each party with its own processes: for demonstrations, tests and measurements.
+
+Everything is real (NVFlare's processes, sockets, mutual TLS); only the keys are made in one place.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from fedlm.errors import NetworkError
+from fedlm.federation.engines.flare.ask import status_of
+from fedlm.federation.engines.flare.consortium import Consortium, Coordinator, Silo
+from fedlm.federation.engines.flare.kit import Kit, read_kit
+from fedlm.federation.engines.flare.processes import Child
+from fedlm.federation.engines.flare.provision import new_network
+from fedlm.federation.engines.flare.settings import write_settings
+from fedlm.federation.engines.flare.start import relay
+
+HOST = "localhost"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def make_network(folder: Path, silos: Sequence[str], *, host: str = HOST, port: int | None = None) -> dict[str, Kit]:
+    """Kits with demo keys by party ('coordinator' and the silos' names) in a new folder.
+
+    Raises:
+        NetworkError: NVFlare refuses, or a name is not possible.
+    """
+    consortium = Consortium(
+        name="rehearsal",
+        coordinator=Coordinator(host=host, port=port or free_port(), org="coordinator"),
+        silos=tuple(Silo(name=name, org=f"org_{number}") for number, name in enumerate(silos)),
+    )
+    kits = {path.name: read_kit(path) for path in new_network(consortium, folder.resolve(), demo=True)}
+    for kit in kits.values():
+        write_settings(kit)
+    return kits
+
+
+class Rehearsal:
+    """A network's processes; none outlives this object's process.
+
+    Args:
+        folder: where the kits go.
+        silos: their names.
+        worker: the process that answers for a silo, given its kit; None starts none.
+    """
+
+    def __init__(self, folder: Path, silos: Sequence[str], worker: Callable[[Kit], Child] | None = None) -> None:
+        self.kits = make_network(folder, silos)
+        self.silos = list(silos)
+        self.children = {"coordinator": relay(self.kits["coordinator"])}
+        for name in silos:
+            self.children[name] = relay(self.kits[name])
+            if worker is not None:
+                self.children[f"{name} worker"] = worker(self.kits[name])
+
+    @property
+    def coordinator(self) -> Kit:
+        return self.kits["coordinator"]
+
+    def start(self, seconds: float = 120.0) -> None:
+        """Start every process and wait until the network stands. Raises NetworkError when it does not in time."""
+        for child in self.children.values():
+            child.start()
+        self.wait(seconds)
+
+    def wait(self, seconds: float = 120.0) -> None:
+        """Until every silo is connected, with its worker if it has one. Raises NetworkError when not in time."""
+        until = time.monotonic() + seconds
+        missing = self.silos
+        while time.monotonic() < until:
+            try:
+                seen = status_of(self.coordinator)["silos"]
+            except NetworkError:
+                seen = {}
+            missing = [
+                name
+                for name in self.silos
+                if not seen.get(name, {}).get("connected")
+                or (f"{name} worker" in self.children and not seen[name]["worker"])
+            ]
+            if not missing:
+                return
+            time.sleep(0.5)
+        raise NetworkError(f"not connected after {seconds:.0f} s: {', '.join(missing)}", fix=f"see {self.coordinator.logs}")
+
+    def stop(self) -> None:
+        for child in reversed(self.children.values()):
+            child.stop()
+
+    def __enter__(self) -> Rehearsal:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
