@@ -24,6 +24,8 @@ _NEEDED_DISK = 3 * _GIB  # packages, one converted model, processed data
 _EXTRAS = {
     "trackers": "TensorBoard and MLflow",
     "eval": "comparison with lm-eval",
+    "network": "networks between organisations",
+    "ray": "simulation over a cluster",
     "bench": "benchmarks against TRL",
     "docs": "building the documentation",
     "dev": "tests and linters",
@@ -50,6 +52,10 @@ def doctor(
     network_check: Annotated[
         bool, typer.Option("--network-check", help="Also ask the package registries whether they answer.")
     ] = False,
+    network: Annotated[
+        Path | None,
+        typer.Option(help="Look at this kit and its way to the network instead.", metavar="KIT", show_default=False),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Say what this machine has and what is missing.
@@ -58,11 +64,12 @@ def doctor(
     Examples:
       fedlm doctor
       fedlm doctor --network-check
+      fedlm doctor --network hospital-a
       fedlm doctor --json | jq '.findings[] | select(.level != "ok")'
 
     Exits with 2 when something is missing without which fedlm cannot work.
     """
-    findings = examine(network_check)
+    findings = examine(network_check) if network is None else examine_network(network)
     healthy = all(f.level != "problem" for f in findings)
     if as_json:
         print_json({"ok": healthy, "fedlm": __version__, "findings": [asdict(f) for f in findings]})
@@ -81,6 +88,13 @@ def examine(network: bool = False) -> list[Finding]:
     """Every finding, in the order of a reader's interest. Nothing is changed, nothing sent unless `network`."""
     found = [_python(), _torch(), _processor(), *_accelerators(), _memory(), *_cache(), _npm(), *extras()]
     return found + (_network() if network else [])
+
+
+def examine_network(kit: Path) -> list[Finding]:
+    """Every finding about a kit and its way to the network: `fedlm doctor --network KIT`."""
+    from fedlm.federation.engines.flare.examine import examine_kit
+
+    return [Finding(found.name, found.level, found.value, found.fix) for found in examine_kit(kit)]
 
 
 def _python() -> Finding:

@@ -198,7 +198,9 @@ def _table(network: str, answer: dict[str, Any]) -> None:
     from rich.table import Table
 
     silos: dict[str, dict[str, Any]] = answer.get("silos", {})
-    table = Table("silo", "state", "seen", "worker", "fedlm", "clock", "free memory", "text", title=network)
+    table = Table(title=network)
+    for column in ("silo", "state", "seen", "worker", "fedlm", "clock", "free", "text"):
+        table.add_column(column, no_wrap=column != "text", overflow="fold")
     for name, silo in sorted(silos.items()):
         table.add_row(name, *_row(silo))
     Console().print(table)

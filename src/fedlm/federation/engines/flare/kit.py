@@ -118,6 +118,9 @@ def read_kit(path: Path | str, kind: Kind | None = None) -> Kit:
     try:
         text = file.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
+        if (folder / "pending").is_dir():
+            fix = "wait for the coordinator's answer, then `fedlm network join NAME.signed.zip --out KIT`"
+            raise NetworkError("this kit waits for its certificate", where=str(folder), fix=fix) from None
         raise NetworkError("this is not a kit: it has no kit.yaml", where=str(folder), fix=fix) from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not text"

@@ -113,7 +113,7 @@ class Child:
             self.name,
             _cause(code),
             f" in {pause:.0f} s" if pause else "",
-            extra={"process": self.name, "code": code},
+            extra={"child": self.name, "code": code},
         )
 
     def stop(self) -> None:
@@ -125,7 +125,7 @@ class Child:
         try:
             self.process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            log.warning("the %s does not end, it is killed", self.name, extra={"process": self.name})
+            log.warning("the %s does not end, it is killed", self.name, extra={"child": self.name})
         self._reap()
 
     def _reap(self) -> None:

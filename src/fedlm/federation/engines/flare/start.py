@@ -16,6 +16,7 @@ from fedlm import __version__, logs
 from fedlm.errors import NetworkError
 from fedlm.federation.engines.flare.ask import status_of
 from fedlm.federation.engines.flare.checks import check_certificate, days_left, key_matches
+from fedlm.federation.engines.flare.figures import FILE, serve_figures
 from fedlm.federation.engines.flare.kit import DEMO_LABEL, Kit, private_folder
 from fedlm.federation.engines.flare.processes import Child, check_port, only_one, stopped_by_signals, supervise
 from fedlm.federation.engines.flare.settings import HEARTBEAT_SECONDS, write_settings
@@ -238,6 +239,7 @@ def _metrics(kit: Kit, children: list[Child], view: _Silo, port: int) -> Any:
     def gauge(name: str, about: str, value: Callable[[], float]) -> None:
         Gauge(name, about, registry=registry).set_function(value)
 
+    serve_figures(registry, kit.run / FILE)
     gauge("fedlm_silo_connected", "1 while the coordinator is connected.", lambda: bool(view.status.get("connected")))
     gauge("fedlm_silo_worker_ready", "1 while the worker serves the relay.", lambda: bool(view.status.get("worker")))
     gauge(
