@@ -233,8 +233,10 @@ def _metrics(kit: Kit, children: list[Child], view: _Silo, port: int) -> Any:
     from prometheus_client import Gauge
 
     from fedlm.endpoint import new_registry, serve_metrics
+    from fedlm.federation.engines.flare.figures import FILE, serve_figures
 
     registry = new_registry()
+    serve_figures(registry, kit.run / FILE)  # what the worker counts
 
     def gauge(name: str, about: str, value: Callable[[], float]) -> None:
         Gauge(name, about, registry=registry).set_function(value)
