@@ -48,7 +48,19 @@ def run(
             show_default=False,
         ),
     ] = None,
+    network: Annotated[
+        Path | None,
+        typer.Option(
+            "--network",
+            metavar="KIT",
+            help="The coordinator's kit: silos are the organisations of this network.",
+            show_default=False,
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the run that --run-dir holds.")] = False,
+    or_resume: Annotated[
+        bool, typer.Option("--or-resume", help="Continue the run that --run-dir holds, if it has begun.")
+    ] = False,
     no_report: Annotated[bool, typer.Option("--no-report", help="Write no report.html.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no progress.")] = False,
     metrics_port: Annotated[
@@ -71,6 +83,7 @@ def run(
       fedlm run recipe.yaml --set federation.rounds=2 --set training.lr=1e-4
       fedlm run recipe.yaml --run-dir runs/first --workers 2
       fedlm run --resume runs/first
+      fedlm run recipe.yaml --network kits/coordinator --run-dir runs/first --or-resume
       fedlm run recipe.yaml --engine ray --address head:6379 --run-dir /shared/first
     """
     from rich.console import Console
@@ -83,7 +96,12 @@ def run(
 
     if json_logs or logs.wanted():
         logs.configure(True, role="run")
-    where = Choice(engine, address)
+    where = Choice(engine, address, network)
+    if or_resume:
+        if run_dir is None or force or resume is not None:
+            raise RunError("--or-resume goes with --run-dir alone", fix="drop --resume and --force, and name --run-dir")
+        if (run_dir / "run.json").is_file():
+            resume, run_dir = run_dir, None
     changes = [*(overrides or []), *([f"federation.workers={workers}"] if workers else [])]
     chosen = _choose(recipe, changes, resume, run_dir, force)
     display = EventLog() if logs.as_json() else Progress(Console(stderr=True), silent=as_json)

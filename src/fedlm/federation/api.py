@@ -6,6 +6,7 @@ import contextlib
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +54,7 @@ def run_recipe(
         silos: names that take part; all by default.
         engine: "local" or "ray" (see `engines.choose`).
         address: with "ray", a running cluster; by default Ray is started on this machine.
-        network: the coordinator's kit, for a run with organisations.
+        network: the coordinator's kit, for a run with organisations; when resuming, by default the run's own.
 
     Raises:
         RunError: see `RunDir` and `coordinator.run`; also a resume with a changed recipe, naming what changed.
@@ -65,6 +66,8 @@ def run_recipe(
             raise RunError("resuming needs the run directory", fix="name it: --resume RUN")
         directory = RunDir.open(run_dir)
         try:
+            if network is None and (kit := directory.meta.get("kit")):
+                where = replace(where, network=Path(kit))
             recipe = _same_recipe(directory, recipe)
             base = base or Path(directory.meta["base"])
         except BaseException:
@@ -77,12 +80,12 @@ def run_recipe(
         run_dir = run_dir or Path("runs") / f"{recipe.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
         # Before the directory: a mistake in the recipe leaves nothing behind. Over a network no text is read here.
         data = None if network else _read(recipe, base, observe)
-        facts = about(data) if data is not None else {"network": kit_network(network), "skipped": {}}
+        facts = about(data) if data is not None else {**about_network(network), "skipped": {}}
         directory = new_run(recipe, run_dir, base=base, force=force, **facts)
     with using(directory):
         if resume:
-            same_network(directory, kit_network(network))
-            data = None if network else _read(recipe, base, observe)
+            same_network(directory, where.network)
+            data = None if where.network else _read(recipe, base, observe)
             if data is not None:
                 same_data(directory, data)
         return _run(recipe, data, directory, base, resume, observe, silos, where)
@@ -132,26 +135,27 @@ def same_data(directory: RunDir, data: FederatedData) -> None:
         )
 
 
-def kit_network(kit: Path | None) -> str | None:
-    """The name of a coordinator's network. Raises NetworkError when this is no coordinator's kit."""
+def about_network(kit: Path | None) -> Fields:
+    """What run.json says of the network; nothing without one. Raises NetworkError when this is no coordinator's kit."""
     if kit is None:
-        return None
+        return {}
     from fedlm.federation.engines.flare.kit import read_kit
 
-    return read_kit(kit, "coordinator").network
+    return {"network": read_kit(kit, "coordinator").network, "kit": str(kit.resolve())}
 
 
-def same_network(directory: RunDir, network: str | None) -> None:
+def same_network(directory: RunDir, kit: Path | None) -> None:
     """Raises:
     RunError: the run began with other parties, who hold its private states.
+    NetworkError: this is no coordinator's kit.
     """
-    began = directory.meta.get("network")
-    if began != network:
+    began, now = directory.meta.get("network"), about_network(kit).get("network")
+    if began != now:
         raise RunError(
             f"this run began {f'over the network {began}' if began else 'with simulated silos'}, "
-            f"it cannot go on {f'over the network {network}' if network else 'with simulated ones'}",
+            f"it cannot go on {f'over the network {now}' if now else 'with simulated ones'}",
             where=str(directory.path),
-            fix="continue it with --network and that network's kit" if began else "continue it without --network",
+            fix="continue it with that network's kit" if began else "continue it without --network",
         )
 
 
