@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import logging
 import stat
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fedlm import __version__, logs
 from fedlm.errors import NetworkError
-from fedlm.federation.engines.flare.ask import status_of
 from fedlm.federation.engines.flare.checks import check_certificate, days_left, key_matches
-from fedlm.federation.engines.flare.figures import FILE, serve_figures
 from fedlm.federation.engines.flare.kit import DEMO_LABEL, Kit, private_folder
 from fedlm.federation.engines.flare.processes import Child, check_port, only_one, stopped_by_signals, supervise
 from fedlm.federation.engines.flare.settings import HEARTBEAT_SECONDS, write_settings
 from fedlm.federation.engines.flare.tools import need_nvflare
+from fedlm.federation.engines.flare.views import CoordinatorView, SiloView
 
 log = logging.getLogger("fedlm.network")
 
@@ -44,7 +42,7 @@ def run_coordinator(kit: Kit, json_logs: bool = False) -> None:
         check_port(kit.host, kit.port)
         write_settings(kit, json_logs)
         with stopped_by_signals() as stop:
-            supervise([relay(kit)], stop, _Coordinator(kit).watch)
+            supervise([relay(kit)], stop, CoordinatorView(kit).watch)
     log.info("the coordinator of %s has ended", kit.network)
 
 
@@ -65,7 +63,7 @@ def run_silo(
         write_settings(kit, json_logs)
         private_folder(kit.state)
         children = [relay(kit), worker(kit, data, policy)]
-        view = _Silo(kit)
+        view = SiloView(kit)
         endpoint = None if metrics_port is None else _metrics(kit, children, view, metrics_port)
         try:
             with stopped_by_signals() as stop:
@@ -158,77 +156,7 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) if part.isdigit() else 0 for part in text.split("+")[0].split(".")[:3])
 
 
-class _Coordinator:
-    """Says when the coordinator listens, and which silos come and go."""
-
-    def __init__(self, kit: Kit) -> None:
-        self._kit = kit
-        self._listens = False
-        self._there: dict[str, bool] = {}
-
-    def watch(self) -> None:
-        status = _status(self._kit)
-        if status is None:
-            self._listens = False
-            return
-        silos = {name: bool(s.get("connected")) for name, s in status.get("silos", {}).items()}
-        if not self._listens:
-            self._listens = True
-            log.info(
-                "coordinator of %s listens on %s:%d; %d silos enrolled",
-                self._kit.network,
-                self._kit.host,
-                self._kit.port,
-                len(silos),
-            )
-        for name, connected in silos.items():
-            if connected != self._there.get(name, False):
-                log.info("%s is %s", name, "connected" if connected else "no longer connected", extra={"silo": name})
-        self._there = silos
-
-
-class _Silo:
-    """Says when the silo is connected and its worker ready, and when that ends."""
-
-    def __init__(self, kit: Kit) -> None:
-        self._kit = kit
-        self._told: dict[str, bool | None] = {"connected": None, "worker": None}
-        self._waiting_since: float | None = time.monotonic()
-        self.status: dict[str, Any] = {}
-
-    def watch(self) -> None:
-        self.status = _status(self._kit) or {}
-        where = f"{self._kit.network} at {self._kit.host}:{self._kit.port}"
-        self._tell("connected", f"connected to {where}", f"lost {where}, trying to reach it again")
-        self._tell("worker", "the worker is ready", "the worker is gone")
-        if self.status.get("connected"):
-            self._waiting_since = None
-        elif self._waiting_since is None:
-            self._waiting_since = time.monotonic()
-        elif time.monotonic() - self._waiting_since > 10.0:
-            self._waiting_since = time.monotonic() + 50.0  # a reminder each minute
-            log.warning("not connected to %s; `fedlm doctor --network %s` looks for the reason", where, self._kit.path)
-
-    def _tell(self, what: str, good: str, bad: str) -> None:
-        now = bool(self.status.get(what))
-        if now:
-            if not self._told[what]:
-                log.info(good)
-            self._told[what] = True
-        elif self._told[what]:
-            log.warning(bad)
-            self._told[what] = False
-
-
-def _status(kit: Kit) -> dict[str, Any] | None:
-    """The relay's answer, or None while nobody answers: it is starting, or busy for a moment."""
-    try:
-        return status_of(kit, timeout=2.0)
-    except NetworkError:
-        return None
-
-
-def _metrics(kit: Kit, children: list[Child], view: _Silo, port: int) -> Any:
+def _metrics(kit: Kit, children: list[Child], view: SiloView, port: int) -> Any:
     """Serve /metrics and /health of a silo on this machine. Raises RunError: the port is taken."""
     from prometheus_client import Gauge
 
@@ -241,7 +169,6 @@ def _metrics(kit: Kit, children: list[Child], view: _Silo, port: int) -> Any:
     def gauge(name: str, about: str, value: Callable[[], float]) -> None:
         Gauge(name, about, registry=registry).set_function(value)
 
-    serve_figures(registry, kit.run / FILE)
     gauge("fedlm_silo_connected", "1 while the coordinator is connected.", lambda: bool(view.status.get("connected")))
     gauge("fedlm_silo_worker_ready", "1 while the worker serves the relay.", lambda: bool(view.status.get("worker")))
     gauge(
