@@ -84,6 +84,11 @@ def test_before_a_worker_there_is_nothing(tmp_path: Path) -> None:
     assert registry.get_sample_value("fedlm_silo_busy") is None
 
 
+def test_figures_are_served_once(watched: Watched) -> None:
+    with pytest.raises(ValueError, match="Duplicated"):
+        serve_figures(watched.registry, watched.file)
+
+
 def test_a_full_disk_costs_no_request(watched: Watched, caplog: pytest.LogCaptureFixture) -> None:
     watched.file.unlink()
     watched.file.parent.rmdir()
