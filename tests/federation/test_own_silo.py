@@ -203,9 +203,18 @@ def test_names_of_runs_cannot_leave_their_folder(
     assert not (tmp_path / "states").exists()
 
 
-def test_other_silos_and_verbs_are_refused(recipe: Recipe, owner: Callable[..., OwnSilo]) -> None:
-    for request in (hello(recipe, silo="site2"), hello(recipe, silo="_pooled"), Request("site1", "chat", "run", 0)):
-        failure_of(owner().handle(request), FailureKind.REFUSED)
+def test_refused_or_given_up_before_anything_is_loaded(
+    recipe: Recipe, owner: Callable[..., OwnSilo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Workbench, "__init__", lambda *_: pytest.fail("a bench was made"))
+    for silo in ("site2", "_pooled"):
+        reason = failure_of(owner().handle(hello(recipe, silo=silo)), FailureKind.REFUSED)
+        assert "another silo" in reason
+    reason = failure_of(owner().handle(Request("site1", "chat", "run", 0)), FailureKind.REFUSED)
+    assert "'chat' is not allowed here" in reason
+    reason = failure_of(owner(policy="allow: [train]\n").handle(hello(recipe)), FailureKind.REFUSED)
+    assert "allowed: train" in reason
+    failure_of(owner().handle(hello(recipe), should_stop=lambda: True), FailureKind.TIMED_OUT)
 
 
 def test_greeted_again_with_another_recipe(tiny: Tiny, recipe: Recipe, owner: Callable[..., OwnSilo]) -> None:
