@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import fedlm
 import fedlm.federation.silo.agreements
 import fedlm.federation.silo.own
 import fedlm.models.load
+from fedlm.data.federated import load_data
+from fedlm.errors import ModelError
 from fedlm.federation import coordinator
 from fedlm.federation.api import new_run, run_recipe, using
 from fedlm.federation.silo import Workbench
@@ -375,8 +378,6 @@ def test_another_model_takes_the_place(
 
 def test_a_model_taken_over_starts_where_its_own_seed_starts(tiny: Tiny, loads: list[int]) -> None:
     """Also what an algorithm does not train, and so never receives, has the values of a fresh loading."""
-    from fedlm.data.federated import load_data
-
     recipe = tiny.recipe()
     first = Workbench(recipe, load_data(recipe, tiny.base))
     first.load()
@@ -388,9 +389,27 @@ def test_a_model_taken_over_starts_where_its_own_seed_starts(tiny: Tiny, loads: 
     assert all(torch.equal(t, wanted[n]) for n, t in second.take().items())
 
 
-def test_full_weights_are_not_passed_on_to_another_seed(tiny: Tiny, loads: list[int]) -> None:
-    from fedlm.data.federated import load_data
+def test_a_run_may_ask_more_of_the_model_that_stands_there(
+    tiny: Tiny, tiny_model_dir: Path, recipe: Recipe, owner: Callable[..., OwnSilo], tmp_path: Path
+) -> None:
+    silo = owner()
+    reply_of(silo.handle(hello(recipe, run="a")))
+    longer = variant(recipe, training={"max_length": 9999})
+    assert "9999" in failure_of(silo.handle(hello(longer, run="b")), FailureKind.ERROR)
+    reply_of(silo.handle(train(recipe, tiny, run="a")))
 
+    plain = Path(shutil.copytree(tiny_model_dir, tmp_path / "plain"))
+    (plain / "chat_template.jinja").unlink()
+    instruct = variant(tiny.recipe(), model={"source": str(plain)})
+    columns = [{"path": "rows.jsonl", "columns": {"text": "prompt"}}]
+    pretrain = variant(instruct, task="pretrain", data={"sources": columns})
+    first = Workbench(pretrain, load_data(pretrain, tiny.base))
+    first.load()
+    with pytest.raises(ModelError, match="no chat template"):
+        Workbench(instruct, load_data(instruct, tiny.base)).take_over(first)
+
+
+def test_full_weights_are_not_passed_on_to_another_seed(tiny: Tiny, loads: list[int]) -> None:
     recipe = tiny.recipe("adapter={kind: full}")
     data = load_data(recipe, tiny.base)
     first = Workbench(recipe, data)
@@ -459,6 +478,14 @@ def test_rows_of_the_wrong_kind(recipe: Recipe, owner: Callable[..., OwnSilo]) -
     silo = owner(data="sources: [{path: rows.jsonl, columns: {text: prompt}}]\n")
     reason = failure_of(silo.handle(hello(recipe)), FailureKind.REFUSED)
     assert "does not fit the run" in reason and "cannot learn from text rows" in reason and "rows.jsonl" not in reason
+
+
+def test_malformed_rows_are_the_recipes_to_skip(recipe: Recipe, owner: Callable[..., OwnSilo], tmp_path: Path) -> None:
+    silo = owner()
+    rows = tmp_path / "owner-site1" / "rows.jsonl"
+    rows.write_text(rows.read_text() + json.dumps({"prompt": 1, "response": None, "site": "site1"}) + "\n")
+    assert "log" in failure_of(silo.handle(hello(recipe)), FailureKind.REFUSED)
+    reply_of(silo.handle(hello(variant(recipe, data={"malformed": "skip"}))))
 
 
 def test_multiple_choice_needs_such_rows(tiny: Tiny, owner: Callable[..., OwnSilo]) -> None:
