@@ -15,10 +15,10 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint bench docs clean
+.PHONY: help setup demo demo-network test test-slow lint bench docs clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.stamp-dev  ## install fedlm and everything for tests into .venv
 
@@ -29,6 +29,9 @@ demo: $(VENV)/.stamp-core  ## federated against silos alone and pooled data, on 
 	@if [ "$$(uname)" = Darwin ] && command -v open >/dev/null; then open runs/demo/report.html || true; \
 	elif [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ] && command -v xdg-open >/dev/null; then \
 		xdg-open runs/demo/report.html >/dev/null 2>&1 & fi
+
+demo-network: $(VENV)/.stamp-network  ## the same recipe over a network on this machine, with mutual TLS: the same bits
+	$(BIN)/fedlm network demo --out runs/network-demo
 
 test: $(VENV)/.stamp-dev  ## the test suite
 	$(BIN)/python -m pytest $(ARGS)
@@ -60,6 +63,11 @@ $(VENV)/.stamp-core: pyproject.toml constraints.txt
 	@echo "Installing fedlm into $(VENV) (with $(PYTHON), a few minutes)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.stamp-network: $(VENV)/.stamp-core
+	@echo "Installing what networks need into $(VENV)"
+	@$(INSTALL) -e '.[network]'
 	@touch $@
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-core

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fedlm.cli.network_demo import demo
 from fedlm.cli.output import print_json
 
 KitOption = Annotated[Path, typer.Argument(help="The coordinator's kit.", show_default=False)]
@@ -17,7 +18,7 @@ def register(app: typer.Typer) -> None:
     """Add the group."""
     help_line = "Make a network of organisations, enrol silos, and see who is connected."
     group = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help=help_line)
-    for command in (new, join, approve, add, status, revoke, restore):
+    for command in (new, join, approve, add, status, revoke, restore, demo):
         group.command(command.__name__)(command)
     app.add_typer(group, name="network")
 

@@ -56,6 +56,8 @@ class Child:
     output: Path | None = None
     """File for what it prints; the supervisor's own output when None."""
     environment: dict[str, str] = field(default_factory=dict)
+    prefix: list[str] = field(default_factory=list)
+    """What the command begins with, e.g. to run in a network namespace."""
     process: subprocess.Popen[bytes] | None = None
     born: float = 0.0
     due: float = 0.0
@@ -70,7 +72,7 @@ class Child:
         launcher = [sys.executable, "-u", "-m", "fedlm.federation.engines.flare.launch"]
         with _sink(self.output) as sink:
             self.process = subprocess.Popen(
-                [*launcher, self.module, *self.arguments],
+                [*self.prefix, *launcher, self.module, *self.arguments],
                 stdin=subprocess.PIPE,
                 stdout=sink,
                 stderr=subprocess.STDOUT if sink else None,

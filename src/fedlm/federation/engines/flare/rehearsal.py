@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from fedlm.errors import NetworkError
 from fedlm.federation.engines.flare.ask import status_of
@@ -46,6 +47,32 @@ def make_network(folder: Path, silos: Sequence[str], *, host: str = HOST, port: 
     return kits
 
 
+def wait_connected(coordinator: Kit, silos: Sequence[str], *, workers: bool, seconds: float = 120.0) -> None:
+    """Wait until these silos are connected, and their workers too.
+
+    Raises:
+        NetworkError: not in time.
+    """
+    until = time.monotonic() + seconds
+    missing = list(silos)
+    while time.monotonic() < until:
+        try:
+            seen = status_of(coordinator)["silos"]
+        except NetworkError:  # not up yet
+            seen = {}
+        missing = [name for name in silos if not _there(seen.get(name, {}), workers)]
+        if not missing:
+            return
+        time.sleep(0.3)
+    raise NetworkError(
+        f"not connected after {seconds:.0f} s: {', '.join(missing)}", fix=f"look at the logs: {coordinator.logs}"
+    )
+
+
+def _there(silo: dict[str, Any], workers: bool) -> bool:
+    return bool(silo.get("connected") and (silo.get("worker") or not workers))
+
+
 class Rehearsal:
     """A network's processes; none outlives this object's process.
 
@@ -76,23 +103,7 @@ class Rehearsal:
 
     def wait(self, seconds: float = 120.0) -> None:
         """Until every silo is connected, with its worker if it has one. Raises NetworkError when not in time."""
-        until = time.monotonic() + seconds
-        missing = self.silos
-        while time.monotonic() < until:
-            try:
-                seen = status_of(self.coordinator)["silos"]
-            except NetworkError:
-                seen = {}
-            missing = [
-                name
-                for name in self.silos
-                if not seen.get(name, {}).get("connected")
-                or (f"{name} worker" in self.children and not seen[name]["worker"])
-            ]
-            if not missing:
-                return
-            time.sleep(0.5)
-        raise NetworkError(f"not connected after {seconds:.0f} s: {', '.join(missing)}", fix=f"see {self.coordinator.logs}")
+        wait_connected(self.coordinator, self.silos, workers=len(self.children) > len(self.kits), seconds=seconds)
 
     def stop(self) -> None:
         for child in reversed(self.children.values()):

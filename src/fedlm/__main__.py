@@ -1,0 +1,5 @@
+"""`python -m fedlm` is `fedlm`."""
+
+from fedlm.cli.main import main
+
+main()
