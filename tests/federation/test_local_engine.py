@@ -1,4 +1,4 @@
-"""The local engine: worker processes give serial's bits, survive kill -9, keep deadlines, and leave no orphans."""
+"""The local engine: worker processes survive kill -9 and leave no orphans. What every engine does: test_engines."""
 
 from __future__ import annotations
 
@@ -19,20 +19,12 @@ from fedlm.data.federated import load_data
 from fedlm.errors import ModelError
 from fedlm.federation.engines.local import LocalEngine, resolve_workers
 from fedlm.federation.engines.pool import Batch, Job, Worker, own_gpu
-from fedlm.messages import Event, Failure, FailureKind, Reply, Request, Tensors
-from fedlm.models.adapters import initial_tensors
-from fedlm.recipe.schema import FederationSpec, Recipe
+from fedlm.messages import Event, Failure, FailureKind, Reply, Request
+from fedlm.recipe.schema import FederationSpec
 from tests.federation.conftest import Tiny
+from tests.federation.exchanges import assert_same, by_silo, requests
 
 LONG = "training.steps=400"
-
-
-def requests(recipe: Recipe, run: str, silos: list[str], tensors: Tensors | None = None) -> list[Request]:
-    if tensors is None:
-        start = initial_tensors(recipe)
-        tensors = start | {f"variate/{n}": torch.zeros_like(t) for n, t in start.items()}
-    fields = {"round": 0, "rounds": 4, "accepted": -1}
-    return [Request(silo, "train", run, 0, 0, tensors, fields) for silo in silos]
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +34,9 @@ def two(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[
     data = load_data(recipe, tiny.base)
     folder = tmp_path_factory.mktemp("two-workers")
     engine = LocalEngine(recipe, data, folder, workers=2, observe=events.append, base=tiny.base)
+    engine.start()
     yield engine, events
     engine.close()
-
-
-def by_silo(answers: Iterator[Reply | Failure]) -> dict[str, Reply]:
-    found = {}
-    for answer in answers:
-        assert isinstance(answer, Reply), answer
-        found[answer.silo] = answer
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -60,47 +45,6 @@ def serial_answers(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict
     data = load_data(recipe, tiny.base)
     engine = LocalEngine(recipe, data, tmp_path_factory.mktemp("serial"), workers=1, base=tiny.base)
     return by_silo(engine.exchange(requests(recipe, "serial", [*data.names, "_pooled"])))
-
-
-def assert_same(got: dict[str, Reply], wanted: dict[str, Reply]) -> None:
-    assert got.keys() <= wanted.keys() and got
-    for name, reply in got.items():
-        other = wanted[name]
-        assert reply.tensors.keys() == other.tensors.keys()
-        assert all(torch.equal(reply.tensors[n], other.tensors[n]) for n in reply.tensors)
-        for field in ("loss", "losses", "tokens", "received_bytes", "sent_bytes"):
-            assert reply.fields[field] == other.fields[field]
-
-
-def test_same_bits_with_workers(
-    two: tuple[LocalEngine, list[Event]], tiny: Tiny, serial_answers: dict[str, Reply]
-) -> None:
-    engine, events = two
-    names = [*engine.silos(), "_pooled"]
-    assert_same(by_silo(engine.exchange(requests(tiny.recipe(), "bits", names))), serial_answers)
-    steps = [e for e in events if e["kind"] == "step"]
-    assert len(steps) == 3 * len(names) and {e["run"] for e in steps} == {"bits"}
-    assert serial_answers["site0"].fields["sent_bytes"] > 1000
-
-
-def test_several_exchanges_at_once(
-    two: tuple[LocalEngine, list[Event]], tiny: Tiny, serial_answers: dict[str, Reply]
-) -> None:
-    engine, _ = two
-    found: dict[int, dict[str, Reply]] = {}
-
-    def one(number: int) -> None:
-        batch = requests(tiny.recipe(), f"thread-{number}", [["site0", "site1"], ["site2"], ["site3", "site0"]][number])
-        found[number] = by_silo(engine.exchange(batch))
-
-    threads = [threading.Thread(target=one, args=(n,)) for n in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for got in found.values():
-        assert_same(got, serial_answers)
-    assert sorted(map(len, found.values())) == [1, 2, 2]
 
 
 def test_a_killed_worker_is_replaced_and_its_request_repeated(
@@ -170,21 +114,6 @@ def test_a_silo_that_kills_its_worker_twice_is_unreachable(tiny: Tiny, tmp_path:
     finally:
         engine.close()
     assert not list((tmp_path / "spool").iterdir())
-
-
-def test_deadline_in_this_process(tiny: Tiny, tmp_path: Path) -> None:
-    recipe = tiny.recipe("training.steps=100000")
-    engine = LocalEngine(recipe, load_data(recipe, tiny.base), tmp_path, workers=1, base=tiny.base)
-    start = time.monotonic()
-    answers = list(engine.exchange(requests(recipe, "r", ["site0", "site1"]), deadline=0.5))
-    assert time.monotonic() - start < 20
-    assert [a.kind for a in answers if isinstance(a, Failure)] == [FailureKind.TIMED_OUT] * 2
-    assert not (tmp_path / "silos" / "site0").exists()
-
-
-def test_unknown_silo(two: tuple[LocalEngine, list[Event]], tiny: Tiny) -> None:
-    answers = list(two[0].exchange(requests(tiny.recipe(), "r", ["nobody", "../escape"])))
-    assert [a.kind for a in answers if isinstance(a, Failure)] == [FailureKind.UNREACHABLE] * 2
 
 
 def test_a_model_fault_in_a_worker_is_raised_as_itself(tiny: Tiny, tmp_path: Path) -> None:

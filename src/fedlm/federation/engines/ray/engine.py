@@ -123,7 +123,8 @@ class RayEngine:
             seats: list[Seat] = []
             try:
                 self._share = share_out(self._recipe.federation, self._recipe.model.device, self._most, nodes())
-                seats = [Seat(index, self._actor()) for index in range(self._share.workers)]
+                local = self._cluster.folder is not None
+                seats = [Seat(self._actor(), local) for _ in range(self._share.workers)]
                 self._place(seats)
                 self._load(seats)
             except BaseException:

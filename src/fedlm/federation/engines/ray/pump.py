@@ -7,7 +7,9 @@ alone changes what is said here of actors and jobs; nothing is polled but progre
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
+import signal
 import threading
 import time
 from collections import deque
@@ -60,8 +62,9 @@ class Job:
 class Seat:
     """The place of one actor: its successor takes the same."""
 
-    index: int
     actor: Any
+    local: bool = False
+    """Whether its process belongs to a Ray that this process started, on this machine."""
     pid: int | None = None
     """Of the actor that is ready; None while a new one loads."""
     job: Job | None = None
@@ -87,6 +90,9 @@ class Seat:
     def kill(self) -> None:
         import ray
 
+        if self.local and self.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)  # Ray asks the process to end itself, and a frozen one does not
         with contextlib.suppress(Exception):  # already dead, or Ray is
             ray.kill(self.actor, no_restart=True)
 
@@ -219,6 +225,7 @@ class Pump:
     def _died(self, seat: Seat, job: Job, error: BaseException) -> None:
         import ray
 
+        self._replace(seat)
         if job.may_try_again(self._retries):
             self._waiting.appendleft(job)
         elif isinstance(error, ray.exceptions.OutOfMemoryError):
@@ -227,7 +234,6 @@ class Pump:
         else:
             reason = f"its worker process died each time ({type(error).__name__})"
             job.answer(Failure(job.request.silo, FailureKind.UNREACHABLE, reason))
-        self._replace(seat)
 
     # ---------------------------------------------------------------- new actors
 
@@ -276,7 +282,8 @@ class Pump:
                 continue
             if job.batch.closed is not None:
                 if now - job.batch.closed > DEAF_SECONDS:
-                    seat.kill()
+                    seat.job = seat.reply = None
+                    self._replace(seat)
             elif not seat.looking:
                 seat.looking = True
                 self._when_done(seat.control("events").remote(), partial(self._looked, seat, seat.actor, job))
