@@ -96,20 +96,19 @@ def test_a_resumed_run_has_done_the_rounds_before(metrics: RunMetrics) -> None:
     assert read(metrics, "rounds_done") == 2
 
 
-def test_connections_are_counted_once(metrics: RunMetrics) -> None:
-    metrics({"kind": "silo_lost", "silo": "c"})
+def test_a_silo_out_of_reach_is_counted_once(metrics: RunMetrics, clock: Clock) -> None:
+    lost = {"kind": "silo_failed", "round": 0, "failure": "unreachable", "reason": "it is not connected"}
     start(metrics, ["a", "b", "c"])
-    assert read(metrics, "silos_connected") == 2
-    assert read(metrics, "silo_connected", silo="c") == 0
-    for kind, silo, connected in [
-        ("silo_lost", "a", 1),
-        ("silo_lost", "a", 1),
-        ("silo_connected", "c", 2),
-        ("silo_connected", "a", 3),
-        ("silo_connected", "b", 3),
-    ]:
-        metrics({"kind": kind, "silo": silo})
-        assert read(metrics, "silos_connected") == connected, (kind, silo)
+    assert read(metrics, "silos_connected") == 3
+    for _ in range(2):
+        metrics({**lost, "silo": "a"})
+        assert read(metrics, "silos_connected") == 2
+    metrics({**lost, "silo": "b"})
+    metrics({**lost, "silo": "c", "failure": "refused"})  # whoever refuses is there
+    assert (read(metrics, "silos_connected"), read(metrics, "silo_connected", silo="a")) == (1, 0)
+    answer(metrics, clock, "a", "train", 1.0)
+    metrics({"kind": "step", "silo": "b", "step": 0, "steps": 2})
+    assert (read(metrics, "silos_connected"), read(metrics, "silo_connected", silo="a")) == (3, 1)
 
 
 def test_the_number_of_series_is_bounded(clock: Clock) -> None:

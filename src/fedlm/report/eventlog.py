@@ -38,8 +38,8 @@ class EventLog:
         kind, fields = str(event.get("kind")), _fields(event)
         if kind == "phase":
             log.info(str(event.get("text", "")), extra=fields)
-        elif kind in ("silo_failed", "silo_lost"):
-            log.warning(kind.replace("_", " "), extra=fields)
+        elif kind == "silo_failed":
+            log.warning("silo failed", extra=fields)
         elif kind in ("silo_started", "step"):
             log.debug(kind.replace("_", " "), extra=fields)
         elif kind == "silo_done":

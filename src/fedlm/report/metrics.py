@@ -84,8 +84,7 @@ class RunMetrics:
             "silo_started": self._silo_started,
             "silo_done": self._silo_done,
             "silo_failed": self._silo_failed,
-            "silo_connected": self._connection,
-            "silo_lost": self._connection,
+            "step": self._step,
             "round_done": self._round_done,
             "run_done": self._run_done,
         }
@@ -113,7 +112,7 @@ class RunMetrics:
         for kind in FailureKind:
             self._failures.labels(kind.value)
         self._silos = gauge("silos", "Silos that may take part.")
-        self._connected = gauge("silos_connected", "Silos that are connected now; all of them in a simulation.")
+        self._connected = gauge("silos_connected", "Silos in reach: all but those that were not when last asked.")
         self._loss = gauge("train_loss", "Mean training loss of the last round.")
         self._validation = gauge("validation_loss", "Validation loss of the last measured round.")
         for unknown in (self._loss, self._validation):
@@ -125,7 +124,7 @@ class RunMetrics:
         self._silo_failures = counter("silo_failures", f"Requests without a usable reply, {silo}.", "silo", "kind")
         self._silo_answer = gauge("silo_last_reply_timestamp_seconds", f"When the last reply came, {silo}.", "silo")
         self._silo_loss = gauge("silo_train_loss", f"Training loss of the last reply to train, {silo}.", "silo")
-        self._silo_connected = gauge("silo_connected", f"1 while it is connected, {silo}.", "silo")
+        self._silo_connected = gauge("silo_connected", f"1 while it is in reach, {silo}.", "silo")
         self._absent: set[str] = set()
 
     def __call__(self, event: Event) -> None:
@@ -174,9 +173,14 @@ class RunMetrics:
 
     def _silo_started(self, event: Event) -> None:
         self._asked[str(event.get("silo")), str(event.get("verb"))] = self._clock()
+        self._reached(str(event.get("silo", "")), True)
+
+    def _step(self, event: Event) -> None:
+        self._reached(str(event.get("silo", "")), True)
 
     def _silo_done(self, event: Event) -> None:
         silo, verb = str(event.get("silo")), str(event.get("verb"))
+        self._reached(silo, True)
         label = verb if verb in VERBS else "other"
         asked = self._asked.pop((silo, verb), None)
         if asked is not None:
@@ -196,12 +200,13 @@ class RunMetrics:
         for asked in [key for key in self._asked if key[0] == silo]:
             del self._asked[asked]
         self._failures.labels(kind).inc()
+        if kind == FailureKind.UNREACHABLE:
+            self._reached(silo, False)
         if self._named:
             self._silo_failures.labels(silo, kind).inc()
 
-    def _connection(self, event: Event) -> None:
-        silo, here = str(event.get("silo")), event.get("kind") == "silo_connected"
-        if here == (silo not in self._absent):
+    def _reached(self, silo: str, here: bool) -> None:
+        if not silo or here == (silo not in self._absent):
             return
         self._absent ^= {silo}
         self._connected.inc(1 if here else -1)
