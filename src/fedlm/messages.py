@@ -5,7 +5,7 @@ Nothing here is ever pickled between organisations; engines move tensors as safe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
@@ -45,7 +45,8 @@ class Reply:
     run: str
     round: int
     attempt: int = 0
-    tensors: Tensors = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    """What a large one holds may lie in a file and be read tensor by tensor."""
     fields: Fields = field(default_factory=dict)
 
 

@@ -6,7 +6,7 @@ update, p_i its weight. All arithmetic on updates is fp32 whatever dtype arrives
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
@@ -70,7 +70,7 @@ class Accumulator:
     weight: float = 0.0
     count: int = 0
 
-    def add(self, update: Tensors, weight: float) -> None:
+    def add(self, update: Mapping[str, Tensor], weight: float) -> None:
         """total += weight * update, in fp32. Silos must be folded in canonical order: float sums depend on it.
 
         Raises:
@@ -80,7 +80,14 @@ class Accumulator:
             self._lay_out(update)
         if update.keys() != self.total.keys():
             raise UpdateRefused("the update's tensors are not those of the other silos")
-        totals, tensors = list(self.total.values()), [update[name] for name in self.total]
+        totals = list(self.total.values())
+        if not isinstance(update, dict):  # read from a file: one tensor in memory at a time
+            for name, total in self.total.items():
+                _add_weighted(total.view(-1), update[name].reshape(-1), weight)
+            self.weight += weight
+            self.count += 1
+            return
+        tensors = [update[name] for name in self.total]
         whole, flat = flat_view(totals), flat_view(tensors)
         if whole is not None and flat is not None and whole.numel() == flat.numel():
             _add_weighted(whole, flat, weight)
@@ -103,12 +110,12 @@ class Accumulator:
         for name, tensor in self.total.items():
             yield name, tensor.div_(self.weight)
 
-    def _lay_out(self, update: Tensors) -> None:
-        names = sorted(update)
-        ends = list(accumulate((update[name].numel() for name in names), initial=0))
+    def _lay_out(self, update: Mapping[str, Tensor]) -> None:
+        shapes = {name: update[name].shape for name in sorted(update)}
+        ends = list(accumulate((shape.numel() for shape in shapes.values()), initial=0))
         buffer = torch.zeros(ends[-1])
-        for name, (start, end) in zip(names, pairwise(ends), strict=True):
-            self.total[name] = buffer[start:end].view(update[name].shape)
+        for (name, shape), (start, end) in zip(shapes.items(), pairwise(ends), strict=True):
+            self.total[name] = buffer[start:end].view(shape)
 
 
 def _add_weighted(total: Tensor, update: Tensor, weight: float) -> None:
@@ -178,7 +185,7 @@ class Algorithm:
     def accumulator(self) -> Accumulator:
         return Accumulator()
 
-    def fold(self, accumulator: Accumulator, update: Tensors, weight: float) -> None:
+    def fold(self, accumulator: Accumulator, update: Mapping[str, Tensor], weight: float) -> None:
         accumulator.add(update, weight)
 
     def server_step(

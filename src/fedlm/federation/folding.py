@@ -8,11 +8,12 @@ depends neither on the number of silos nor on the order in which they answer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors.torch
+from torch import Tensor
 
 from fedlm.algorithms.base import Accumulator, Algorithm
 from fedlm.errors import RunError, UpdateRefused
@@ -128,16 +129,16 @@ class _Waiting:
 
     def __init__(self, spool: Path, held_bytes: int) -> None:
         self.spool, self.room = spool, held_bytes
-        self.held: dict[str, Tensors] = {}
+        self.held: dict[str, Mapping[str, Tensor]] = {}
         self.files: dict[str, Path] = {}
 
-    def put(self, silo: str, position: int, tensors: Tensors, *, ready: bool) -> None:
+    def put(self, silo: str, position: int, tensors: Mapping[str, Tensor], *, ready: bool) -> None:
         """Store an update; one whose turn has come is taken right away and stays in memory whatever its size.
 
         Raises:
             RunError: the disk is full or the folder cannot be written.
         """
-        size = sum(tensor.nbytes for tensor in tensors.values())
+        size = _in_memory(tensors)
         if ready or size <= self.room:
             self.held[silo] = tensors
             self.room -= size
@@ -155,10 +156,10 @@ class _Waiting:
             ) from error
         self.files[silo] = path
 
-    def take(self, silo: str) -> Tensors:
+    def take(self, silo: str) -> Mapping[str, Tensor]:
         if silo in self.held:
             tensors = self.held.pop(silo)
-            self.room += sum(tensor.nbytes for tensor in tensors.values())
+            self.room += _in_memory(tensors)
             return tensors
         path = self.files.pop(silo)
         stored: Tensors = safetensors.torch.load_file(path)
@@ -170,3 +171,8 @@ class _Waiting:
             path.unlink(missing_ok=True)
         self.held.clear()
         self.files.clear()
+
+
+def _in_memory(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes that an update holds in memory: none where it lies in a file anyway."""
+    return sum(tensor.nbytes for tensor in tensors.values()) if isinstance(tensors, dict) else 0

@@ -6,12 +6,12 @@ Every rule looks at one update alone, so updates are judged as they arrive and n
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 
 from fedlm.algorithms.base import flat_view
 from fedlm.errors import UpdateRefused
-from fedlm.messages import Tensors
 from fedlm.recipe.methods import ALGORITHMS
 from fedlm.recipe.schema import Recipe
 
@@ -25,7 +25,7 @@ LONGEST_DOCUMENT = 2**24
 
 
 def check_update(
-    silo: str, tensors: Tensors, expected: dict[str, torch.Size], weight: float, *, max_weight: float
+    silo: str, tensors: Mapping[str, torch.Tensor], expected: dict[str, torch.Size], weight: float, *, max_weight: float
 ) -> None:
     """Refuse an update that cannot be averaged.
 
@@ -57,9 +57,9 @@ def check_update(
     _check_values(silo, tensors, LARGEST / weight)
 
 
-def _check_values(silo: str, tensors: Tensors, largest: float) -> None:
+def _check_values(silo: str, tensors: Mapping[str, torch.Tensor], largest: float) -> None:
     """One read of every value and no copy: minimum and maximum are NaN as soon as one value is."""
-    whole = flat_view([tensors[name] for name in sorted(tensors)])
+    whole = flat_view([tensors[name] for name in sorted(tensors)]) if isinstance(tensors, dict) else None
     if whole is not None and _magnitude(whole) <= largest:
         return
     for name, tensor in tensors.items():

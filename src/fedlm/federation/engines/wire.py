@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 
+from fedlm.federation.engines.lazy import DTYPES
 from fedlm.federation.engines.lines import Message
 from fedlm.messages import Failure, FailureKind, Reply, Request, Tensors
 
@@ -49,7 +51,7 @@ def reply_message(job: int, answer: Reply | Failure, tensors_file: str | None) -
     return {"type": "reply", "job": job, "fields": answer.fields, "tensors": tensors_file}
 
 
-def parse_reply(message: Message, request: Request, tensors: Tensors) -> Reply | Failure:
+def parse_reply(message: Message, request: Request, tensors: Mapping[str, torch.Tensor]) -> Reply | Failure:
     """The answer to `request`; identity fields come from the request, so an answer cannot claim another silo."""
     if message["type"] == "failure":
         return Failure(request.silo, FailureKind(message["kind"]), str(message["reason"]))
@@ -57,12 +59,12 @@ def parse_reply(message: Message, request: Request, tensors: Tensors) -> Reply |
     return Reply(request.silo, request.verb, request.run, request.round, request.attempt, tensors, fields)
 
 
-def write_spool(path: Path, tensors: Tensors) -> None:
+def write_spool(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Tensors as safetensors, not flushed to disk: the spool does not outlive the processes that use it."""
     safetensors.torch.save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, path)
 
 
-def serialized_size(tensors: Tensors) -> int:
+def serialized_size(tensors: Mapping[str, torch.Tensor]) -> int:
     """Bytes that `write_spool` writes, computed without writing; 0 for no tensors, since then nothing is sent."""
     if not tensors:
         return 0
@@ -77,16 +79,5 @@ def serialized_size(tensors: Tensors) -> int:
     return struct.calcsize("<Q") + -(-length // 8) * 8 + at
 
 
-_NAMES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int32: "I32",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.int64: "I64",
-}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _RANK = {dtype: rank for rank, dtype in enumerate(_NAMES)}

@@ -31,12 +31,16 @@ import fedlm
 from fedlm.errors import NetworkError
 from fedlm.federation.engines.flare.checks import sign
 from fedlm.federation.engines.flare.kit import Kit, read_kit, socket_path
+from fedlm.federation.engines.lazy import FileTensors
 from fedlm.federation.engines.lines import ClosedError, Lines, Message, spooled
 from fedlm.federation.engines.wire import parse_reply, write_spool
 from fedlm.federation.rundir import disk_errors
 from fedlm.files import read_tensors
 from fedlm.messages import Event, Failure, FailureKind, Fields, Observe, Reply, Request, Tensors
 from fedlm.recipe.schema import Recipe
+
+LARGE = 64 * 2**20
+"""Bytes of an update from which on it stays a file, read tensor by tensor: memory would grow with it otherwise."""
 
 PROGRESS = {
     "silo_started": ("round", "verb"),
@@ -209,10 +213,14 @@ class FlareEngine:
         else:
             path = spooled(self._spool, str(message["tensors"]))
             try:
-                answer = parse_reply(message, job.request, read_tensors(path))
+                if path.stat().st_size > LARGE:
+                    answer = parse_reply(message, job.request, FileTensors(path))
+                else:
+                    answer = parse_reply(message, job.request, read_tensors(path))
+                    path.unlink()
             except Exception:  # whatever the library makes of bytes that a silo chose
                 answer = Failure(job.request.silo, FailureKind.BAD_UPDATE, "the update is no safetensors file")
-            path.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
             self._tell_relay({"type": "taken", "job": job.number})
         if isinstance(answer, Failure):
             return answer

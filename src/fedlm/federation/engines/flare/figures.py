@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,5 +149,5 @@ def _write(file: Path, figures: dict[str, Any]) -> None:
         log.warning("the figures for Prometheus were not written: %s", error.strerror)
 
 
-def _size(tensors: dict[str, Tensor]) -> int:
+def _size(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

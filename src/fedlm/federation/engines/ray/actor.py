@@ -10,6 +10,7 @@ import platform
 import threading
 import warnings
 from collections import deque
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ from fedlm.errors import FedlmError
 from fedlm.messages import Event, Fields, Reply, Request, Tensors
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fedlm.federation.silo import Workbench
 
 Packed = dict[str, tuple[str, list[int], Any]]
@@ -30,7 +33,7 @@ def versions() -> dict[str, str]:
     return {"fedlm": fedlm.__version__, "torch": version("torch").split("+")[0], "python": platform.python_version()}
 
 
-def pack(tensors: Tensors) -> Packed:
+def pack(tensors: Mapping[str, Tensor]) -> Packed:
     """Views of the tensors' bytes where they lie in this machine's memory, so bf16 travels too."""
     import torch
 
