@@ -6,7 +6,6 @@ import json
 import logging
 import socket
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -44,7 +43,8 @@ def watch(port: int, path: str, bodies: list[str], done: threading.Event) -> Non
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", timeout=5) as reply:
                 bodies.append(reply.read().decode())
         except (urllib.error.URLError, ConnectionError):
-            time.sleep(0.01)
+            pass  # it has not begun, or has ended
+        done.wait(0.02)
 
 
 @pytest.mark.usefixtures("place")
