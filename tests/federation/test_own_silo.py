@@ -175,6 +175,12 @@ def test_hello_tells_versions_counts_and_the_model(tiny: Tiny, recipe: Recipe, o
     assert sum(fields["card"]["rows"].values()) == 30 and fields["versions"]["fedlm"] == fedlm.__version__
 
 
+def test_the_recipe_says_how_rows_are_split(recipe: Recipe, owner: Callable[..., OwnSilo]) -> None:
+    whole = variant(recipe, data={"split": {"validation": 0.0, "test": 0.0}})
+    rows = reply_of(owner().handle(hello(whole))).fields["card"]["rows"]
+    assert rows == {"train": 30, "validation": 0, "test": 0}
+
+
 def test_labels_only_where_the_owner_says_so(recipe: Recipe, owner: Callable[..., OwnSilo]) -> None:
     text = "sources: [{path: rows.jsonl, columns: {prompt: prompt, response: response, label: site}}]\n"
     assert reply_of(owner(data=text).handle(hello(recipe))).fields["card"]["labels"] == {}

@@ -23,7 +23,7 @@ from fedlm.federation.silo.policy import (
 from fedlm.recipe.schema import ModelSpec, Recipe
 
 SHA = "ab" * 32
-PACKAGE = "pypi:some-model==1.0!model.gguf"
+PACKAGE = "pypi:some-model==1.0!in/model.gguf"
 
 
 def recipe(**changes: Any) -> Recipe:
