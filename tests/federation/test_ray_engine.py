@@ -236,6 +236,7 @@ def test_a_killed_actor_is_replaced_and_its_request_repeated(
     until(lambda: running.exists() and str(before[0]) in running.read_text(), 10)
 
 
+@pytest.mark.slow
 def test_a_silo_that_kills_every_worker_is_unreachable_and_a_frozen_one_is_ended(
     make: Make, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,8 +279,7 @@ def test_a_silo_that_kills_every_worker_is_unreachable_and_a_frozen_one_is_ended
     assert isinstance(late, Failure) and late.kind is FailureKind.TIMED_OUT
     (hello,) = one.exchange([Request("site1", "hello", "frozen", -1)], deadline=60.0)
     assert isinstance(hello, Reply) and not set(frozen) & set(one.workers)
-    for pid in frozen:
-        os.kill(pid, signal.SIGKILL)
+    until(lambda: not any(psutil.pid_exists(pid) for pid in frozen))
 
 
 class Call:
@@ -292,16 +292,32 @@ class Call:
         return self._error
 
 
-def test_what_ray_ends_for_its_memory_is_called_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Pump, "_replace", lambda *_: None)
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ray.exceptions.OutOfMemoryError("killed"), FailureKind.OUT_OF_MEMORY),
+        (ray.exceptions.ActorDiedError(), FailureKind.UNREACHABLE),
+        (ray.exceptions.NodeDiedError("gone"), FailureKind.UNREACHABLE),
+    ],
+)
+def test_a_request_that_outlives_no_worker(
+    error: Exception, kind: FailureKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sent again `retries` times, first of all that wait; then it is a failure whose kind says what befell it."""
+    replaced: list[Seat] = []
+    monkeypatch.setattr(Pump, "_replace", lambda _, seat: replaced.append(seat))
     seat, batch = Seat(None, pid=1), Batch()
-    job = Job(0, Request("site0", "train", "r", 0), batch, None, 0)
+    job, other = (Job(n, Request(f"site{n}", "train", "r", 0), batch, None, 0) for n in range(2))
     feeding = Pump([seat], 1, lambda: None, lambda _: None, lambda *_: None)
-    for _ in range(2):
-        seat.job, seat.done = job, Call(ray.exceptions.OutOfMemoryError("killed"))
+    feeding._waiting.append(other)
+    for turn in range(2):
+        assert batch.answers.empty()
+        seat.job, seat.done = job, Call(error)
         feeding._settle(seat)
+        assert len(replaced) == turn + 1 and seat.job is None
+        assert feeding._waiting.popleft() is (job, other)[turn]
     _, answer = batch.answers.get_nowait()
-    assert isinstance(answer, Failure) and answer.kind is FailureKind.OUT_OF_MEMORY
+    assert isinstance(answer, Failure) and answer.silo == "site0" and answer.kind is kind
     assert batch.answers.empty()
 
 
