@@ -53,7 +53,9 @@ def check(recipe: Recipe = Path("recipe.yaml"), set_: Overrides = None, as_json:
         print_json({"ok": True, "name": loaded.name, "hash": recipe_hash(loaded), "missing_files": missing})
         return
     data, federation = loaded.data, loaded.federation
-    if data.partition is None:
+    if data.at_silos:
+        silos = "the silos of a network, each with text of its own"
+    elif data.partition is None:
         silos = f"{len(data.silos)} named silos"
     else:
         count = f"{data.partition.silos} silos" if data.partition.silos else "as many silos as the data names"

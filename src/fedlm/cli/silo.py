@@ -14,7 +14,8 @@ def register(app: typer.Typer) -> None:
     """Add the group."""
     group = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Run a silo's side of a network.")
     group.callback()(_group)
-    group.command("start")(start)
+    for command in (start, data, policy):
+        group.command(command.__name__)(command)
     app.add_typer(group, name="silo")
 
 
@@ -47,3 +48,57 @@ def start(
 
     party = read_kit(kit, "silo")
     run_silo(party, data, policy, configure_logs(party, json_logs), metrics_port)
+
+
+def data(
+    file: Annotated[Path | None, typer.Argument(help="DATA.yaml, to check it.", show_default=False)] = None,
+    example: Annotated[bool, typer.Option("--example", help="Print a commented file to start from.")] = False,
+) -> None:
+    """Check the file that says where this silo's text lies.
+
+    \b
+    Examples:
+      fedlm silo data --example > data.yaml
+      fedlm silo data data.yaml
+    """
+    from importlib import resources
+
+    if example:
+        typer.echo((resources.files("fedlm.federation.silo") / "data.example.yaml").read_text("utf-8"), nl=False)
+        return
+    if file is None:
+        raise typer.BadParameter("give a file to check, or --example for one to start from")
+    from fedlm.data.sources import locate
+    from fedlm.federation.silo.holdings import load_holdings
+
+    text = load_holdings(file)
+    for source in text.spec.sources:
+        locate(source, text.base)
+    what = "the share that a recipe deals to it (for demonstrations)" if text.spec.share_of_recipe else "its own text"
+    typer.echo(f"{file} is a valid data file: {what}, {len(text.spec.sources)} sources.")
+
+
+def policy(
+    file: Annotated[Path | None, typer.Argument(help="policy.yaml, to check it.", show_default=False)] = None,
+    example: Annotated[bool, typer.Option("--example", help="Print a commented policy to start from.")] = False,
+) -> None:
+    """Check what this silo's owner allows.
+
+    \b
+    Examples:
+      fedlm silo policy --example > policy.yaml
+      fedlm silo policy policy.yaml
+    """
+    from fedlm.federation.silo.policy import example as text
+    from fedlm.federation.silo.policy import load_policy
+
+    if example:
+        typer.echo(text(), nl=False)
+        return
+    if file is None:
+        raise typer.BadParameter("give a file to check, or --example for one to start from")
+    found = load_policy(file)
+    typer.echo(f"{file} is a valid policy. Its rules, with those that it leaves out:")
+    for name, value in found.model_dump(mode="json").items():
+        words = ", ".join(map(str, value)) if isinstance(value, list) else value
+        typer.echo(f"  {name}: {'no limit' if value is None else words or 'none'}")
