@@ -100,5 +100,7 @@ def policy(
     found = load_policy(file)
     typer.echo(f"{file} is a valid policy. Its rules, with those that it leaves out:")
     for name, value in found.model_dump(mode="json").items():
+        if isinstance(value, bool):
+            value = "yes" if value else "no"
         words = ", ".join(map(str, value)) if isinstance(value, list) else value
         typer.echo(f"  {name}: {'no limit' if value is None else words or 'none'}")

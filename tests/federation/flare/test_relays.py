@@ -373,7 +373,7 @@ def test_what_the_socket_files_allow(tmp_path: Path) -> None:
 
 
 def test_messages_are_bounded_and_plain() -> None:
-    assert envelope.unpack(envelope.pack({"op": "x"}, b"body"))[0] == {"op": "x"}
+    assert envelope.unpack(envelope.pack({"op": "x"}, b"body"))[0] == {"op": "x", "protocol": envelope.PROTOCOL}
     for bad in (
         b"",
         b"\0\0\0",
@@ -516,6 +516,45 @@ def test_a_lying_silo_fails_alone(
     assert all(e["silo"] == "a" for e in events)
     assert isinstance(exchange(engine, big(1), ("a", "b"))["a"], Reply)
     assert not list((tmp_path / "run/spool").glob("reply-*"))
+    engine.close()
+
+
+def test_relays_of_other_versions_refuse_each_other(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = Loop(tmp_path, ("a", "b"), {"a": double, "b": double})
+
+    class Newer:
+        def __init__(self, relay: silo_relay.SiloRelay) -> None:
+            self.relay = relay
+
+        def handle(self, message: bytes) -> bytes:
+            with monkeypatch.context() as patch:
+                patch.setattr(envelope, "PROTOCOL", 2)
+                patch.setattr(silo_relay, "PROTOCOL", 2)
+                patch.setattr("fedlm.__version__", "9.9.9")
+                return self.relay.handle(message)
+
+    loop.network.relays["b"] = Newer(loop.network.relays["b"])  # type: ignore[assignment]
+    engine = start(loop, recipe(tiny), tmp_path / "run")
+    answers = exchange(engine, {}, ("b",))
+    assert isinstance(answers["b"], Failure) and answers["b"].kind is FailureKind.VERSION_MISMATCH
+    assert "fedlm 9.9.9 (protocol 2), the coordinator's of 0.1.0 (protocol 1)" in answers["b"].reason
+    assert isinstance(exchange(engine, {}, ("a",))["a"], Reply)
+    engine.close()
+
+
+def test_nothing_is_unpickled(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pickle
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("something was unpickled")
+
+    loop = Loop(tmp_path, SILOS, dict.fromkeys(SILOS, double))
+    engine = start(loop, recipe(tiny), tmp_path / "run")
+    for name in ("load", "loads", "Unpickler", "_Unpickler"):
+        monkeypatch.setattr(pickle, name, never)
+    assert all(isinstance(answer, Reply) for answer in exchange(engine, big(5)).values())
     engine.close()
 
 

@@ -24,9 +24,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
+import fedlm
 from fedlm.errors import FedlmError
 from fedlm.federation.engines.flare.checks import may_run, verify
-from fedlm.federation.engines.flare.envelope import INLINE, BadMessageError, Header, pack, unpack
+from fedlm.federation.engines.flare.envelope import INLINE, PROTOCOL, BadMessageError, Header, pack, unpack
 from fedlm.federation.engines.flare.parts import Incoming, TransferError, read_part
 from fedlm.federation.engines.lines import ClosedError, Lines, Message, spooled
 from fedlm.messages import FailureKind
@@ -49,6 +50,10 @@ WORD_SECONDS, PART_SECONDS = 15.0, 60.0
 
 class UnreachableError(Exception):
     """A message had no answer; one sentence."""
+
+
+class OtherVersionError(Exception):
+    """A silo's relay speaks another protocol; one sentence that names both versions."""
 
 
 class Network(Protocol):
@@ -309,6 +314,8 @@ class Session:
                     pause = 0.1
                 if time.monotonic() - job.heard > job.reconnect:
                     return _failure(FailureKind.UNREACHABLE, str(error))
+            except OtherVersionError as error:
+                return _failure(FailureKind.VERSION_MISMATCH, str(error))
             except (BadMessageError, KeyError, TypeError, ValueError):
                 return _failure(FailureKind.ERROR, "the silo's relay does not keep to the protocol")
             except TransferError as error:
@@ -418,6 +425,12 @@ class Session:
         job.down += len(message)
         job.up += len(answer)
         reply, body = unpack(answer)
+        if reply.get("protocol") != PROTOCOL or reply.get("error") == "protocol":
+            theirs = "".join(c for c in str(reply.get("fedlm", "another version")) if c.isprintable())[:40]
+            raise OtherVersionError(
+                f"its relay is of fedlm {theirs} (protocol {reply.get('protocol')!r:.20}), "
+                f"the coordinator's of {fedlm.__version__} (protocol {PROTOCOL})"
+            )
         if "error" in reply:
             raise BadMessageError(str(reply["error"]))
         return reply, body

@@ -9,6 +9,9 @@ import json
 import struct
 from typing import Any
 
+PROTOCOL = 1
+"""Version of what relays say to each other; it stands in every message."""
+
 PART = 4 * 2**20
 """Bytes of a tensors file that travel in one message. Small enough that a heartbeat never waits long behind one."""
 
@@ -31,7 +34,7 @@ def pack(header: Header, body: bytes | memoryview = b"") -> bytes:
     """Raises:
     BadMessageError: the header or the body is over its bound.
     """
-    text = json.dumps(header).encode()
+    text = json.dumps({"protocol": PROTOCOL, **header}).encode()
     if len(text) > MAX_HEADER or len(body) > PART:
         raise BadMessageError(f"a message of {len(text)} + {len(body)} bytes is over the bound")
     return b"".join((struct.pack(">I", len(text)), text, body))

@@ -33,7 +33,8 @@ from typing import Any
 
 import psutil
 
-from fedlm.federation.engines.flare.envelope import INLINE, BadMessageError, Header, pack, unpack
+import fedlm
+from fedlm.federation.engines.flare.envelope import INLINE, PROTOCOL, BadMessageError, Header, pack, unpack
 from fedlm.federation.engines.flare.parts import Incoming, TransferError, digest_of, read_part
 from fedlm.federation.engines.lines import ClosedError, Lines, Message, spooled
 from fedlm.messages import FailureKind
@@ -112,6 +113,8 @@ class SiloRelay:
         """Answer one message; whatever it holds, the answer is a message."""
         try:
             header, body = unpack(message)
+            if header.get("protocol") != PROTOCOL:
+                return pack({"error": "protocol", "fedlm": fedlm.__version__})
             call = self._calls.get(str(header.get("op")))
             if call is None:
                 return pack({"error": "unknown call"})
