@@ -34,7 +34,7 @@ def test_another_folder_other_files_same_content(tiny_model_dir: Path, copy: Pat
     tensors = load_file(copy / "model.safetensors")
     (copy / "model.safetensors").unlink()
     names = sorted(tensors, reverse=True)
-    parts = {"b.safetensors": names[:3], "a.safetensors": names[3:]}
+    parts = {"a.safetensors": names[:3], "b.safetensors": names[3:]}
     for file, part in parts.items():
         save_file({n: tensors[n] for n in part}, copy / file, metadata={"format": "pt"})
     index = {"weight_map": {n: file for file, part in parts.items() for n in part}}

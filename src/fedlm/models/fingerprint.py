@@ -106,8 +106,6 @@ def tokenizer_hash(tokenizer: Any) -> str:
     tokens and the chat template."""
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     model = parts["model"]
-    if "merges" in model:  # written as "a b" or as ["a", "b"], depending on the library's version
-        model["merges"] = [m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"]]
     what = {
         "model": {k: v for k, v in model.items() if v},
         "added": sorted((t["id"], t["content"], t["special"]) for t in parts["added_tokens"]),
