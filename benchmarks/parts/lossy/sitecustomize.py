@@ -6,7 +6,7 @@ import sys
 
 if any("server_train" in word for word in sys.orig_argv):
     from fedlm.federation.engines.flare import site
-    from fedlm.federation.engines.flare.coordinator_relay import UnreachableError
+    from fedlm.federation.engines.flare.session import UnreachableError
 
     _deliver, _draw = site.CoordinatorRelay.send, random.Random()
 

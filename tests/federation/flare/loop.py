@@ -13,8 +13,9 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import NameOID
 
 from fedlm.errors import NetworkError
-from fedlm.federation.engines.flare.coordinator_relay import CoordinatorRelay, UnreachableError
+from fedlm.federation.engines.flare.coordinator_relay import CoordinatorRelay
 from fedlm.federation.engines.flare.kit import Kit, socket_path, write_kit
+from fedlm.federation.engines.flare.session import UnreachableError
 from fedlm.federation.engines.flare.silo_relay import SiloRelay, listen
 from fedlm.federation.engines.flare.worker import serve
 from fedlm.federation.engines.worker import Handle

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from fedlm.errors import NetworkError
-from fedlm.federation.engines.flare import coordinator_relay, envelope, silo_relay
 from fedlm.federation.engines.flare import engine as engine_module
+from fedlm.federation.engines.flare import envelope, session, silo_relay
 from fedlm.federation.engines.flare.engine import FlareEngine, progress
 from fedlm.federation.engines.flare.kit import socket_path
 from fedlm.federation.engines.flare.parts import Incoming, TransferError
@@ -40,7 +40,7 @@ def double(request: Request, observe: Observe, should_stop: Callable[[], bool]) 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module.FlareEngine, "_introduction", lambda _: {})
-    monkeypatch.setattr(coordinator_relay, "HOLD", 0.5)
+    monkeypatch.setattr(session, "HOLD", 0.5)
 
 
 def recipe(tiny: Tiny, *changes: str) -> Recipe:
@@ -91,7 +91,7 @@ def test_tensors_travel_whole_and_in_bounded_parts(tiny: Tiny, tmp_path: Path) -
 
 
 def test_lost_messages_change_nothing(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coordinator_relay, "INLINE", 1024)
+    monkeypatch.setattr(session, "INLINE", 1024)
     calls: dict[str, int] = {}
 
     def counting(request: Request, observe: Observe, should_stop: Callable[[], bool]) -> Reply | Failure:
@@ -289,13 +289,13 @@ def test_a_bounded_number_of_updates_is_fetched_ahead(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     silos = tuple("abcdefgh")
-    monkeypatch.setattr(coordinator_relay, "INLINE", 0)
+    monkeypatch.setattr(session, "INLINE", 0)
     loop = Loop(tmp_path, silos, dict.fromkeys(silos, double))
     engine = start(loop, recipe(tiny), tmp_path / "run")
     answers = engine.exchange([request(s, big(1)) for s in silos])
     next(answers)
     time.sleep(1.5)
-    assert len(list((tmp_path / "run/spool").glob("reply-*"))) <= coordinator_relay.WINDOW
+    assert len(list((tmp_path / "run/spool").glob("reply-*"))) <= session.WINDOW
     assert len(list(answers)) == len(silos) - 1
     engine.close()
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedlm.federation.engines.flare.demo import facts, parties
+from fedlm.federation.engines.flare.demo import facts, parties, silos_of
 from fedlm.federation.engines.flare.processes import Child
 from fedlm.federation.engines.flare.rehearsal import make_network, wait_connected
 from fedlm.recipe.load import dump_recipe, load_recipe
@@ -81,9 +81,10 @@ def test_over_a_network_with_a_worker_killed(recipe: Path, local: str) -> None:
     data, policy = folder / "data.yaml", folder / "policy.yaml"
     data.write_text("share_of_recipe: true\n")
     policy.write_text("{}\n")
-    kits = make_network(folder / "kits", ["silo-0", "silo-1", "silo-2"])
+    silos = silos_of(load_recipe(recipe), folder)
+    kits = make_network(folder / "kits", silos)
     with parties(kits, {name: [] for name in kits}, data, policy, folder) as running:
-        wait_connected(kits["coordinator"], ["silo-0", "silo-1", "silo-2"], workers=True)
+        wait_connected(kits["coordinator"], silos, workers=True)
         command = ["run", str(recipe), "--network", str(kits["coordinator"].path), "--no-report"]
         with subprocess.Popen(
             [sys.executable, "-m", "fedlm", *command, "--run-dir", str(folder / "network")],
@@ -94,7 +95,7 @@ def test_over_a_network_with_a_worker_killed(recipe: Path, local: str) -> None:
             while rounds_done(folder / "network") < 2 and run.poll() is None:  # the start and round 1
                 time.sleep(0.1)
             time.sleep(1.5)
-            victim = worker_of(running["silo-1"])
+            victim = worker_of(running[silos[1]])
             with contextlib.suppress(psutil.NoSuchProcess):
                 victim.kill()
             output, _ = run.communicate(timeout=600)
@@ -102,5 +103,5 @@ def test_over_a_network_with_a_worker_killed(recipe: Path, local: str) -> None:
     assert facts(folder / "network")["sha256"] == local
     lines = [json.loads(line) for line in (folder / "network" / "rounds.jsonl").read_text().splitlines()]
     assert [line["failures"] for line in lines] == [[]] * 4  # asked again, so nobody was missed
-    log = (folder / "silo-1.log").read_text()
+    log = (folder / f"{silos[1]}.log").read_text()
     assert "the worker ended (killed by SIGKILL)" in log, log

@@ -24,9 +24,9 @@ from nvflare.fuel.f3.message import Message
 
 from fedlm.errors import NetworkError
 from fedlm.federation.engines.flare.coordinator_relay import CoordinatorRelay as Relay
-from fedlm.federation.engines.flare.coordinator_relay import UnreachableError
 from fedlm.federation.engines.flare.envelope import MAX_MESSAGE
 from fedlm.federation.engines.flare.kit import Kit, read_kit, socket_path
+from fedlm.federation.engines.flare.session import UnreachableError
 from fedlm.federation.engines.flare.silo_relay import SiloRelay as SiloSide
 from fedlm.federation.engines.flare.silo_relay import listen
 
