@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from nvflare.lighter.utils import Identity, generate_cert, serialize_cert
@@ -82,7 +83,12 @@ def running(*kits: Kit) -> Iterator[list[Child]]:
         yield children
     finally:
         for child in children:
+            # a job's process has a session of its own, and would look for its dead parents for ever
+            below = psutil.Process(child.process.pid).children(recursive=True) if child.process else []
             child.stop()
+            for process in below:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
 
 
 def until(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
