@@ -40,7 +40,8 @@ def program(tmp_path: Path) -> Program:
         name = f"program_{len(list(folder.glob('*.py')))}"
         helper = "import os, signal, sys, time\ndef note(t):\n    open(os.environ['NOTES'], 'a').write(t + '\\n')\n"
         (folder / f"{name}.py").write_text(helper + code)
-        environment = {"PYTHONPATH": str(folder), "NOTES": str(tmp_path / "notes")}
+        path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+        environment = {"PYTHONPATH": path, "NOTES": str(tmp_path / "notes")}
         return Child(name, name, [], tmp_path / "out", environment)
 
     return make
@@ -155,6 +156,8 @@ def test_a_process_that_will_not_end_is_killed(
     )
     with Supervised(program(code)):
         assert until(lambda: len(notes(tmp_path)) == 2)
+        began = time.monotonic()
+    assert time.monotonic() - began < 10.0
     assert not any(alive(int(pid)) for pid in notes(tmp_path))
 
 

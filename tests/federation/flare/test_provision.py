@@ -219,7 +219,7 @@ def test_a_silo_takes_no_certificate_of_another_network(network: Path, tmp_path:
     enrol.request(network / "hospital-a.invitation.yaml", site, tmp_path)
     attacker = tmp_path / "attacker"
     demo_network(attacker, port=8002)
-    signed = enrol.approve(coordinator(attacker), tmp_path / "hospital-a.request.zip", attacker).file
+    signed = enrol.approve(coordinator(attacker), tmp_path / "hospital-a.request.zip", attacker, renew=True).file
     with pytest.raises(NetworkError, match=r"nvflare package.*fingerprint"):
         enrol.complete(signed, site)
     mine = enrol.approve(coordinator(network), tmp_path / "hospital-a.request.zip", tmp_path).file
