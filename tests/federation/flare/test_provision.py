@@ -123,6 +123,7 @@ def coordinator(network: Path) -> Kit:
 def test_a_silos_key_is_made_at_the_silo_and_stays_there(network: Path, tmp_path: Path) -> None:
     assert not private_keys(network / "hospital-a.invitation.yaml")
     kit, site = coordinator(network), tmp_path / "site"
+    assert modes(kit.path) == {("d", 0o700), ("f", 0o600)}
     asked = enrol.request(network / "hospital-a.invitation.yaml", site, tmp_path)
     assert private_keys(site) == ["site/pending/request/hospital-a.key"]
     with zipfile.ZipFile(asked.file) as archive:
