@@ -264,19 +264,27 @@ def _resume(process: psutil.Process) -> None:
 
 
 class Replay:
-    """The local engine with, in each round, only the silos that answered in the run to be replayed."""
+    """The local engine with, in each round, only the silos that answered in the run to be replayed: of its training
+    and of its validation, which decides the best round."""
 
     def __init__(self, engine: LocalEngine, run_dir: Path) -> None:
         self._engine = engine
         lines = [json.loads(line) for line in (run_dir / "rounds.jsonl").read_text().splitlines()]
         self._replied = {line["round"]: set(line["replied"]) for line in lines}
+        self._missed = {
+            line["round"]: {failure["silo"] for failure in (line["validation"] or {}).get("failures", [])}
+            for line in lines
+        }
 
     def silos(self) -> Sequence[str]:
         return self._engine.silos()
 
     def exchange(self, requests: Iterable[Request], deadline: float | None = None) -> Iterator[Reply | Failure]:  # noqa: ARG002
         for request in requests:
-            if request.verb == "train" and request.silo not in self._replied[request.round]:
+            absent = (request.verb == "train" and request.silo not in self._replied[request.round]) or (
+                request.fields.get("role") == "validation" and request.silo in self._missed[request.round]
+            )
+            if absent:
                 yield Failure(request.silo, FailureKind.UNREACHABLE, "not in the run that is replayed")
             else:
                 yield from self._engine.exchange([request])

@@ -33,7 +33,7 @@ from fedlm.federation.engines.flare.silo_relay import listen
 CHANNEL, TOPIC = "fedlm", "relay"
 
 LOST_SECONDS = 30.0
-"""A silo that was not heard for this long counts as not connected; NVFlare's clients send a heartbeat every 10 s."""
+"""A silo that was not heard for this long counts as not connected, whatever its connection looks like."""
 
 
 def _kit(fl_ctx: Any) -> Kit:
@@ -124,9 +124,12 @@ class CoordinatorRelay(FLComponent):  # type: ignore[misc]
         return bytes(reply.payload)
 
     def connected(self) -> dict[str, float]:
-        now = time.time()
-        ages = {client.name: now - client.last_connect_time for client in self._engine.get_clients()}
-        return {name: max(0.0, age) for name, age in ages.items() if age < LOST_SECONDS}
+        now, found = time.time(), {}
+        for client in self._engine.get_clients():
+            age = max(0.0, now - client.last_connect_time)
+            if age < LOST_SECONDS and self._core.is_cell_connected(client.get_fqcn()):
+                found[client.name] = age
+        return found
 
     def revoked(self) -> list[str]:
         return sorted(self._engine.client_manager.disabled_clients)
