@@ -343,8 +343,24 @@ def test_silos_without_training_rows_are_not_asked(tiny: Tiny, tmp_path: Path) -
 def test_another_protocol_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     toys = Toys()
     toys.behave["hello s1"] = failing(FailureKind.VERSION_MISMATCH)
-    with pytest.raises(RunError, match="s1: version_mismatch"):
+    with pytest.raises(RunError, match="s1: version_mismatch") as caught:
         Started(tiny, tmp_path).run(toys)
+    assert "same fedlm, base model and tokenizer" in str(caught.value) and "quorum" not in str(caught.value)
+
+
+def test_a_silo_that_did_not_answer_the_greeting_is_written_down(tiny: Tiny, tmp_path: Path) -> None:
+    """Once, with the next round: with -1 of a new run, with the first further one of a resumed run."""
+    started, toys = Started(tiny, tmp_path, "federation.quorum=0.5"), Toys()
+    line = {"silo": "s1", "kind": "refused", "reason": "it is broken"}
+    toys.behave["hello s1"] = failing(FailureKind.REFUSED)
+    toys.behave["train s2"] = lambda r: failing(FailureKind.ERROR)(r) if r.round == 1 else None
+    toys.behave["train s3"] = toys.behave["train s2"]
+    with pytest.raises(RunError, match="round 1 got 1 good updates of 3"):
+        started.run(toys)
+    assert [r["failures"] for r in started.rounds()] == [[line], []]
+    del toys.behave["train s2"], toys.behave["train s3"]
+    assert started.run(toys, resume=True).status == "finished"
+    assert [r["failures"] for r in started.rounds()] == [[line], [], [line], []]
 
 
 def test_interrupted_and_resumed(tiny: Tiny, tmp_path: Path) -> None:

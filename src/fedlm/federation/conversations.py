@@ -32,6 +32,7 @@ class Conversations:
         training_rows: after `enrol`, by silo, its number of training rows.
         trainers: after `enrol`, names of the silos with training rows, sorted.
         measured_rows: by role, its number of rows by silo, of the silos that have any.
+        not_greeted: after `enrol`, why silos do not take part; written down with the next round.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Conversations:
         self.training_rows: dict[str, int] = {}
         self.trainers: list[str] = []
         self.measured_rows: dict[str, dict[str, int]] = {}
+        self.not_greeted: list[Failure] = []
         self._observe = observe
 
     def enrol(self) -> None:
@@ -62,7 +64,7 @@ class Conversations:
         cards = self._known_cards(file)
         if strangers := [name for name in self.names if name not in cards]:
             self.phase("greeting the silos")
-            refused: list[Failure] = []
+            refused = self.not_greeted = []
             versions: dict[str, Any] = {}
             hello = (self.request(name, "hello", -1, {}, {"protocol": PROTOCOL}) for name in strangers)
             for answer in self.engine.exchange(hello):
@@ -78,9 +80,11 @@ class Conversations:
             mismatch = [f for f in refused if f.kind is FailureKind.VERSION_MISMATCH]
             needed = quorum(self.spec, wanted(self.spec, len(self.names)))
             if mismatch or len(cards) < needed:
+                why = f"{len(cards)} of {len(self.names)} silos take part, the quorum is {needed}"
+                if mismatch:
+                    why = "all silos that answer must have the same fedlm, base model and tokenizer"
                 raise RunError(
-                    f"no run is possible: {len(cards)} of {len(self.names)} silos take part, the quorum is {needed} ("
-                    f"{reasons(mismatch or refused)})",
+                    f"no run is possible: {why} ({reasons(mismatch or refused)})",
                     where=str(self.dir.path),
                     fix="mend the silos and try again",
                 )

@@ -286,11 +286,12 @@ class Federation:
         commit: Callable[[dict[str, Any]], None],
     ) -> None:
         """Build the round's object, commit it undisturbed by Ctrl-C, then tell."""
+        absent, self.silos.not_greeted = self.silos.not_greeted, []
         record = {
             "round": number,
             "sampled": sampled,
             "replied": folded.replied,
-            "failures": failure_lines(folded.failures),
+            "failures": failure_lines([*absent, *folded.failures]),
             "loss": training_loss(folded),
             "silos": {name: silo_line(folded.fields[name]) for name in folded.replied},
             "validation": validation,
