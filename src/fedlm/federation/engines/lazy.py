@@ -73,11 +73,14 @@ def _part(about: Any, data: int, end: int) -> tuple[torch.dtype, list[int], int,
     """Type, shape, place and size of one tensor. Raises ValueError and others."""
     dtype, shape = DTYPES[about["dtype"]], [int(n) for n in about["shape"]]
     start, stop = (int(n) for n in about["data_offsets"])
-    count = 1
+    count, extent = 1, dtype.itemsize
     for n in shape:
         if n < 0:
             raise ValueError("a negative size")
         count *= n
+        extent *= max(n, 1)
+    if extent >= 2**63:  # possible without a byte of content, where another size is 0
+        raise ValueError("a shape that no tensor has")
     if not 0 <= start <= stop <= end - data or stop - start != count * dtype.itemsize:
         raise ValueError("a tensor's place does not fit its shape or the file")
     return dtype, shape, data + start, stop - start

@@ -63,7 +63,7 @@ class Lines:
                 self._scanned = 0
                 try:
                     message = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise ClosedError from error
                 if not isinstance(message, dict):
                     raise ClosedError

@@ -102,6 +102,7 @@ def answer_requests(lines: Lines, inbox: Inbox, spool: Path, handle: Handle) -> 
     Raises:
         ClosedError: it is gone, and an answer could not be sent.
     """
+    from fedlm.federation.silo.door import classify
     from fedlm.files import read_tensors
 
     broadcast: tuple[str, Tensors] = ("", {})
@@ -124,6 +125,9 @@ def answer_requests(lines: Lines, inbox: Inbox, spool: Path, handle: Handle) -> 
             answer = Failure(
                 str(message["silo"]), FailureKind.TIMED_OUT, "the coordinator no longer waits for this reply"
             )
+        except Exception as error:  # whatever the library makes of bytes and words that the other side chose
+            kind, reason = classify(error)
+            answer = Failure(str(message["silo"]), kind, f"the request cannot be read: {reason}")
         else:
             answer = handle(request, observe, should_stop)
         file = None
@@ -136,7 +140,11 @@ def answer_requests(lines: Lines, inbox: Inbox, spool: Path, handle: Handle) -> 
                 file, answer = None, Failure(answer.silo, FailureKind.ERROR, error.sentence())
         try:
             lines.send(reply_message(job, answer, file))
-        except RunError as error:
+        except (ClosedError, RunError) as error:
+            if file is not None:
+                spooled(spool, file).unlink(missing_ok=True)  # nobody else knows of it
+            if isinstance(error, ClosedError):
+                raise
             lines.send(reply_message(job, Failure(str(message["silo"]), FailureKind.ERROR, error.sentence()), None))
 
 

@@ -21,6 +21,12 @@ from fedlm.federation.engines.flare.envelope import BadMessageError, pack, unpac
 from fedlm.federation.engines.flare.session import Network, Session, UnreachableError
 from fedlm.federation.engines.lines import ClosedError, Lines, Message
 
+MAX_STATUS = 256 * 2**10
+"""Bytes of what a silo says of itself."""
+
+LONGEST_WORD, LARGEST = 200, 2**53
+"""Of a word in it, and of a number."""
+
 
 class CoordinatorRelay:
     """The relay of one network.
@@ -138,10 +144,24 @@ class CoordinatorRelay:
     def _ask_status(self, silo: str) -> dict[str, Any]:
         began = time.time()
         try:
-            answer, _ = unpack(self._network.send(silo, pack({"op": "status"}), 5.0))
+            message = self._network.send(silo, pack({"op": "status"}), 5.0)
+            answer = unpack(message)[0] if len(message) <= MAX_STATUS else {}
         except (UnreachableError, BadMessageError):
             return {}
-        clock = answer.get("clock")
-        if isinstance(clock, float):
+        answer = {str(name): _shown(value) for name, value in answer.items()}
+        if isinstance(clock := answer.get("clock"), float):
             answer["clock_skew"] = clock - (began + time.time()) / 2
+        if not isinstance(answer.get("free_memory"), int):
+            answer["free_memory"] = None
         return answer
+
+
+def _shown(value: Any, depth: int = 4) -> Any:
+    """What a silo says of itself, fit for a terminal: a silo may be faulty or lie."""
+    if isinstance(value, str):
+        return "".join(c for c in value[:LONGEST_WORD] if c.isprintable())
+    if isinstance(value, int | float):
+        return value if abs(value) < LARGEST else None  # NaN is below nothing
+    if isinstance(value, dict) and depth:
+        return {_shown(str(name)): _shown(part, depth - 1) for name, part in value.items()}
+    return None

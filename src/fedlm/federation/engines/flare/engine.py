@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import math
+import logging
 import os
 import queue
 import secrets
@@ -34,10 +34,13 @@ from fedlm.federation.engines.flare.kit import Kit, read_kit, socket_path
 from fedlm.federation.engines.lazy import FileTensors
 from fedlm.federation.engines.lines import ClosedError, Lines, Message, spooled
 from fedlm.federation.engines.wire import parse_reply, write_spool
+from fedlm.federation.figures import LARGEST
 from fedlm.federation.rundir import disk_errors
 from fedlm.files import read_tensors
 from fedlm.messages import Event, Failure, FailureKind, Fields, Observe, Reply, Request, Tensors
 from fedlm.recipe.schema import Recipe
+
+log = logging.getLogger("fedlm.federation")
 
 LARGE = 64 * 2**20
 """Bytes of an update from which on it stays a file, read tensor by tensor: memory would grow with it otherwise."""
@@ -300,22 +303,25 @@ class FlareEngine:
                     self._hear(message)
             except ClosedError:
                 if self._closed or not self._reconnect():
-                    return
+                    break
+            except Exception as error:  # such as an observer that fell over: nobody would hear the silos any more
+                log.exception("the run no longer hears its silos")
+                reason = f"the run's engine failed ({type(error).__name__})"
+                self._give_up({"type": "failure", "kind": FailureKind.ERROR.value, "reason": reason})
+        self._lines.close()  # closed while it was being connected anew
 
     def _hear(self, message: Message) -> None:
         with self._lock:
             job = self._jobs.get(int(message["job"]))
             if job is not None and message["type"] in ("reply", "failure"):
                 del self._jobs[job.number]
+                job.answers.put((job, message))  # under the lock: an exchange that ends finds it, or it comes too late
+                return
         if job is None:  # nobody waits for it any more
             if message.get("tensors"):
                 spooled(self._spool, str(message["tensors"])).unlink(missing_ok=True)
-            return
-        if message["type"] == "event":
-            if self._observe and (event := progress(message["event"])) is not None:
-                self._observe({**event, "silo": job.request.silo, "run": job.request.run})
-        else:
-            job.answers.put((job, message))
+        elif self._observe and (event := progress(message["event"])) is not None:
+            self._observe({**event, "silo": job.request.silo, "run": job.request.run})
 
     def _reconnect(self) -> bool:
         """Come back to the relay and ask again what is open; False when it stays away, or the engine was closed."""
@@ -333,12 +339,16 @@ class FlareEngine:
             for message in again:
                 self._tell_relay(message)
             return True
+        self._give_up(_unreachable(reason))
+        return False
+
+    def _give_up(self, answer: Message) -> None:
+        """Give this answer to everything that is open, and begin nothing more."""
         with self._lock:
             self._closed = True
             jobs, self._jobs = list(self._jobs.values()), {}
         for job in jobs:
-            job.answers.put((job, _unreachable(reason)))
-        return False
+            job.answers.put((job, answer))
 
 
 def progress(event: Any) -> Event | None:
@@ -349,8 +359,8 @@ def progress(event: Any) -> Event | None:
     found: Event = {"kind": event["kind"]}
     for name in wanted:
         value = event.get(name)
-        good = value in ("train", "evaluate") if name == "verb" else isinstance(value, int | float)
-        if not good or (isinstance(value, float) and not math.isfinite(value)):
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
+        if not (value in ("train", "evaluate") if name == "verb" else number):  # NaN is below nothing
             return None
         found[name] = value
     return found

@@ -73,7 +73,12 @@ class Incoming:
         if self.held + len(body) > self.size:
             self.discard()
             raise TransferError("more bytes came than were announced")
+        if shutil.disk_usage(self.path.parent).free < SPARE_DISK:  # several files come at once
+            self.discard()
+            raise TransferError("the disk is full")
         try:
+            if self._file.closed:  # it was discarded: this is a new beginning
+                self._file, self._hash = self._partial.open("wb"), hashlib.sha256()
             self._file.write(body)
             if self.held + len(body) == self.size:
                 self._file.close()

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import fedlm
+from fedlm.federation.engines.flare.asked import MAX_EVENTS
 from fedlm.federation.engines.flare.envelope import INLINE, PROTOCOL, BadMessageError, Header, pack, unpack
 from fedlm.federation.engines.flare.parts import Incoming, TransferError, read_part
 from fedlm.federation.engines.lines import ClosedError, Lines, Message, spooled
@@ -33,6 +34,10 @@ THREADS = 256
 
 LONGEST_REASON = 1000
 """Characters of a silo's reason for a failure."""
+
+GROWTH, SMALLEST_BOUND = 8, 64 * 2**20
+"""An update may have this many times the bytes of what was sent out, or the other number of bytes if that is more: fp64
+instead of bf16, and as much again of a rule's own. A silo that announces more would be given the disk."""
 
 HOLD = 10.0
 """Seconds that a silo may hold back the answer to `wait`."""
@@ -99,7 +104,8 @@ class Session:
         """Jobs whose update lies in the spool, not yet taken."""
         self._waiting: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._threads = 0
-        self._idle = 0
+        self._free = 0
+        """Threads less the requests that wait or are carried; below 0 only when there are `THREADS` of them."""
         self._ended = False
 
     @property
@@ -115,7 +121,9 @@ class Session:
                 message = self._lines.receive()
                 assert message is not None
                 if message["type"] == "request":
-                    self._begin(_Job(message))
+                    job = _Job(message)
+                    if job.number not in self._jobs:  # asked twice when it was sent while the run connected anew
+                        self._begin(job)
                 elif message["type"] == "cancel":
                     if (job := self._jobs.get(int(message["job"]))) is not None:
                         job.cancelled.set()
@@ -140,18 +148,16 @@ class Session:
     def _begin(self, job: _Job) -> None:
         self._jobs[job.number] = job
         with self._lock:
-            self._waiting.put(job)
-            if self._idle < self._waiting.qsize() and self._threads < THREADS:
+            self._free -= 1
+            if self._free < 0 and self._threads < THREADS:
                 self._threads += 1
+                self._free += 1
                 threading.Thread(target=self._work, name="fedlm-carrier", daemon=True).start()
+        self._waiting.put(job)
 
     def _work(self) -> None:
         while True:
-            with self._lock:
-                self._idle += 1
             job = self._waiting.get()
-            with self._lock:
-                self._idle -= 1
             if job is None or self._ended:
                 return
             try:
@@ -161,10 +167,15 @@ class Session:
                 print(f"fedlm relay: {type(error).__name__} while carrying {job.request['verb']}", flush=True)
             finally:
                 self._jobs.pop(job.number, None)
+            with self._lock:
+                self._free += 1
             if answer is not None:
-                with contextlib.suppress(ClosedError):
+                try:
                     traffic = {"received_bytes": job.down, "sent_bytes": job.up}
                     self._lines.send({**answer, "job": job.number, "traffic": traffic})
+                except ClosedError:  # the run's process is gone, and nobody else knows this file
+                    if answer.get("tensors"):
+                        spooled(self._spool, answer["tensors"]).unlink(missing_ok=True)
 
     # ---------------------------------------------------------------- one request
 
@@ -205,7 +216,7 @@ class Session:
             if reply["state"] == "unknown":
                 job.told = 0
                 raise UnreachableError("its relay was started anew")
-            for event in reply["events"]:
+            for event in reply["events"][:MAX_EVENTS]:
                 with contextlib.suppress(ClosedError):
                     self._lines.send({"type": "event", "job": job.number, "event": event})
             job.told = int(reply["told"])
@@ -241,11 +252,17 @@ class Session:
 
     def _fetch(self, job: _Job, digest: str, size: int, body: memoryview) -> str | None:
         """The bare name of the update's file in the spool, or None when the request was cancelled meanwhile."""
+        most = max(SMALLEST_BOUND, GROWTH * int(job.tensors["size"]) if job.tensors else 0)
+        if size > most:
+            raise TransferError(f"its {size} bytes are larger than the {most} that what was sent allows")
         while not self._window.acquire(timeout=0.5):
             if job.cancelled.is_set():
                 return None
         with self._lock:
             self._holding.add(job.number)
+        if job.cancelled.is_set():  # the run gave it up before it was held, and will not say so again
+            self._release(job.number)
+            return None
         incoming: Incoming | None = None
         try:
             folder = self._spool / f"incoming-{job.identity}"

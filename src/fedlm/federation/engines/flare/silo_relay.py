@@ -20,20 +20,21 @@ file of tensors by the free disk.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import socket
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 import fedlm
+from fedlm.federation.engines.flare.asked import MAX_RETRIES, Asked, checked
 from fedlm.federation.engines.flare.envelope import INLINE, PROTOCOL, BadMessageError, Header, pack, unpack
 from fedlm.federation.engines.flare.parts import Incoming, TransferError, digest_of, read_part
 from fedlm.federation.engines.lines import ClosedError, Lines, Message, spooled
@@ -42,33 +43,12 @@ from fedlm.messages import FailureKind
 MAX_OPEN = 256
 """Requests that a silo holds at once; the oldest is forgotten first."""
 
+KEPT_SECONDS = 3600.0
+"""How long an answer waits for a coordinator that does not ask for it: one that was killed never will. The worker keeps
+its own answer to a round, so a later question costs no second training."""
+
 LONGEST_WAIT = 20.0
 """Seconds that a `wait` is held back at most."""
-
-MAX_EVENTS = 200
-"""Progress events that are kept while nobody fetches them."""
-
-
-@dataclass
-class _Asked:
-    """One request and what became of it."""
-
-    number: int
-    message: Message
-    retries: int
-    patience: float
-    """Seconds that a missing worker is waited for."""
-    tensors: Incoming | None
-    since: float = field(default_factory=time.monotonic)
-    """When the worker was last there, or the request came."""
-    deaths: int = 0
-    working: bool = False
-    events: deque[Any] = field(default_factory=lambda: deque(maxlen=MAX_EVENTS))
-    told: int = 0
-    answer: Message | None = None
-    file: Path | None = None
-    size: int = 0
-    digest: str = ""
 
 
 class SiloRelay:
@@ -87,7 +67,7 @@ class SiloRelay:
         self.name, self._spool, self._listener, self._facts = name, spool, listener, facts or dict
         shutil.rmtree(spool, ignore_errors=True)
         spool.mkdir(mode=0o700, parents=True)
-        self._asked: OrderedDict[str, _Asked] = OrderedDict()
+        self._asked: OrderedDict[str, Asked] = OrderedDict()
         self._files: OrderedDict[str, Incoming] = OrderedDict()
         self._numbers = 0
         self._changed = threading.Condition()
@@ -119,14 +99,17 @@ class SiloRelay:
             if call is None:
                 return pack({"error": "unknown call"})
             return call(header, body)
-        except (BadMessageError, KeyError, TypeError, ValueError) as error:
+        except (BadMessageError, KeyError, TypeError, ValueError, OverflowError, RecursionError, OSError) as error:
             return pack({"error": f"malformed message ({type(error).__name__})"})
 
     def _ask(self, header: Header, body: memoryview) -> bytes:
         identity, request = str(header["id"]), header["request"]
-        wanted = header["tensors"]
+        wanted, patience = header["tensors"], float(header["patience"])
         if not isinstance(request, dict) or request["silo"] != self.name:
             return self._refusal("the request names another silo")
+        request = checked(request)
+        if not math.isfinite(patience):
+            raise ValueError("no number of seconds")
         with self._changed:
             asked = self._asked.get(identity)
             if asked is None:
@@ -136,10 +119,11 @@ class SiloRelay:
                     return self._refusal(str(error), FailureKind.ERROR)
                 self._numbers += 1
                 request = {**request, "type": "request", "job": self._numbers, "tensors": None}
-                asked = _Asked(self._numbers, request, int(header["retries"]), float(header["patience"]), incoming)
+                asked = Asked(self._numbers, request, min(int(header["retries"]), MAX_RETRIES), patience, incoming)
                 self._asked[identity] = asked
                 while len(self._asked) > MAX_OPEN:
                     self._forget(next(iter(self._asked)))
+            asked.heard = time.monotonic()
             return self._receive(asked, 0, body)
 
     def _put(self, header: Header, body: memoryview) -> bytes:
@@ -147,9 +131,10 @@ class SiloRelay:
             asked = self._asked.get(str(header["id"]))
             if asked is None or asked.tensors is None:
                 return pack({"state": "unknown"})
+            asked.heard = time.monotonic()
             return self._receive(asked, int(header["offset"]), body)
 
-    def _receive(self, asked: _Asked, offset: int, body: memoryview) -> bytes:
+    def _receive(self, asked: Asked, offset: int, body: memoryview) -> bytes:
         """Take a part, and give the request to the worker once all of its tensors are here."""
         if asked.tensors is not None and not asked.tensors.complete:
             try:
@@ -164,12 +149,16 @@ class SiloRelay:
 
     def _wait(self, header: Header, body: memoryview) -> bytes:  # noqa: ARG002
         identity, told = str(header["id"]), int(header["told"])
-        until = time.monotonic() + min(float(header["seconds"]), LONGEST_WAIT)
+        seconds = float(header["seconds"])
+        if not math.isfinite(seconds):
+            raise ValueError("no number of seconds")
+        until = time.monotonic() + min(seconds, LONGEST_WAIT)
         with self._changed:
             while True:
                 asked = self._asked.get(identity)
                 if asked is None:
                     return pack({"state": "unknown"})
+                asked.heard = time.monotonic()
                 if asked.answer is not None or asked.told > told:
                     break
                 left = until - time.monotonic()
@@ -189,6 +178,8 @@ class SiloRelay:
         with self._changed:
             asked = self._asked.get(str(header["id"]))
             file = asked.file if asked is not None else None
+            if asked is not None:
+                asked.heard = time.monotonic()
         if file is None:
             return pack({"state": "unknown"})
         return pack({"state": "done"}, read_part(file, int(header["offset"])))
@@ -245,7 +236,7 @@ class SiloRelay:
             self._files.pop(old).discard()
         return known
 
-    def _start(self, asked: _Asked) -> None:
+    def _start(self, asked: Asked) -> None:
         if asked.answer is not None or asked.working or self._worker is None:
             return
         if asked.tensors is not None:
@@ -256,7 +247,7 @@ class SiloRelay:
         except ClosedError:
             asked.working = False  # the reading thread sees the same end, and counts it
 
-    def _settle(self, asked: _Asked, answer: Message) -> None:
+    def _settle(self, asked: Asked, answer: Message) -> None:
         asked.answer, asked.working = answer, False
         self._changed.notify_all()
 
@@ -301,10 +292,11 @@ class SiloRelay:
                 return
             lines.send({"type": "welcome", "spool": str(self._spool.resolve())})
             self._worker, self._worker_facts = lines, dict(first.get("facts") or {})
-            for asked in self._asked.values():
-                if asked.tensors is None or asked.tensors.complete:
-                    self._start(asked)
         try:
+            with self._changed:
+                for asked in self._asked.values():
+                    if asked.tensors is None or asked.tensors.complete:
+                        self._start(asked)
             while True:
                 message = lines.receive()
                 if message is not None:
@@ -341,11 +333,13 @@ class SiloRelay:
                 self._settle(asked, message)
 
     def _watch(self) -> None:
-        """Give up requests whose worker does not come back."""
+        """Give up requests whose worker does not come back, and answers that nobody asks for any more."""
         while True:
             time.sleep(0.5)
             with self._changed:
                 now = time.monotonic()
+                for identity in [i for i, a in self._asked.items() if now - a.heard > KEPT_SECONDS and not a.working]:
+                    self._forget(identity)
                 for asked in self._asked.values():
                     ready = asked.tensors is None or asked.tensors.complete
                     if self._worker is not None or not ready or asked.answer is not None:

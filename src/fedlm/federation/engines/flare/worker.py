@@ -32,6 +32,10 @@ log = logging.getLogger("fedlm.silo")
 AGAIN_SECONDS = 0.5
 """Pause between tries to reach the relay."""
 
+TAKEN_SECONDS = 60.0
+"""Patience with a relay that says another worker serves the silo: it may still be reading the last words of one that
+died."""
+
 
 def serve(path: Path, handle: Handle, facts: Message, told: Callable[[bool], None] = lambda _: None) -> None:
     """Serve the relay at this socket, for ever: a relay that is gone is waited for.
@@ -44,6 +48,7 @@ def serve(path: Path, handle: Handle, facts: Message, told: Callable[[bool], Non
     Raises:
         NetworkError: another worker serves this silo.
     """
+    taken: float | None = None
     while True:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -58,8 +63,13 @@ def serve(path: Path, handle: Handle, facts: Message, told: Callable[[bool], Non
             welcome = lines.receive(timeout=30.0) or {}
             if welcome.get("type") == "error":
                 lines.close()
+                taken = taken or time.monotonic()
+                if time.monotonic() - taken < TAKEN_SECONDS:
+                    time.sleep(AGAIN_SECONDS)
+                    continue
                 raise NetworkError(str(welcome["reason"]), where=str(path), fix="stop the other one first")
             if welcome.get("type") == "welcome":
+                taken = None
                 told(True)
                 answer_requests(lines, Inbox(lines), Path(welcome["spool"]), handle)
         lines.close()
