@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -263,9 +264,13 @@ def _resume(process: psutil.Process) -> None:
         process.resume()
 
 
+class Rejoined(Exception):
+    """From this round on the recorded run had more silos: it was resumed, and greeted those that were missing."""
+
+
 class Replay:
-    """The local engine with, in each round, only the silos that answered in the run to be replayed: of its training
-    and of its validation, which decides the best round."""
+    """The local engine with, in each round, only the silos that took part in the run to be replayed: in the greeting
+    (their number weighs in SCAFFOLD's step), in training, and in validation (which decides the best round)."""
 
     def __init__(self, engine: LocalEngine, run_dir: Path) -> None:
         self._engine = engine
@@ -275,15 +280,25 @@ class Replay:
             line["round"]: {failure["silo"] for failure in (line["validation"] or {}).get("failures", [])}
             for line in lines
         }
+        self._sampled = {line["round"]: set(line["sampled"]) for line in lines}
+        self._greeted: set[str] = set()
+        self.next_round = 0
 
     def silos(self) -> Sequence[str]:
         return self._engine.silos()
 
     def exchange(self, requests: Iterable[Request], deadline: float | None = None) -> Iterator[Reply | Failure]:  # noqa: ARG002
         for request in requests:
-            absent = (request.verb == "train" and request.silo not in self._replied[request.round]) or (
-                request.fields.get("role") == "validation" and request.silo in self._missed[request.round]
-            )
+            if request.verb == "hello":
+                absent = request.silo not in self._sampled[self.next_round]
+                self._greeted |= set() if absent else {request.silo}
+            elif request.verb == "train":
+                if self._sampled[request.round] - self._greeted:
+                    self.next_round = request.round
+                    raise Rejoined
+                absent = request.silo not in self._replied[request.round]
+            else:
+                absent = request.fields["role"] == "validation" and request.silo in self._missed[request.round]
             if absent:
                 yield Failure(request.silo, FailureKind.UNREACHABLE, "not in the run that is replayed")
             else:
@@ -301,7 +316,10 @@ def replay(folder: Path, recipe: Recipe) -> None:
     directory = new_run(recipe, folder / "replay", base=folder)
     engine = Replay(LocalEngine(recipe, data, directory.path, workers=1, base=folder), folder / "run")
     try:
-        coordinator.run(recipe, engine, directory)
+        for resume in itertools.chain([False], itertools.repeat(True)):
+            with contextlib.suppress(Rejoined):
+                coordinator.run(recipe, engine, directory, resume=resume)
+                return
     finally:
         engine.close()
         directory.close()

@@ -28,7 +28,7 @@ def write_all_formats(folder: Path) -> dict[str, Path]:
     lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ROWS)
     (folder / "a.jsonl").write_text(lines)
     (folder / "bom.jsonl").write_text("\ufeff" + lines)
-    (folder / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
     (folder / "a.json").write_text(json.dumps(ROWS))
     (folder / "b.json").write_text(json.dumps({"version": 1, "data": ROWS}))
     for name, delimiter in (("a.csv", ","), ("a.tsv", "\t")):
@@ -135,7 +135,7 @@ def test_bad_rows_fail_with_place_or_are_counted(
         ("a.csv", b"text,text\na,b\n", r"a\.csv:1: every column"),
         ("a.csv", b'text\n"never closed\n', r"a\.csv:2: this is not CSV"),
         ("a.parquet", b"PAR1" + SECRET.encode(), r"a\.parquet: the file cannot be read as parquet"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000)[:40], r"a\.jsonl\.gz: the file cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000, mtime=0)[:40], r"a\.jsonl\.gz: the file cannot be read"),
         ("a.jsonl", b"", r"a\.jsonl: the source holds no rows"),
         ("a.bin", b"x", r"a\.bin: the file's ending"),
     ],
