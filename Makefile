@@ -34,7 +34,7 @@ demo-network: $(VENV)/.stamp-network  ## the same recipe over a network on this 
 	$(BIN)/fedlm network demo --out runs/network-demo
 
 test: $(VENV)/.stamp-dev  ## the test suite
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
 
 test-slow: $(VENV)/.stamp-dev  ## end-to-end tests on the real model: minutes, needs the package registry once
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -146,3 +146,11 @@ def test_events_become_lines_without_lists(tmp_path: Path) -> None:
     assert (failed["level"], failed["reason"]) == ("warning", "policy")
     assert (done["loss"], done["validation_loss"]) == (1.5, 2.5)
     assert (warned["level"], warned["message"], warned["role"]) == ("warning", "no room", "run")
+
+
+def test_what_libraries_add_to_records_stays_out(capsys: pytest.CaptureFixture[str]) -> None:
+    """Ray puts `_ray_timestamp_ns` on every record of a process that it runs in."""
+    logs.configure(True)
+    logging.getLogger("fedlm.test").info("hello", extra={"round": 1, "_private": 2})
+    line = json.loads(capsys.readouterr().err)
+    assert line["round"] == 1 and "_private" not in line

@@ -146,7 +146,7 @@ def _message(record: logging.LogRecord) -> str:
 
 
 def _extra(record: logging.LogRecord) -> dict[str, Any]:
-    fields = {name: value for name, value in vars(record).items() if name not in RESERVED}
+    fields = {name: value for name, value in vars(record).items() if name not in RESERVED and name[0] != "_"}
     if record.exc_info and record.exc_info[1] is not None:
         fields["error"] = type(record.exc_info[1]).__name__
         if frames := traceback.extract_tb(record.exc_info[2]):

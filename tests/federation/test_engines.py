@@ -203,7 +203,8 @@ def test_closing_the_engine_ends_the_exchanges_of_other_threads(slow_case: Case)
     for thread in threads:
         thread.start()
     until = time.monotonic() + 30
-    while len({e["silo"] for e in slow_case.steps("closing")}) < 2 and time.monotonic() < until:
+    at_once = 1 if slow_case.name == "flare" else 2  # its silos share one bench here
+    while len({e["silo"] for e in slow_case.steps("closing")}) < at_once and time.monotonic() < until:
         time.sleep(0.01)
     slow_case.engine.close()
     threads.append(threading.Thread(target=ask, args=("site0",), daemon=True))  # one that comes too late
