@@ -182,6 +182,49 @@ def test_events_are_bounded_and_status_is_clean(tiny: Tiny, tmp_path: Path) -> N
     engine.close()
 
 
+def test_an_answer_too_long_for_the_run_is_a_failure(tiny: Tiny, tmp_path: Path) -> None:
+    """Two bytes in the silo's message are six in ours."""
+
+    class Long(Liar):
+        def handle(self, message: bytes) -> bytes:
+            if envelope.unpack(message)[0]["op"] != "wait":
+                return envelope.pack({"state": "running"})
+            answer = {"type": "reply", "fields": {"x": "\u00e9" * 6 * 2**20}}
+            header = {"protocol": 1, "state": "done", "answer": answer, "size": 0, "events": [], "told": 0}
+            text = json.dumps(header, ensure_ascii=False).encode()
+            return len(text).to_bytes(4, "big") + text
+
+    loop = Loop(tmp_path, ("a",), {})
+    loop.network.relays["a"] = Long({})  # type: ignore[assignment]
+    engine = start(loop, recipe(tiny), tmp_path / "run")
+    for _ in range(2):
+        found = exchange(engine, {}, ("a",), deadline=10.0)["a"]
+        assert isinstance(found, Failure) and found.kind is FailureKind.ERROR, found
+    engine.close()
+
+
+def test_a_model_that_is_gone_when_it_is_sent(tmp_path: Path) -> None:
+    """The run gave a request up and removed its file while the silo was still receiving it: the silo is told."""
+    told: list[str] = []
+
+    class Net:
+        def send(self, _: str, message: bytes, __: float) -> bytes:
+            told.append(envelope.unpack(message)[0]["op"])
+            if told[-1] == "ask":
+                (tmp_path / "m").unlink()
+                threading.Timer(0.2, job.cancelled.set).start()
+                return envelope.pack({"state": "receiving", "held": 0})
+            return envelope.pack({"state": "dropped"})
+
+    (tmp_path / "m").write_bytes(bytes(2**20))
+    used = session.Session(Net(), None, "run", tmp_path, "who")  # type: ignore[arg-type]
+    body = {"silo": "a", "verb": "train", "run": "run", "round": 0, "attempt": 0, "fields": {}, "job": 1, "id": "1"}
+    tensors = {"name": "m", "size": 2**20, "sha256": "0" * 64}
+    job = session._Job({**body, "tensors": tensors, "retries": 0, "reconnect": 1})
+    assert used._carry(job) is None
+    assert told == ["ask", "cancel"]
+
+
 # -------------------------------------------------------------------- the silo's side
 
 

@@ -308,7 +308,8 @@ class FlareEngine:
                 log.exception("the run no longer hears its silos")
                 reason = f"the run's engine failed ({type(error).__name__})"
                 self._give_up({"type": "failure", "kind": FailureKind.ERROR.value, "reason": reason})
-        self._lines.close()  # closed while it was being connected anew
+        if self._lines is not None:
+            self._lines.close()  # the engine was closed while it was being connected anew
 
     def _hear(self, message: Message) -> None:
         with self._lock:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import fedlm
+from fedlm.errors import FedlmError
 from fedlm.federation.engines.flare.asked import MAX_EVENTS
 from fedlm.federation.engines.flare.envelope import INLINE, PROTOCOL, BadMessageError, Header, pack, unpack
 from fedlm.federation.engines.flare.parts import Incoming, TransferError, read_part
@@ -121,9 +122,8 @@ class Session:
                 message = self._lines.receive()
                 assert message is not None
                 if message["type"] == "request":
-                    job = _Job(message)
-                    if job.number not in self._jobs:  # asked twice when it was sent while the run connected anew
-                        self._begin(job)
+                    if int(message["job"]) not in self._jobs:  # it was sent while the run connected anew: twice
+                        self._begin(_Job(message))
                 elif message["type"] == "cancel":
                     if (job := self._jobs.get(int(message["job"]))) is not None:
                         job.cancelled.set()
@@ -170,12 +170,21 @@ class Session:
             with self._lock:
                 self._free += 1
             if answer is not None:
-                try:
-                    traffic = {"received_bytes": job.down, "sent_bytes": job.up}
-                    self._lines.send({**answer, "job": job.number, "traffic": traffic})
-                except ClosedError:  # the run's process is gone, and nobody else knows this file
-                    if answer.get("tensors"):
-                        spooled(self._spool, answer["tensors"]).unlink(missing_ok=True)
+                with contextlib.suppress(ClosedError):
+                    self._tell(job, answer)
+
+    def _tell(self, job: _Job, answer: Message) -> None:
+        """Give the run an answer. Raises ClosedError when its process is gone."""
+        more = {"job": job.number, "traffic": {"received_bytes": job.down, "sent_bytes": job.up}}
+        try:
+            self._lines.send({**answer, **more})
+        except (ClosedError, FedlmError, RecursionError) as error:
+            if answer.get("tensors"):  # nobody else knows this file
+                spooled(self._spool, answer["tensors"]).unlink(missing_ok=True)
+                self._release(job.number)
+            if isinstance(error, ClosedError):
+                raise
+            self._lines.send({**_failure(FailureKind.ERROR, "its answer is too long"), **more})
 
     # ---------------------------------------------------------------- one request
 
@@ -199,6 +208,11 @@ class Session:
                 return _failure(FailureKind.ERROR, "the silo's relay does not keep to the protocol")
             except TransferError as error:
                 return _failure(FailureKind.ERROR, f"fetching the update failed: {error}")
+            except OSError as error:
+                # A run that gives a request up says so, and removes what was sent for it, in this order.
+                if not job.cancelled.wait(1.0):
+                    return _failure(FailureKind.ERROR, f"the run's spool cannot be used ({error.strerror})")
+                break
             job.cancelled.wait(pause)
             pause = min(2.0, 2 * pause)
         if not job.abandoned:
