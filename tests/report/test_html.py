@@ -182,6 +182,26 @@ def test_the_terminal_summary_is_a_small_table(make_run: Any) -> None:
     assert value["held_out"]["final"]["accuracy"] == 0.84 and "silos" not in value["held_out"]["final"]
 
 
+def test_silos_that_were_absent_or_did_not_measure_are_named(make_run: Any) -> None:
+    run = make_run(failures=True)
+    file = run / "rounds.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[0]["failures"] = [{"silo": "gone", "kind": "unreachable", "reason": "it is not connected"}]
+    lines[0]["validation"]["failures"] = [{"silo": "mute", "kind": "error", "reason": "no figures"}]
+    lines[3]["validation"]["failures"] = [{"silo": "late", "kind": "timed_out", "reason": "too late"}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    facts = read_run(run)
+    assert [(f["round"], f["silo"]) for f in facts.failures()] == [
+        (-1, "gone"),
+        (-1, "mute"),
+        (1, "silo-0000"),
+        (2, "late"),
+    ]
+    html = re.sub(r"<[^>]*>", " ", page(facts))
+    assert re.search(r"start\s+gone\s+unreachable\s+it is not connected", html)
+    assert re.search(r"3\s+late\s+timed out\s+too late", html)
+
+
 def test_a_figure_cannot_end_its_own_script() -> None:
     html = figure({"data": [{"name": "</script><b>"}], "layout": {"height": 9}}, "title")
     assert html.count("</script>") == 1

@@ -67,6 +67,8 @@ class RunFacts:
     recipe: Json = field(default_factory=dict)
     rounds: list[Json] = field(default_factory=list)
     base_validation: Json = field(default_factory=dict)
+    absent: list[Json] = field(default_factory=list)
+    """Failures from before the first round: silos that did not take part."""
     evaluation: Json = field(default_factory=dict)
     data: Json = field(default_factory=dict)
     comparison: Json = field(default_factory=dict)
@@ -88,8 +90,12 @@ class RunFacts:
         return sorted(names)
 
     def failures(self) -> list[Json]:
-        """Every failure as {"round", "silo", "kind", "reason"}."""
-        return [{"round": line.get("round"), **f} for line in self.rounds for f in line.get("failures") or []]
+        """Every failure as {"round", "silo", "kind", "reason"}, those of measuring included; round -1 is the start."""
+        found = [{"round": -1, **f} for f in [*self.absent, *(self.base_validation.get("failures") or [])]]
+        for line in self.rounds:
+            measuring = (line.get("validation") or {}).get("failures") or []
+            found += [{"round": line.get("round"), **f} for f in [*(line.get("failures") or []), *measuring]]
+        return found
 
     def total(self, key: str) -> float | None:
         """Sum over the rounds of a number such as `bytes_up` or `seconds`; None where no round has it."""
@@ -178,6 +184,7 @@ def read_run(folder: Path) -> RunFacts:
     for line in _read_lines(folder / "rounds.jsonl"):
         if int(line.get("round", 0)) < 0:
             facts.base_validation = line.get("validation") or {}
+            facts.absent = line.get("failures") or []
         else:
             facts.rounds.append(line)
     facts.rounds.sort(key=lambda line: int(line.get("round", 0)))

@@ -352,7 +352,7 @@ def _failures(facts: RunFacts) -> str:
         return ""
     rows = [
         [
-            int(f.get("round") or 0) + 1,
+            int(f.get("round") or 0) + 1 or "start",
             f.get("silo", "?"),
             str(f.get("kind", "")).replace("_", " "),
             f.get("reason", ""),
