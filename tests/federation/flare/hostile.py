@@ -21,6 +21,14 @@ from nvflare.fuel.f3.message import Message
 from fedlm.federation.engines.flare.envelope import pack
 from fedlm.federation.engines.flare.site import CHANNEL, TOPIC
 
+FORGED = "forged-origin"
+
+
+def forge(message: Any) -> None:
+    """NVFlare writes the sender's own name last, but asks filters after that."""
+    if name := message.get_header(FORGED):
+        message.set_header(MessageHeaderKey.ORIGIN, name)
+
 
 class Trap:
     """Unpickling it leaves a file."""
@@ -32,6 +40,9 @@ class Trap:
 def payloads() -> dict[str, tuple[dict[str, Any], Any]]:
     trap = Shareable()
     trap["trap"] = "x" * 1000
+    words = {"silo": os.environ["HOSTILE_TARGET"], "verb": "train", "run": "r", "round": 0, "attempt": 0, "fields": {}}
+    ask: dict[str, Any] = {"op": "ask", "id": "1", "request": words, "retries": 0, "patience": 60.0}
+    ask["tensors"] = {"sha256": "0" * 64, "size": 100}
     return {
         "pickle as bytes": ({}, pickle.dumps(Trap())),
         "pickle that claims to be fobs": ({MessageHeaderKey.PAYLOAD_ENCODING: "fobs"}, pickle.dumps(Trap())),
@@ -39,7 +50,7 @@ def payloads() -> dict[str, tuple[dict[str, Any], Any]]:
         "a header that claims gigabytes": ({}, b"\xff\xff\xff\xff" + b"{}"),
         "a large message": ({}, bytes(45 * 2**20)),
         "a call of the coordinator's": ({}, pack({"op": "status"})),
-        "in the coordinator's name": ({MessageHeaderKey.ORIGIN: "server"}, pack({"op": "status"})),
+        "in the coordinator's name": ({FORGED: "server"}, pack(ask, b"x" * 10)),
     }
 
 
@@ -47,6 +58,9 @@ class Hostile(FLComponent):  # type: ignore[misc]
     def handle_event(self, event_type: str, fl_ctx: Any) -> None:
         if event_type == EventType.SYSTEM_START:
             self._core = fl_ctx.get_engine().get_cell().core_cell
+            for own in self._core.out_req_filter_reg.find(CHANNEL, TOPIC):  # NVFlare's, which adds the token
+                self._core.out_req_filter_reg.append(CHANNEL, TOPIC, own)
+            self._core.add_outgoing_request_filter(CHANNEL, TOPIC, forge)
             threading.Thread(target=self._attack, daemon=True).start()
 
     def _attack(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 import pytest
 from nvflare.fuel.f3.cellnet.defs import Encoding, MessageHeaderKey
+from nvflare.fuel.f3.cellnet.registry import Callback, Registry
 from nvflare.fuel.f3.message import Message
 
 from fedlm.federation.engines.flare import site
@@ -53,6 +54,32 @@ def test_a_silo_hears_the_coordinator_alone() -> None:
     assert component._answer(Message({MessageHeaderKey.ORIGIN: "server"}, b"x")).payload == b"answer"
 
 
+def test_nvflares_own_filters_are_asked_on_our_channel_too() -> None:
+    """NVFlare asks the filters of a channel in place of those of all channels, such as its authentication."""
+
+    class Core:
+        in_filter_reg = Registry()
+
+        def add_incoming_filter(self, channel: str, topic: str, cb: Any, *args: Any, **kwargs: Any) -> None:
+            self.in_filter_reg.append(channel, topic, Callback(cb, args, kwargs))
+
+    core = Core()
+    core.add_incoming_filter("*", "*", authenticate := lambda _: None)
+    site._guard(core)
+    asked = [f.cb for f in core.in_filter_reg.find(site.CHANNEL, site.TOPIC)]
+    assert asked == [authenticate, site._raw_only]
+    assert [f.cb for f in core.in_filter_reg.find("other", "topic")] == [authenticate]
+
+
+def test_silos_say_nothing_to_one_another() -> None:
+    """The coordinator's NVFlare process passes no request on, whatever its channel and whoever it names as sender."""
+    for origin in ("hospital-a", "server"):
+        said = Message({MessageHeaderKey.ORIGIN: origin, MessageHeaderKey.DESTINATION: "hospital-b"}, b"x")
+        refused = site._own_only(said, "server")
+        assert refused is not None and refused.get_header(MessageHeaderKey.RETURN_CODE) != "ok"
+    assert site._own_only(Message({MessageHeaderKey.DESTINATION: "server"}, b"x"), "server") is None
+
+
 @pytest.mark.slow
 def test_an_enrolled_silo_that_turns_hostile(tmp_path: Path) -> None:
     kits = demo_network(tmp_path)
@@ -84,6 +111,8 @@ def test_an_enrolled_silo_that_turns_hostile(tmp_path: Path) -> None:
         assert len(found) == 14
         for attack, reply in found.items():
             assert reply["code"] != "ok" and not isinstance(reply["body"], int), (attack, reply)
+        # the answer to a request in the coordinator's name would go to the coordinator: look at what it would do
+        assert not list((victim.run / "spool").iterdir())
         assert not mark.exists()
         # both are as well as before, and the victim still answers the coordinator
         assert seen(coordinator, "hospital-b")["clock_skew"] is not None

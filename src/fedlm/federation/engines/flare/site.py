@@ -59,6 +59,28 @@ def _raw_only(message: Any) -> Any:
     return None
 
 
+def _own_only(message: Any, own: str) -> Any:
+    """Refuse a request for anybody but this process, which would pass it on: silos say nothing to one another.
+
+    NVFlare checks whose name a message bears, but not that of a silo it has removed; a silo's relay must be able to
+    believe that what comes in the coordinator's name comes from the coordinator.
+    """
+    if message.get_header(MessageHeaderKey.DESTINATION) == own:
+        return None
+    return make_reply(ReturnCode.INVALID_REQUEST, "nothing is passed on from silo to silo")
+
+
+def _guard(core: Any) -> None:
+    """Let only authentic plain bytes of bounded size arrive on our channel.
+
+    NVFlare asks the filters of a channel in place of those of all channels: its own authentication is among the latter
+    and must be repeated, or ours would switch it off.
+    """
+    for own in core.in_filter_reg.find(CHANNEL, TOPIC) or []:
+        core.add_incoming_filter(CHANNEL, TOPIC, own.cb, *own.args, **own.kwargs)
+    core.add_incoming_filter(CHANNEL, TOPIC, _raw_only)
+
+
 class SiloRelay(FLComponent):  # type: ignore[misc]  # NVFlare has no types
     """In a silo's NVFlare client: hears the coordinator and nobody else."""
 
@@ -72,7 +94,7 @@ class SiloRelay(FLComponent):  # type: ignore[misc]  # NVFlare has no types
         self._network = kit.network
         self._relay = SiloSide(kit.name, kit.run / "spool", listen(socket_path(kit.path)), self._facts)
         core = engine.get_cell().core_cell
-        core.add_incoming_filter(CHANNEL, TOPIC, _raw_only)
+        _guard(core)
         core.register_request_cb(CHANNEL, TOPIC, self._answer)
 
     def _facts(self) -> dict[str, Any]:
@@ -95,7 +117,8 @@ class CoordinatorRelay(FLComponent):  # type: ignore[misc]
         self._kit = _kit(fl_ctx)
         self._engine = fl_ctx.get_engine()
         self._core = self._engine.get_cell().core_cell
-        self._core.add_incoming_filter(CHANNEL, TOPIC, _raw_only)
+        _guard(self._core)
+        self._core.set_message_interceptor(_own_only, self._core.get_fqcn())
         self._relay = Relay(
             self._kit.network,
             lambda: list(read_kit(self._kit.path).silos),  # read anew: a silo may be enrolled while this runs
