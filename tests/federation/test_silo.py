@@ -140,6 +140,15 @@ def test_stopped_training_stores_nothing(bench: Workbench, broadcast: Tensors, t
     assert not (tmp_path / "site1").exists()
 
 
+def test_an_evaluation_that_nobody_waits_for_ends(bench: Workbench, broadcast: Tensors, tmp_path: Path) -> None:
+    """It would hold up the next round's request."""
+    parameters = {name: tensor for name, tensor in broadcast.items() if not name.startswith("variate")}
+    request = Request("site1", "evaluate", "run", 0, 0, parameters, {"role": "validation"})
+    answer = Silo("site1", bench, tmp_path, should_stop=lambda: True).handle(request)
+    assert isinstance(answer, Failure) and answer.kind is FailureKind.TIMED_OUT
+    assert isinstance(Silo("site1", bench, tmp_path).handle(request), Reply)
+
+
 @pytest.mark.parametrize("verb", ["chat", "__class__", "handle", "evaluate"])
 def test_only_allowed_verbs(bench: Workbench, tmp_path: Path, verb: str) -> None:
     silo = Silo("site1", bench, tmp_path, allow=frozenset({"hello", "train"}))

@@ -8,11 +8,12 @@ content it trains again from the state named by `accepted`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import platform
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class Silo:
         state_root: folder of private states; this silo uses only its own subfolder.
         allow: verbs that the owner allows; others are refused.
         observe: receives progress events without text.
-        should_stop: asked between optimiser steps; True abandons the request without storing anything.
+        should_stop: asked between steps or batches; True abandons the request without storing anything.
     """
 
     def __init__(
@@ -59,8 +60,9 @@ class Silo:
         allow: frozenset[str] = VERBS,
         observe: Observe | None = None,
         should_stop: Callable[[], bool] | None = None,
+        reason: Callable[[FedlmError], str] = FedlmError.sentence,
     ) -> None:
-        self.name, self.bench = name, bench
+        self.name, self.bench, self._reason = name, bench, reason
         self._store = StateStore(state_root, name)
         self._allow = allow
         self._observe = observe
@@ -94,7 +96,7 @@ class Silo:
         except _RefusedError as error:
             return self._failure(FailureKind.REFUSED, str(error))
         except FedlmError as error:
-            return self._failure(FailureKind.ERROR, error.sentence())
+            return self._failure(FailureKind.ERROR, self._reason(error))
         except Exception as error:
             return self._failure(*classify(error))
         return Reply(self.name, request.verb, request.run, request.round, request.attempt, tensors, fields)
@@ -127,7 +129,7 @@ class Silo:
             raise _RefusedError(f"this silo no longer holds its state of round {accepted}")
 
         trained = self._train_round(request, before, key, digest)
-        with disk_errors(self._store.folder):
+        with disk_errors(self._store.folder, "silo's state"):
             self._store.save(request.run, request.round, trained)
         self._store.keep_only(request.run, {accepted, request.round})
         return trained.reply, trained.fields
@@ -194,19 +196,34 @@ class Silo:
             return {}, {"examples": 0, "seconds": 0.0, "peak_rss": peak_rss()}
         bench.load()
         bench.put(request.tensors)
-        counts: dict[str, Any] = measure(
-            bench.model,
-            bench.tokenizer,
-            rows,
-            data.kind,
-            recipe.task,
-            recipe.evaluation,
-            max_length=recipe.training.max_length,
-            items=bool(request.fields.get("items", False)),
-            packing=recipe.training.packing,
-            skip=recipe.data.malformed == "skip",
-        )
+        with self._stoppable():
+            counts: dict[str, Any] = measure(
+                bench.model,
+                bench.tokenizer,
+                rows,
+                data.kind,
+                recipe.task,
+                recipe.evaluation,
+                max_length=recipe.training.max_length,
+                items=bool(request.fields.get("items", False)),
+                packing=recipe.training.packing,
+                skip=recipe.data.malformed == "skip",
+            )
         return {}, {**counts, "seconds": time.monotonic() - started, "peak_rss": peak_rss()}
+
+    @contextlib.contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        """Between two batches, or two tokens written, ends what nobody waits for: it would hold up the next request."""
+
+        def look(*_: object) -> None:
+            if self._should_stop():
+                raise StoppedError
+
+        hook = self.bench.model.get_input_embeddings().register_forward_pre_hook(look)  # every batch begins there
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _failure(self, kind: FailureKind, reason: str) -> Failure:
         return Failure(self.name, kind, reason)
