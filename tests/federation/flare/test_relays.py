@@ -9,15 +9,16 @@ import struct
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fedlm.errors import NetworkError
+from fedlm.errors import NetworkError, RunError
 from fedlm.federation.engines.flare import engine as engine_module
-from fedlm.federation.engines.flare import envelope, session, silo_relay
+from fedlm.federation.engines.flare import envelope, parts, session, silo_relay
 from fedlm.federation.engines.flare.engine import FlareEngine, progress
 from fedlm.federation.engines.flare.kit import socket_path
 from fedlm.federation.engines.flare.parts import Incoming, TransferError
@@ -570,6 +571,23 @@ def test_progress_of_silos_is_checked() -> None:
         "x",
     ):
         assert progress(bad) is None
+
+
+def test_a_full_disk_at_the_coordinator_is_no_fault_of_the_silos(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def update(request: Request, observe: Observe, should_stop: Callable[[], bool]) -> Reply | Failure:
+        answer = double(request, observe, should_stop)
+        assert isinstance(answer, Reply)
+        return replace(answer, tensors={"x": torch.ones(3)})
+
+    loop = Loop(tmp_path, ("a",), {"a": update})
+    engine = start(loop, recipe(tiny), tmp_path / "run")
+    with monkeypatch.context() as patched:
+        patched.setattr(parts, "SPARE_DISK", 2**60)  # nothing is sent, so only the coordinator needs room
+        with pytest.raises(RunError, match=r"an update of a cannot be received: the disk is full: .* make room"):
+            exchange(engine, {}, ("a",))
+    engine.close()
 
 
 def test_a_file_goes_on_from_where_it_broke(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import fedlm
-from fedlm.errors import NetworkError
+from fedlm.errors import NetworkError, RunError
 from fedlm.federation.engines.flare.checks import sign
 from fedlm.federation.engines.flare.kit import Kit, read_kit, socket_path
 from fedlm.federation.engines.lazy import FileTensors
@@ -103,6 +103,7 @@ class FlareEngine:
         """See `fedlm.messages.Engine`. Closing the iterator early cancels what has not been answered.
 
         Raises:
+            RunError: the disk of the run directory is full.
             FedlmError: the coordinator's own model cannot be loaded (to compare it with the silos').
         """
         until = None if deadline is None else time.monotonic() + deadline
@@ -210,7 +211,17 @@ class FlareEngine:
         return self._hello
 
     def _receive(self, job: _Job, message: Message) -> Reply | Failure:
-        """The answer, with its tensors read from the spool."""
+        """The answer, with its tensors read from the spool.
+
+        Raises:
+            RunError: the relay has no room for the answer here.
+        """
+        if message.get("spool_fault"):
+            raise RunError(
+                f"an update of {job.request.silo} cannot be received: {message['reason']}",
+                where=str(self._spool),
+                fix="make room, then continue with --resume; the last finished round is intact",
+            )
         if message["type"] == "failure" or not message.get("tensors"):
             answer = parse_reply(message, job.request, {})
         else:

@@ -23,6 +23,10 @@ class TransferError(Exception):
     """The transfer cannot go on; one sentence."""
 
 
+class NoRoomError(TransferError):
+    """The disk that receives is full, or cannot be written."""
+
+
 def digest_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -54,7 +58,10 @@ class Incoming:
             return
         free = shutil.disk_usage(folder).free
         if free < size + SPARE_DISK:
-            raise TransferError(f"the disk is full: {size} bytes are coming and {free} are free in the spool")
+            raise NoRoomError(
+                f"the disk is full: {free / 2**20:.0f} MiB are free, {size / 2**20:.1f} MiB are coming and "
+                f"{SPARE_DISK / 2**20:.0f} MiB are to stay free"
+            )
         self._file = self._partial.open("wb")
 
     @property
@@ -75,7 +82,7 @@ class Incoming:
             raise TransferError("more bytes came than were announced")
         if shutil.disk_usage(self.path.parent).free < SPARE_DISK:  # several files come at once
             self.discard()
-            raise TransferError("the disk is full")
+            raise NoRoomError("the disk is full")
         try:
             if self._file.closed:  # it was discarded: this is a new beginning
                 self._file, self._hash = self._partial.open("wb"), hashlib.sha256()
@@ -84,7 +91,7 @@ class Incoming:
                 self._file.close()
         except OSError as error:
             self.discard()
-            raise TransferError(f"the spool cannot be written ({error.strerror})") from error
+            raise NoRoomError(f"the spool cannot be written ({error.strerror})") from error
         self._hash.update(body)
         self.held += len(body)
         if self.complete:

@@ -23,7 +23,7 @@ import fedlm
 from fedlm.errors import FedlmError
 from fedlm.federation.engines.flare.asked import MAX_EVENTS
 from fedlm.federation.engines.flare.envelope import INLINE, PROTOCOL, BadMessageError, Header, pack, unpack
-from fedlm.federation.engines.flare.parts import Incoming, TransferError, read_part
+from fedlm.federation.engines.flare.parts import Incoming, NoRoomError, TransferError, read_part
 from fedlm.federation.engines.lines import ClosedError, Lines, Message, spooled
 from fedlm.messages import FailureKind
 
@@ -206,12 +206,15 @@ class Session:
                 return _failure(FailureKind.VERSION_MISMATCH, str(error))
             except (BadMessageError, KeyError, TypeError, ValueError):
                 return _failure(FailureKind.ERROR, "the silo's relay does not keep to the protocol")
+            except NoRoomError as error:  # no fault of the silo's: the run is to stop
+                return {**_failure(FailureKind.ERROR, str(error)), "spool_fault": True}
             except TransferError as error:
                 return _failure(FailureKind.ERROR, f"fetching the update failed: {error}")
             except OSError as error:
                 # A run that gives a request up says so, and removes what was sent for it, in this order.
                 if not job.cancelled.wait(1.0):
-                    return _failure(FailureKind.ERROR, f"the run's spool cannot be used ({error.strerror})")
+                    failure = _failure(FailureKind.ERROR, f"the run's spool cannot be used ({error.strerror})")
+                    return {**failure, "spool_fault": True}
                 break
             job.cancelled.wait(pause)
             pause = min(2.0, 2 * pause)
