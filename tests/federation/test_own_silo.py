@@ -258,7 +258,12 @@ def test_a_restarted_worker_goes_on(tiny: Tiny, recipe: Recipe, owner: Callable[
 
 @pytest.mark.parametrize("harm", ["cut", "changed", "layout"])
 def test_a_damaged_agreement_is_said(
-    tiny: Tiny, recipe: Recipe, owner: Callable[..., OwnSilo], tmp_path: Path, harm: str
+    tiny: Tiny,
+    recipe: Recipe,
+    owner: Callable[..., OwnSilo],
+    tmp_path: Path,
+    harm: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     reply_of(owner().handle(hello(recipe)))
     file = agreed(tmp_path)
@@ -271,7 +276,8 @@ def test_a_damaged_agreement_is_said(
     assert changed[harm] != text
     file.write_text(changed[harm])
     reason = failure_of(owner().handle(train(recipe, tiny)), FailureKind.ERROR)
-    assert str(file) in reason and ("layout 2" if harm == "layout" else "damaged") in reason
+    assert ("layout 2" if harm == "layout" else "damaged") in reason
+    assert str(tmp_path) not in reason and str(file) in caplog.text  # where it lies is the owner's business
 
 
 def test_after_a_restart_the_policy_of_now_holds(tiny: Tiny, recipe: Recipe, owner: Callable[..., OwnSilo]) -> None:
@@ -300,12 +306,28 @@ def test_another_fedlm_does_not_go_on_with_a_run(
     assert "0.0.9" in reason and fedlm.__version__ in reason
 
 
-def test_a_full_disk_is_said(recipe: Recipe, owner: Callable[..., OwnSilo], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_said(
+    tiny: Tiny,
+    recipe: Recipe,
+    owner: Callable[..., OwnSilo],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """To the coordinator without a path, to the owner with it, while greeting and while training."""
+
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
+    silo = owner()
+    reply_of(silo.handle(hello(recipe)))
+    monkeypatch.setattr("fedlm.federation.silo.state.write_tensors", full)
     monkeypatch.setattr(fedlm.federation.silo.agreements, "write_json", full)
-    assert "full" in failure_of(owner().handle(hello(recipe)), FailureKind.ERROR)
+    for request in (train(recipe, tiny), hello(recipe, run="another")):
+        caplog.clear()
+        reason = failure_of(silo.handle(request), FailureKind.ERROR)
+        assert "the silo's state cannot be written (its disk is full)" in reason and str(tmp_path) not in reason
+        assert str(tmp_path) in caplog.text and f"'{request.verb}' of run" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------ one model

@@ -151,7 +151,7 @@ def test_a_full_disk_in_a_silo_is_called_that(tiny: Tiny, tmp_path: Path, monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("fedlm.federation.silo.state.write_tensors", full)
-    with pytest.raises(RunError, match=r"site0: error: .*the disk that holds the run directory is full"):
+    with pytest.raises(RunError, match=r"site0: error: .*the silo's state cannot be written \(its disk is full\)"):
         run_recipe(tiny.recipe(), base=tiny.base, run_dir=tmp_path / "run")
 
 

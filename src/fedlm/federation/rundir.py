@@ -58,8 +58,11 @@ class Checkpoint:
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path, what: str = "run directory") -> Iterator[None]:
     """Turn what a full, read-only or forbidden disk raises into one sentence.
+
+    Args:
+        what: what lies there, in the sentence's words.
 
     Raises:
         RunError: naming the path and what to do.
@@ -67,17 +70,20 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise disk_fault(error, path) from error
+        raise disk_fault(error, path, what) from error
     except Exception as error:
         # safetensors wraps the system's error in its own type and keeps only the text.
         if type(error).__name__ == "SafetensorError" and any(s in str(error) for s in ("No space", "os error", "I/O")):
             code = errno.ENOSPC if "No space" in str(error) or "os error 28" in str(error) else errno.EIO
-            raise disk_fault(OSError(code, str(error)), path) from error
+            raise disk_fault(OSError(code, str(error)), path, what) from error
         raise
 
 
-def disk_fault(error: OSError, path: Path) -> RunError:
+def disk_fault(error: OSError, path: Path, what: str = "run directory") -> RunError:
     where = str(path)
+    if what != "run directory":
+        reason = "its disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
+        return RunError(f"the {what} cannot be written ({reason or type(error).__name__})", where=where)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return RunError(
             "the disk that holds the run directory is full",

@@ -44,7 +44,7 @@ def save(folder: Path, agreement: Agreement) -> None:
         RunError: the disk is full or read-only.
     """
     file = _file(folder, agreement.run)
-    with disk_errors(file):
+    with disk_errors(file, "silo's state"):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         file.parent.mkdir(mode=0o700, exist_ok=True)
         body = asdict(agreement)

@@ -106,13 +106,14 @@ class OwnSilo:
                 bench = self._agreed(request.run)
                 check_request(self.policy, bench.recipe, request)
                 self._set_up(bench)
-                return self._door(bench, observe, should_stop).handle(request)
+                answer = self._door(bench, observe, should_stop).handle(request)
+                return answer if isinstance(answer, Reply) else self._refuse(request, answer.kind, answer.reason)
         except _MismatchError as mismatch:
             return self._refuse(request, FailureKind.VERSION_MISMATCH, str(mismatch))
         except Forbidden as refusal:
             return self._refuse(request, FailureKind.REFUSED, str(refusal))
         except FedlmError as error:
-            return self._refuse(request, FailureKind.ERROR, error.sentence())
+            return self._refuse(request, FailureKind.ERROR, outside(error))
         except Exception as error:
             return self._refuse(request, *classify(error))
 
@@ -130,7 +131,7 @@ class OwnSilo:
             _same_content(known, agreement)
         answer = self._door(bench, None, None).handle(request)
         if isinstance(answer, Failure):
-            return answer
+            return self._refuse(request, answer.kind, answer.reason)
         agreements.save(self._folder, agreement)
         self._hold(agreement, bench)
         card = answer.fields["card"] if self.policy.share_labels else {**answer.fields["card"], "labels": {}}
@@ -211,6 +212,7 @@ class OwnSilo:
             allow=frozenset(self.policy.allow),
             observe=observe or self._observe,
             should_stop=should_stop,
+            reason=outside,
         )
 
     @property
@@ -265,6 +267,12 @@ def check_fingerprint(theirs: Any, ours: dict[str, str]) -> None:
             raise _MismatchError(
                 f"the {what} here is not the coordinator's: SHA-256 {ours[part][:12]} here, {_said(said)[:12]} there"
             )
+
+
+def outside(error: FedlmError) -> str:
+    """What the coordinator is told of a fault here; the rest, which may name files of this silo, goes to its log."""
+    log.error("%s", error.sentence())
+    return f"{error.what}; the silo's log says where" if error.where or error.fix else error.what
 
 
 def parse_recipe(data: Any) -> Recipe:
