@@ -204,7 +204,7 @@ def _table(network: str, answer: dict[str, Any]) -> None:
         table.add_column(column, no_wrap=column != "text", overflow="fold")
     for name, silo in sorted(silos.items()):
         table.add_row(name, *_row(silo))
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # silos choose some of the words
     run = answer.get("run")
     typer.echo(f"run: {_plain(run)}" if run else "no run")
 

@@ -33,9 +33,9 @@ def require_numbers(silo: str, fields: Mapping[str, Any], names: Iterable[str]) 
     for name in names:
         value = fields.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UpdateRefused(f"the reply has no number '{name}'", where=silo)
+            raise UpdateRefused(f"the reply has no number {name[:80]!r}", where=silo)
         if not 0 <= value < LARGEST:
-            raise UpdateRefused(f"the reply's '{name}' is {str(value)[:40]}", where=silo)
+            raise UpdateRefused(f"the reply's {name[:80]!r} is {str(value)[:40]}", where=silo)
 
 
 def check_training(reply: Reply) -> None:

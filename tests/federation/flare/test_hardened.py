@@ -16,6 +16,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from fedlm.cli.network import _table
+from fedlm.errors import UpdateRefused
 from fedlm.federation.engines.flare import engine as engine_module
 from fedlm.federation.engines.flare import envelope, session, silo_relay
 from fedlm.federation.engines.flare.asked import MAX_EVENTS
@@ -24,6 +26,7 @@ from fedlm.federation.engines.flare.kit import socket_path
 from fedlm.federation.engines.flare.worker import serve
 from fedlm.federation.engines.lazy import FileTensors
 from fedlm.federation.engines.lines import Lines
+from fedlm.federation.figures import check_card
 from fedlm.messages import Event, Failure, FailureKind, Observe, Reply, Request
 from tests.federation.conftest import Tiny
 from tests.federation.flare.loop import Loop
@@ -180,6 +183,20 @@ def test_events_are_bounded_and_status_is_clean(tiny: Tiny, tmp_path: Path) -> N
     assert status["worker"] and status["free_memory"] is None and status["clock_skew"] is None
     assert "\x1b" not in json.dumps(status, ensure_ascii=False)
     engine.close()
+
+
+def test_a_label_is_no_command_to_the_terminal() -> None:
+    card = {"rows": {"train": 1, "validation": 0, "test": 0}, "labels": {"\x1b[2J" + "x" * 1000: "many"}}
+    with pytest.raises(UpdateRefused) as refused:
+        check_card("a", {"card": card, "versions": {}})
+    assert refused.value.what.isprintable() and len(refused.value.what) < 200
+
+
+def test_status_shows_words_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """A word in brackets would be a command to the table, and one that is not known ends it."""
+    _table("loop", {"silos": {"a": {"connected": True, "fedlm": "[/x]", "card": {"rows": {":smile:": 1}}}}})
+    out = capsys.readouterr().out
+    assert "[/x]" in out and ":smile:" in out
 
 
 def test_an_answer_too_long_for_the_run_is_a_failure(tiny: Tiny, tmp_path: Path) -> None:
