@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -50,6 +52,10 @@ class Conversations:
         self.trainers: list[str] = []
         self.measured_rows: dict[str, dict[str, int]] = {}
         self.not_greeted: list[Failure] = []
+        self._missing: list[str] = []
+        self._late: queue.SimpleQueue[Reply] = queue.SimpleQueue()
+        """Answers to `hello` of silos that were missing, not yet taken in."""
+        self._greeter: threading.Thread | None = None
         self._observe = observe
 
     def enrol(self) -> None:
@@ -58,7 +64,7 @@ class Conversations:
         A resumed run keeps the cards it has, and greets the silos that did not answer before.
 
         Raises:
-            RunError: fewer silos than the quorum answer, or one speaks another protocol version.
+            RunError: fewer silos than the quorum take part.
         """
         file = self.dir.path / "data.json"
         cards = self._known_cards(file)
@@ -66,25 +72,19 @@ class Conversations:
             self.phase("greeting the silos")
             refused = self.not_greeted = []
             versions: dict[str, Any] = {}
-            hello = (self.request(name, "hello", -1, {}, {"protocol": PROTOCOL}) for name in strangers)
-            for answer in self.engine.exchange(hello):
-                try:
-                    if isinstance(answer, Reply):
-                        cards[answer.silo] = check_card(answer.silo, answer.fields)
-                        versions = versions or answer.fields["versions"]
-                except UpdateRefused as refusal:
-                    answer = Failure(answer.silo, FailureKind.BAD_UPDATE, refusal.what)
+            for answer in self._greet(strangers):
                 if isinstance(answer, Failure):
                     refused.append(answer)
                     self.failed(-1, answer)
+                else:
+                    cards[answer.silo] = answer.fields["card"]
+                    versions = versions or answer.fields["versions"]
             mismatch = [f for f in refused if f.kind is FailureKind.VERSION_MISMATCH]
             needed = quorum(self.spec, wanted(self.spec, len(self.names)))
-            if mismatch or len(cards) < needed:
-                why = f"{len(cards)} of {len(self.names)} silos take part, the quorum is {needed}"
-                if mismatch:
-                    why = "all silos that answer must have the same fedlm, base model and tokenizer"
+            if len(cards) < needed:
                 raise RunError(
-                    f"no run is possible: {why} ({reasons(mismatch or refused)})",
+                    f"no run is possible: {len(cards)} of {len(self.names)} silos take part, the quorum is {needed} ("
+                    f"{reasons([*mismatch, *(f for f in refused if f not in mismatch)])})",
                     where=str(self.dir.path),
                     fix="mend the silos and try again",
                 )
@@ -92,17 +92,60 @@ class Conversations:
                 write_json(file, {"silos": {name: cards[name] for name in sorted(cards)}})
             if versions:
                 self.dir.update_meta(versions=versions)
-        rows = {name: cards[name]["rows"] for name in self.names if name in cards}
-        self.training_rows = {name: counts["train"] for name, counts in rows.items() if counts["train"] > 0}
-        self.trainers = list(self.training_rows)
-        for role in ("validation", "test"):
-            self.measured_rows[role] = {name: counts[role] for name, counts in rows.items() if counts[role] > 0}
-        del rows, cards
+        self._index(cards)
+        del cards
         release_freed()
         if not self.trainers:
             raise RunError("no silo holds a training row", fix="check the sources, the partition and the split")
         if idle := len(self.names) - len(self.trainers):
             self.phase(f"{idle} of {len(self.names)} silos hold no training row or did not answer, and are not sampled")
+
+    def greet_again(self) -> None:
+        """Between two rounds of organisations: let those take part that have come since, and ask those that are still
+        missing, without waiting for them. (Simulated silos do not come late.)"""
+        if not self.dir.meta.get("network"):
+            return
+        late: dict[str, Fields] = {}
+        while not self._late.empty():
+            reply = self._late.get()
+            late[reply.silo] = reply.fields["card"]
+        if late:
+            file = self.dir.path / "data.json"
+            cards = {**self._known_cards(file), **late}
+            with disk_errors(file):
+                write_json(file, {"silos": {name: cards[name] for name in sorted(cards)}})
+            self._index(cards)
+            self.phase(f"joining now: {', '.join(sorted(late))}")
+        if self._missing and (self._greeter is None or not self._greeter.is_alive()):
+            self._greeter = threading.Thread(
+                target=self._greet_late, args=[list(self._missing)], name="fedlm-greeter", daemon=True
+            )
+            self._greeter.start()
+
+    def _greet_late(self, names: list[str]) -> None:
+        for answer in self._greet(names):
+            if isinstance(answer, Reply):
+                self._late.put(answer)
+
+    def _greet(self, names: list[str]) -> Iterator[Reply | Failure]:
+        """Each silo's answer to `hello`; a good one has a data card and versions."""
+        hello = (self.request(name, "hello", -1, {}, {"protocol": PROTOCOL}) for name in names)
+        for answer in self.engine.exchange(hello):
+            try:
+                if isinstance(answer, Reply):
+                    check_card(answer.silo, answer.fields)
+            except UpdateRefused as refusal:
+                answer = Failure(answer.silo, FailureKind.BAD_UPDATE, refusal.what)
+            yield answer
+
+    def _index(self, cards: dict[str, Fields]) -> None:
+        """Who can train and measure, of the silos with a card."""
+        rows = {name: cards[name]["rows"] for name in self.names if name in cards}
+        self._missing = [name for name in self.names if name not in cards]
+        self.training_rows = {name: counts["train"] for name, counts in rows.items() if counts["train"] > 0}
+        self.trainers = list(self.training_rows)
+        for role in ("validation", "test"):
+            self.measured_rows[role] = {name: counts[role] for name, counts in rows.items() if counts[role] > 0}
 
     def _known_cards(self, file: Path) -> dict[str, Fields]:
         if not file.exists():

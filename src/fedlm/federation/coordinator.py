@@ -147,6 +147,7 @@ class Federation:
         number, started, traffic = state.progress.round + 1, time.monotonic(), Traffic()
 
         # 1. Sample: who takes part is keyed by the seed and the round alone.
+        self.silos.greet_again()
         trainers = self.silos.trainers
         want = wanted(self.spec, len(trainers))
         sampled = sample(trainers, invited(self.spec, len(trainers)), self.recipe.seed, "sample", number)
