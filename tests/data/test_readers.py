@@ -20,6 +20,7 @@ Load = Callable[..., FederatedData]
 ROWS = [{"text": f'Überschrift {i}, "quoted"\nsecond line', "label": "ab"[i % 2]} for i in range(30)]
 TEXT = {"text": "text", "label": "label"}
 SECRET = "SECRETWORD"
+CUT_GZIP = gzip.compress(b'{"text": "x"}\n' * 1000, mtime=0)[:40]
 
 
 def write_all_formats(folder: Path) -> dict[str, Path]:
@@ -135,7 +136,7 @@ def test_bad_rows_fail_with_place_or_are_counted(
         ("a.csv", b"text,text\na,b\n", r"a\.csv:1: every column"),
         ("a.csv", b'text\n"never closed\n', r"a\.csv:2: this is not CSV"),
         ("a.parquet", b"PAR1" + SECRET.encode(), r"a\.parquet: the file cannot be read as parquet"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000, mtime=0)[:40], r"a\.jsonl\.gz: the file cannot be read"),
+        ("a.jsonl.gz", CUT_GZIP, r"a\.jsonl\.gz: the file cannot be read"),
         ("a.jsonl", b"", r"a\.jsonl: the source holds no rows"),
         ("a.bin", b"x", r"a\.bin: the file's ending"),
     ],
