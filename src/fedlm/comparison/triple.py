@@ -26,9 +26,10 @@ from fedlm.comparison.verdict import ArmResult, arm_metrics, judge, table
 from fedlm.errors import RunError
 from fedlm.federation.api import MAY_CHANGE, about, new_run, remove_run, same_data, using
 from fedlm.federation.coordinator import run
+from fedlm.federation.disk import disk_errors
 from fedlm.federation.engines.local import LocalEngine, resolve_workers
 from fedlm.federation.interrupt import Interrupt
-from fedlm.federation.rundir import RunDir, disk_errors
+from fedlm.federation.rundir import RunDir
 from fedlm.federation.sampling import sample
 from fedlm.files import read_json, write_json
 from fedlm.messages import Event, Fields, Observe, Tensors

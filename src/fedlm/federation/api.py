@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import fedlm
 from fedlm.errors import FedlmError, RunError
+from fedlm.federation.disk import disk_errors
 from fedlm.federation.engines.choose import Choice, make_engine
-from fedlm.federation.rundir import RunDir, disk_errors
+from fedlm.federation.rundir import RunDir
 from fedlm.messages import Fields, Observe
 from fedlm.recipe.schema import Recipe
 

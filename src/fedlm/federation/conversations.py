@@ -14,11 +14,12 @@ import torch
 from fedlm.algorithms.base import Accumulator, Algorithm, weight_of
 from fedlm.errors import RunError, UpdateRefused
 from fedlm.evaluation import summarise
+from fedlm.federation.disk import disk_errors
 from fedlm.federation.figures import check_card, check_counts, check_training
 from fedlm.federation.folding import FoldResult, fold_in_order
 from fedlm.federation.memory import release_freed
 from fedlm.federation.records import Traffic, failure_lines, reasons, silo_line
-from fedlm.federation.rundir import RunDir, disk_errors
+from fedlm.federation.rundir import RunDir
 from fedlm.federation.sampling import quorum, sample, wanted
 from fedlm.federation.silo import PROTOCOL
 from fedlm.federation.updates import check_update, largest_weight

@@ -24,6 +24,7 @@ from typing import Any
 from fedlm.algorithms import get_algorithm
 from fedlm.errors import RunError
 from fedlm.federation.conversations import Conversations
+from fedlm.federation.disk import disk_errors
 from fedlm.federation.folding import FoldResult
 from fedlm.federation.interrupt import Interrupt
 from fedlm.federation.memory import MemorySampler
@@ -36,7 +37,7 @@ from fedlm.federation.records import (
     summarise_run,
     training_loss,
 )
-from fedlm.federation.rundir import Checkpoint, Progress, RunDir, disk_errors
+from fedlm.federation.rundir import Checkpoint, Progress, RunDir
 from fedlm.federation.sampling import invited, quorum, sample, wanted
 from fedlm.files import read_json, sync_folder, write_json
 from fedlm.messages import Engine, Fields, Observe, Tensors

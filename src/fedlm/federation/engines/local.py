@@ -26,10 +26,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedlm.federation.disk import disk_errors
 from fedlm.federation.engines.lines import spooled
 from fedlm.federation.engines.pool import Batch, Job, Setup, Worker, closed
 from fedlm.federation.engines.wire import parse_reply, serialized_size, write_spool
-from fedlm.federation.rundir import disk_errors
 from fedlm.federation.silo import POOLED, Silo, Workbench
 from fedlm.files import read_tensors
 from fedlm.messages import Event, Failure, FailureKind, Observe, Reply, Request, Tensors

@@ -17,9 +17,9 @@ from typing import Any
 
 import fedlm.errors
 from fedlm.errors import FedlmError, RunError
+from fedlm.federation.disk import disk_errors
 from fedlm.federation.engines.lines import ClosedError, Lines, spooled
 from fedlm.federation.engines.wire import request_message
-from fedlm.federation.rundir import disk_errors
 from fedlm.messages import Event, Failure, FailureKind, Request
 from fedlm.recipe.schema import Recipe
 

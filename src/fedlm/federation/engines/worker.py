@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedlm.errors import FedlmError, RunError
+from fedlm.federation.disk import disk_errors
 from fedlm.federation.engines.lines import ClosedError, Lines, Message, spooled
 from fedlm.federation.engines.wire import parse_request, reply_message, write_spool
-from fedlm.federation.rundir import disk_errors
 from fedlm.messages import Event, Failure, FailureKind, Observe, Reply, Request, Tensors
 
 Handle = Callable[[Request, Observe, Callable[[], bool]], Reply | Failure]

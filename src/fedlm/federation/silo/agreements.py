@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlm.errors import RunError
-from fedlm.federation.rundir import disk_errors
+from fedlm.federation.disk import disk_errors
 from fedlm.files import write_json
 
 LAYOUT = 1

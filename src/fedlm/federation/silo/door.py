@@ -21,8 +21,8 @@ import torch
 
 import fedlm
 from fedlm.errors import DataError, FedlmError
+from fedlm.federation.disk import disk_errors
 from fedlm.federation.memory import peak_rss
-from fedlm.federation.rundir import disk_errors
 from fedlm.federation.silo.state import StateStore, Trained, request_digest, request_key
 from fedlm.federation.silo.workbench import POOLED, Workbench
 from fedlm.messages import Failure, FailureKind, Fields, Observe, Reply, Request, Tensors

@@ -29,13 +29,13 @@ from typing import Any
 
 import fedlm
 from fedlm.errors import NetworkError, RunError
+from fedlm.federation.disk import disk_errors
 from fedlm.federation.engines.flare.checks import sign
 from fedlm.federation.engines.flare.kit import Kit, read_kit, socket_path
 from fedlm.federation.engines.lazy import FileTensors
 from fedlm.federation.engines.lines import ClosedError, Lines, Message, spooled
 from fedlm.federation.engines.wire import parse_reply, write_spool
 from fedlm.federation.figures import LARGEST
-from fedlm.federation.rundir import disk_errors
 from fedlm.files import read_tensors
 from fedlm.messages import Event, Failure, FailureKind, Fields, Observe, Reply, Request, Tensors
 from fedlm.recipe.schema import Recipe

@@ -28,13 +28,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlm.errors import FedlmError
+from fedlm.federation.disk import disk_errors
 from fedlm.federation.engines.local import measured, timed_out
 from fedlm.federation.engines.pool import closed, fault
 from fedlm.federation.engines.ray.actor import Packed, pack, unpack, versions
 from fedlm.federation.engines.ray.cluster import Cluster, Share, join, nodes, require, share_out
 from fedlm.federation.engines.ray.pump import Batch, Job, Pump, Seat
 from fedlm.federation.engines.wire import serialized_size
-from fedlm.federation.rundir import disk_errors
 from fedlm.federation.silo import POOLED
 from fedlm.messages import Event, Failure, FailureKind, Observe, Reply, Request, Tensors
 from fedlm.recipe.schema import Recipe
