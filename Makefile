@@ -73,7 +73,7 @@ $(VENV)/.stamp-network: $(VENV)/.stamp-core
 $(VENV)/.stamp-dev: $(VENV)/.stamp-core
 	@echo "Installing what tests and linters need into $(VENV)"
 	@$(INSTALL) -e '.[dev]'
-	@touch $@
+	@touch $(VENV)/.stamp-network $@
 
 $(VENV)/.stamp-docs: $(VENV)/.stamp-core
 	@echo "Installing what the documentation needs into $(VENV)"
