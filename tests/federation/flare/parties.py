@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import json
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,15 +22,10 @@ from fedlm.federation.engines.flare.consortium import Consortium, Coordinator, O
 from fedlm.federation.engines.flare.kit import Kit, read_kit
 from fedlm.federation.engines.flare.processes import Child
 from fedlm.federation.engines.flare.provision import new_network
+from fedlm.federation.engines.flare.rehearsal import free_port as free_port
 from fedlm.federation.engines.flare.start import relay
 
 SILOS = ("hospital-a", "hospital-b")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def consortium(port: int | None = None, silos: tuple[str, ...] = SILOS) -> Consortium:

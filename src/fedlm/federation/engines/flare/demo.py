@@ -37,7 +37,7 @@ class Comparison:
 
     local: dict[str, Any]
     network: dict[str, Any]
-    """Of each run: sha256 of its adapter, seconds, seconds_trained, bytes_up, bytes_down, rounds."""
+    """Of each run: sha256 of its adapter, seconds, bytes_up, bytes_down, rounds."""
 
     @property
     def same(self) -> bool:

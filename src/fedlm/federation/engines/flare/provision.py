@@ -210,11 +210,6 @@ def add_silo(kit: Kit, silo: Silo, target: Path) -> None:
     write_invitation(kit, silo, target)
 
 
-def invite_again(kit: Kit, name: str, target: Path) -> None:
-    """Write the invitation of an enrolled silo again. Raises NetworkError for a name that is not enrolled."""
-    write_invitation(kit, Silo(name=name, org=member(kit, name)["org"]), target)
-
-
 def write_invitation(kit: Kit, silo: Silo, target: Path) -> None:
     """Write what a silo needs to ask for a certificate. It holds no secret."""
     data = {"format": 1, "network": kit.network, "name": silo.name, "org": silo.org, "host": kit.host}
