@@ -23,8 +23,9 @@ import psutil
 import torch
 
 from fedlm.algorithms import get_algorithm
+from fedlm.algorithms.base import Place
 from fedlm.federation.engines.flare.rehearsal import Rehearsal
-from fedlm.federation.folding import fold_in_order
+from fedlm.federation.folding import Verdict, fold_in_order
 from fedlm.messages import Reply, Request, Tensors
 from network_wire import Wire, echo_worker, recipe
 
@@ -61,10 +62,11 @@ def folded(silos: list[str], megabytes: int, folder: Path) -> None:
             forget_peak(pid)
         start = status(os.getpid(), "VmRSS") - update
         algorithm = get_algorithm(recipe().federation.algorithm)
-        accumulator = algorithm.accumulator()
+        accumulator = algorithm.accumulator(folder / "run" / "spool")
         began = time.perf_counter()
         answers = engine.exchange([Request(silo, "train", "large", 0, 0, model, {}) for silo in silos])
-        result = fold_in_order(algorithm, accumulator, silos, answers, folder / "run" / "spool", lambda _: 1.0)
+        spool = folder / "run" / "spool"
+        result = fold_in_order(algorithm, accumulator, silos, answers, spool, lambda _: Verdict(1.0, Place()))
         seconds = time.perf_counter() - began
         peak = status(os.getpid(), "VmHWM")  # before the comparison below, which needs memory of its own
         assert result.replied == silos, result.failures

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fedlm.algorithms import get_algorithm
-from fedlm.algorithms.base import Algorithm, weight_of
+from fedlm.algorithms.base import Algorithm, Place, weight_of
 from fedlm.messages import Tensors
 from fedlm.recipe.schema import AlgorithmSpec
 
@@ -59,9 +60,10 @@ def train(
     *,
     steps: int,
     optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
+    place: Place | None = None,
 ) -> tuple[Tensors, Tensors, list[Tensor]]:
     """One silo's round: (update, state, the uncorrected gradient of every step)."""
-    rule = algorithm.local(received, silo_state)
+    rule = algorithm.local(received, silo_state, place or Place())
     parameters = {name: torch.nn.Parameter(value.clone()) for name, value in rule.start().items()}
     stepper = optimizer(list(parameters.values()))
     gradients = []
@@ -90,13 +92,15 @@ class Federation:
     def __post_init__(self) -> None:
         self.algorithm = get_algorithm(self.spec)
         self.state = self.algorithm.init_state(self.theta)
+        self.done = 0
         self.silo_states: list[Tensors] = [{} for _ in self.silos]
 
     def round(self, sampled: Sequence[int] | None = None) -> Tensor:
         """One round over the sampled silos; the new global model as a vector."""
-        received = self.algorithm.broadcast(self.theta, self.state)
-        accumulator = self.algorithm.accumulator()
+        received = self.algorithm.broadcast(self.theta, self.state, self.done)
+        accumulator = self.algorithm.accumulator(Path())
         for i in range(len(self.silos)) if sampled is None else sampled:
+            place = Place(f"silo-{i}", self.done, 2**30)
             update, self.silo_states[i], _ = train(
                 self.algorithm,
                 received,
@@ -104,9 +108,11 @@ class Federation:
                 self.silos[i],
                 steps=self.steps,
                 optimizer=self.optimizer or sgd(self.rate),
+                place=place,
             )
-            self.algorithm.fold(accumulator, update, weight_of(self.spec, {"rows": self.silos[i].weight}))
+            self.algorithm.fold(accumulator, update, weight_of(self.spec, {"rows": self.silos[i].weight}), place)
         self.theta, self.state = self.algorithm.server_step(
-            self.theta, accumulator, self.state, silos_total=len(self.silos)
+            self.theta, accumulator, self.state, silos_total=len(self.silos), round_=self.done
         )
+        self.done += 1
         return to_vector(self.theta)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fedlm.algorithms import get_algorithm
+from fedlm.algorithms.base import Place
 from fedlm.recipe.schema import AlgorithmSpec
 
 from .quadratic import Federation, Quadratic, quadratics, sgd, to_tensors, to_vector, train
@@ -109,7 +110,7 @@ def test_a_parameter_without_gradient_still_moves_by_the_correction() -> None:
     algorithm = get_algorithm(AlgorithmSpec(name="scaffold"))
     received = {"w": torch.zeros(3), "variate/w": torch.ones(3)}
     w = torch.nn.Parameter(torch.zeros(3))
-    rule = algorithm.local(received, {})
+    rule = algorithm.local(received, {}, Place())
     rule.correct({"w": w})
     assert w.grad is not None and torch.equal(w.grad, torch.ones(3))
 
@@ -160,7 +161,7 @@ def test_scaffold_with_a_part_of_the_silos_each_round_reaches_it_too() -> None:
 def test_variates_travel_in_fp32() -> None:
     algorithm = get_algorithm(AlgorithmSpec(name="scaffold"))
     theta = to_tensors(torch.zeros(6))
-    sent = algorithm.broadcast(theta, algorithm.init_state(theta))
+    sent = algorithm.broadcast(theta, algorithm.init_state(theta), 0)
     assert set(sent) == set(theta) | {f"variate/{name}" for name in theta}
     update, state, _ = train(algorithm, sent, {}, quadratics(1)[0], steps=1, optimizer=sgd(ETA))
     assert {t.dtype for t in (*sent.values(), *update.values(), *state.values())} == {torch.float32}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from fedlm.algorithms import CLASSES, get_algorithm
-from fedlm.algorithms.base import weight_of
+from fedlm.algorithms.base import Place, weight_of
 from fedlm.errors import RecipeError, UpdateRefused
 from fedlm.recipe.methods import ALGORITHMS
 from fedlm.recipe.schema import AlgorithmSpec
@@ -18,7 +20,7 @@ THETA = to_tensors(torch.linspace(-1, 1, 6))
 
 def updates(name: str, silos: int = 3):
     algorithm = get_algorithm(AlgorithmSpec(name=name))
-    received = algorithm.broadcast(THETA, algorithm.init_state(THETA))
+    received = algorithm.broadcast(THETA, algorithm.init_state(THETA), 0)
     return [train(algorithm, received, {}, silo, steps=2, optimizer=sgd(0.1)) for silo in quadratics(silos)]
 
 
@@ -48,7 +50,7 @@ def test_the_silo_keeps_state_exactly_where_the_facts_say(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_updates_have_the_names_and_shapes_that_are_expected(name: str) -> None:
-    expected = get_algorithm(AlgorithmSpec(name=name)).expected_update(THETA)
+    expected = get_algorithm(AlgorithmSpec(name=name)).expected_update(THETA, Place())
     for update, _, _ in updates(name):
         assert {key: value.shape for key, value in update.items()} == expected
         assert all(value.dtype is torch.float32 for value in update.values())
@@ -61,16 +63,16 @@ def test_the_step_depends_on_the_weighted_sum_alone_where_the_facts_say(name: st
     sent = [update for update, _, _ in updates(name)]
     weights = [1.0, 1.0, 1.0] if ALGORITHMS[name].equal_weights else [1.0, 5.0, 2.0]
 
-    each = algorithm.accumulator()
+    each = algorithm.accumulator(Path())
     for update, weight in zip(sent, weights, strict=True):
-        algorithm.fold(each, update, weight)
-    summed = algorithm.accumulator()
+        algorithm.fold(each, update, weight, Place())
+    summed = algorithm.accumulator(Path())
     total = {k: sum(w * u[k] for w, u in zip(weights, sent, strict=True)) for k in sent[0]}
-    algorithm.fold(summed, total, 1.0)
+    algorithm.fold(summed, total, 1.0, Place())
     summed.weight, summed.count = sum(weights), len(sent)  # what a masked sum would carry beside it
 
-    one, _ = algorithm.server_step(THETA, each, algorithm.init_state(THETA), silos_total=3)
-    other, _ = algorithm.server_step(THETA, summed, algorithm.init_state(THETA), silos_total=3)
+    one, _ = algorithm.server_step(THETA, each, algorithm.init_state(THETA), silos_total=3, round_=0)
+    other, _ = algorithm.server_step(THETA, summed, algorithm.init_state(THETA), silos_total=3, round_=0)
     for key in one:
         torch.testing.assert_close(one[key], other[key], rtol=0, atol=1e-6)
         assert not torch.equal(one[key], THETA[key])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from fedlm.algorithms import get_algorithm
-from fedlm.algorithms.base import Accumulator
+from fedlm.algorithms.base import Accumulator, Place
 from fedlm.errors import RecipeError, RunError, UpdateRefused
 from fedlm.recipe.schema import AlgorithmSpec
 
@@ -35,11 +36,11 @@ def trajectory(spec: AlgorithmSpec) -> list[torch.Tensor]:
     state = algorithm.init_state(theta)
     models = []
     for updates in pseudo_updates():
-        accumulator = algorithm.accumulator()
+        accumulator = algorithm.accumulator(Path())
         for i, u in enumerate(updates):
-            algorithm.fold(accumulator, {"w": u}, i + 1.0)
+            algorithm.fold(accumulator, {"w": u}, i + 1.0, Place())
         before = theta["w"].clone()
-        new, state = algorithm.server_step(theta, accumulator, state, silos_total=3)
+        new, state = algorithm.server_step(theta, accumulator, state, silos_total=3, round_=0)
         assert torch.equal(theta["w"], before), "the round's model must survive the step"
         theta = new
         models.append(theta["w"])

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from fedlm.inference.session import run_tensors
+from fedlm.inference.session import run_recipe, run_tensors
 from fedlm.models.export import load_adapter
 from tests.inference.conftest import own_cache, run_path, tiny_recipe, write_run  # noqa: F401  (fixtures)
 from tests.models.helpers import recipe, trained
@@ -24,7 +24,8 @@ def test_an_adapter_of_the_round_that_is_asked_for(run_path: Path, tiny_model_di
         result = fedlm("export", str(run_path), "--out", str(out), "--round", which, "--json")
         assert json.loads(result.stdout)["from"] == f"round {number}"
         expected = run_tensors(run_path, str(number))[0]
-        assert all(torch.equal(expected[n], t) for n, t in load_adapter(out).items())
+        spec = run_recipe(run_path).adapter
+        assert all(torch.equal(expected[n], t) for n, t in load_adapter(out, spec).items())
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), tmp_path / "best")
 
 

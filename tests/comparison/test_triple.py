@@ -68,8 +68,8 @@ def test_arms_are_measured_after_their_last_round_not_their_best(
 
     advance = coordinator._advance
 
-    def first_is_best(*args: Any) -> Any:
-        progress = advance(*args)
+    def first_is_best(*args: Any, **kwargs: Any) -> Any:
+        progress = advance(*args, **kwargs)
         progress.best_round = 0
         return progress
 

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlm.algorithms import get_algorithm
-from fedlm.algorithms.base import weight_of
+from fedlm.algorithms.base import Place, weight_of
 from fedlm.errors import RunError, UpdateRefused
-from fedlm.federation.folding import FoldResult, fold_in_order
+from fedlm.federation.folding import FoldResult, Verdict, fold_in_order
 from fedlm.federation.updates import check_update
 from fedlm.messages import Failure, FailureKind, Reply, Tensors
 from fedlm.recipe.schema import AlgorithmSpec
@@ -37,15 +37,15 @@ def reply(name: str, dtype: torch.dtype = torch.float32) -> Reply:
     return Reply(name, "train", "run", 0, tensors=tensors, fields={"rows": i + 1})
 
 
-def check(arrival: Reply) -> float:
+def check(arrival: Reply) -> Verdict:
     weight = weight_of(SPEC, arrival.fields)
     check_update(arrival.silo, arrival.tensors, SHAPES, weight, max_weight=1e6)
-    return weight
+    return Verdict(weight, Place(arrival.silo))
 
 
 def fold(arrivals: Iterable[Reply | Failure], spool: Path, **options) -> tuple[FoldResult, Tensors]:
     algorithm = get_algorithm(SPEC)
-    accumulator = algorithm.accumulator()
+    accumulator = algorithm.accumulator(spool)
     result = fold_in_order(algorithm, accumulator, NAMES, iter(arrivals), spool, check, **options)
     assert accumulator.count == len(result.replied)
     assert accumulator.weight == sum(result.weights.values())
@@ -58,7 +58,7 @@ def same_bits(one: Tensors, other: Tensors) -> bool:
 
 
 def in_order_sum(names: list[str]) -> Tensors:
-    accumulator = get_algorithm(SPEC).accumulator()
+    accumulator = get_algorithm(SPEC).accumulator(Path())
     for name in names:
         accumulator.add(reply(name).tensors, int(name[-4:]) + 1.0)
     return accumulator.total
@@ -158,7 +158,7 @@ def test_a_spool_that_cannot_be_written_is_an_error_with_a_fix(tmp_path: Path) -
     with pytest.raises(RunError, match=r"Fix: .*resume"):
         fold_in_order(
             get_algorithm(SPEC),
-            get_algorithm(SPEC).accumulator(),
+            get_algorithm(SPEC).accumulator(Path()),
             NAMES,
             iter([reply(NAMES[3])]),
             blocked / "spool",
@@ -168,7 +168,7 @@ def test_a_spool_that_cannot_be_written_is_an_error_with_a_fix(tmp_path: Path) -
 
 
 def test_a_check_that_breaks_stops_the_round_and_leaves_no_files(tmp_path: Path) -> None:
-    def broken(arrival: Reply) -> float:
+    def broken(arrival: Reply) -> Verdict:
         if arrival.silo == NAMES[2]:
             raise ValueError("a fault of ours, not of the silo")
         return 1.0
@@ -176,7 +176,7 @@ def test_a_check_that_breaks_stops_the_round_and_leaves_no_files(tmp_path: Path)
     arrivals = iter([reply(NAMES[5]), reply(NAMES[4]), reply(NAMES[2])])
     algorithm = get_algorithm(SPEC)
     with pytest.raises(ValueError, match="ours"):
-        fold_in_order(algorithm, algorithm.accumulator(), NAMES, arrivals, tmp_path, broken, held_bytes=0)
+        fold_in_order(algorithm, algorithm.accumulator(Path()), NAMES, arrivals, tmp_path, broken, held_bytes=0)
     assert not list(tmp_path.glob("*"))
 
 
@@ -198,7 +198,9 @@ def test_few_updates_are_alive_at_once(tmp_path: Path, reverse: bool) -> None:
 
     algorithm = get_algorithm(SPEC)
     size = 22 * 4
-    result = fold_in_order(algorithm, algorithm.accumulator(), names, arrivals(), tmp_path, check, held_bytes=3 * size)
+    result = fold_in_order(
+        algorithm, algorithm.accumulator(Path()), names, arrivals(), tmp_path, check, held_bytes=3 * size
+    )
     assert len(result.replied) == 60
     assert most <= (4 if reverse else 1), most
 
@@ -207,8 +209,8 @@ PEAK = """
     import resource, sys, torch
     from pathlib import Path
     from fedlm.algorithms import get_algorithm
-    from fedlm.algorithms.base import weight_of
-    from fedlm.federation.folding import fold_in_order
+    from fedlm.algorithms.base import Place, weight_of
+    from fedlm.federation.folding import Verdict, fold_in_order
     from fedlm.messages import Reply
     from fedlm.recipe.schema import AlgorithmSpec
 
@@ -217,8 +219,9 @@ PEAK = """
     arrivals = (
         Reply(n, "train", "r", 0, tensors={"w": torch.full((2_000_000,), float(n[-4:]))}) for n in reversed(names)
     )
-    accumulator = algorithm.accumulator()
-    fold_in_order(algorithm, accumulator, names, arrivals, Path(sys.argv[2]), lambda r: 1.0, held_bytes=2**24)
+    accumulator = algorithm.accumulator(Path())
+    check = lambda r: Verdict(1.0, Place())
+    fold_in_order(algorithm, accumulator, names, arrivals, Path(sys.argv[2]), check, held_bytes=2**24)
     assert accumulator.count == len(names)
     assert accumulator.total["w"][0] == sum(range(len(names)))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
@@ -240,7 +243,7 @@ def test_peak_memory_does_not_grow_with_the_number_of_silos(tmp_path: Path) -> N
 def test_refusals_raised_by_folding_itself_are_not_swallowed(tmp_path: Path) -> None:
     """Half-folded sums must never look like a good round."""
     algorithm = get_algorithm(SPEC)
-    accumulator = algorithm.accumulator()
+    accumulator = algorithm.accumulator(Path())
     accumulator.add({"other": torch.ones(1)}, 1.0)
     with pytest.raises(UpdateRefused):
         fold_in_order(algorithm, accumulator, NAMES, iter([reply(NAMES[0])]), tmp_path, check)

@@ -67,7 +67,7 @@ def train(recipe: Recipe, tiny: Tiny, round_: int = 0, run: str = "run") -> Requ
         from fedlm.algorithms import get_algorithm
 
         algorithm = get_algorithm(recipe.federation.algorithm)
-        tensors = algorithm.broadcast(tensors, algorithm.init_state(tensors))
+        tensors = algorithm.broadcast(tensors, algorithm.init_state(tensors), 0)
     return Request("site1", "train", run, round_, 0, tensors, {"round": round_, "rounds": 4, "accepted": -1})
 
 
@@ -409,12 +409,12 @@ def test_a_model_taken_over_starts_where_its_own_seed_starts(tiny: Tiny, loads: 
     recipe = tiny.recipe()
     first = Workbench(recipe, load_data(recipe, tiny.base))
     first.load()
-    first.put({n: t + 1 for n, t in first.take().items()})
+    first.put({n: t + 1 for n, t in initial_tensors(recipe).items()})
     other = variant(recipe, seed=3)
     second = Workbench(other, first.data)
     assert second.take_over(first) and len(loads) == 1
     wanted = initial_tensors(other)
-    assert all(torch.equal(t, wanted[n]) for n, t in second.take().items())
+    assert all(torch.equal(t, wanted[n]) for n, t in second.take(second.put({})).items())
 
 
 def test_a_run_may_ask_more_of_the_model_that_stands_there(

@@ -49,7 +49,7 @@ def test_the_directory_says_what_happened(finished: Path, tiny: Tiny) -> None:
     assert [r["round"] for r in lines] == [-1, 0, 1]
     assert lines[-1]["validation"]["loss"] < lines[0]["validation"]["loss"]
     assert lines[1]["silos"]["site0"]["bytes_up"] > 1000 and lines[1]["peak_pss"] > 10**8
-    assert load_adapter(finished / "adapter")
+    assert load_adapter(finished / "adapter", load_recipe(finished / "recipe.yaml").adapter)
     meta = json.loads((finished / "run.json").read_text())
     assert meta["schema"] == 1 and meta["status"] == "finished" and "torch" in meta["versions"]
 

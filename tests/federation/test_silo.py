@@ -29,7 +29,7 @@ def bench(tiny: Tiny) -> Workbench:
 @pytest.fixture(scope="module")
 def broadcast(bench: Workbench) -> Tensors:
     start = initial_tensors(bench.recipe)
-    return bench.algorithm.broadcast(start, bench.algorithm.init_state(start))
+    return bench.algorithm.broadcast(start, bench.algorithm.init_state(start), 0)
 
 
 def train(round_: int, tensors: Tensors, accepted: int = -1, attempt: int = 0) -> Request:

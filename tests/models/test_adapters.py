@@ -40,7 +40,7 @@ def test_an_adapter_is_fp32_over_a_bf16_base_and_can_be_switched_off(tiny_model_
     plain = logits(load_base(of.model))
     model = attach(load_base(of.model), of.adapter, 0)
     assert {p.dtype for p in trainable(model).values()} == {torch.float32}
-    set_tensors(model, trained(of, 0.5))
+    set_tensors(model, trained(of, 0.5), of.adapter)
     assert not torch.equal(logits(model), plain)
     with base_only(model):
         assert torch.equal(logits(model), plain)
@@ -135,7 +135,7 @@ def test_tensors_are_copies_and_setting_is_strict(tiny_model_dir: Path) -> None:
         (tensors | {name: torch.zeros(1)}, r"has shape \[1\]"),
     ):
         with pytest.raises(ModelError, match=words):
-            set_tensors(model, bad)
+            set_tensors(model, bad, AdapterSpec())
     assert trainable(model)[name].any(), "a refused set writes nothing"
 
 

@@ -40,7 +40,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 def ours(of: Recipe, tensors: Tensors) -> torch.Tensor:
     model = attach(load_base(of.model), of.adapter, of.seed)
-    set_tensors(model, tensors)
+    set_tensors(model, tensors, of.adapter)
     return logits(model.eval())
 
 
@@ -64,7 +64,7 @@ def test_what_is_saved_comes_back(tiny_model_dir: Path, tmp_path: Path, adapter:
     of = recipe(tiny_model_dir, adapter)
     tensors = trained(of)
     save_adapter(tmp_path / "adapter", tensors, of)
-    back = load_adapter(tmp_path / "adapter")
+    back = load_adapter(tmp_path / "adapter", of.adapter)
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[n], t) for n, t in tensors.items())
 
@@ -107,10 +107,10 @@ def test_a_corrupt_adapter(tiny_model_dir: Path, tmp_path: Path) -> None:
     file = folder / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(ModelError, match="corrupt or cut short"):
-        load_adapter(folder)
+        load_adapter(folder, of.adapter)
     file.unlink()
     with pytest.raises(ModelError, match="neither adapter_model"):
-        load_adapter(folder)
+        load_adapter(folder, of.adapter)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
@@ -190,7 +190,7 @@ def test_an_export_never_overwrites(tiny_model_dir: Path, tmp_path: Path, save: 
     assert (tmp_path / "precious").read_text() == "text"
     (tmp_path / "empty").mkdir()
     save(tmp_path / "empty", trained(of), of)
-    assert load_adapter(tmp_path / "empty")
+    assert load_adapter(tmp_path / "empty", of.adapter)
 
 
 @pytest.mark.parametrize(

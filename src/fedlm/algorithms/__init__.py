@@ -11,7 +11,7 @@ from fedlm.algorithms.fedprox import FedProx
 from fedlm.algorithms.fedyogi import FedYogi
 from fedlm.algorithms.scaffold import Scaffold
 from fedlm.errors import RecipeError, nearest
-from fedlm.recipe.schema import AlgorithmSpec
+from fedlm.recipe.schema import AdapterSpec, AlgorithmSpec
 
 CLASSES: dict[str, type[Algorithm]] = {
     "fedavg": FedAvg,
@@ -24,8 +24,8 @@ CLASSES: dict[str, type[Algorithm]] = {
 }
 
 
-def get_algorithm(spec: AlgorithmSpec) -> Algorithm:
-    """The algorithm of this name.
+def get_algorithm(spec: AlgorithmSpec, adapter: AdapterSpec | None = None) -> Algorithm:
+    """The algorithm of this name, for this adapter (by default the recipe's default one).
 
     Raises:
         RecipeError: there is none of this name; another one never takes its place.
@@ -34,4 +34,4 @@ def get_algorithm(spec: AlgorithmSpec) -> Algorithm:
         raise RecipeError(
             f"unknown algorithm '{spec.name}'", where="federation.algorithm.name", fix=nearest(spec.name, CLASSES)
         )
-    return CLASSES[spec.name](spec)
+    return CLASSES[spec.name](spec, adapter or AdapterSpec())

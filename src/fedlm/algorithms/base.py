@@ -1,22 +1,32 @@
-"""The `Algorithm` waist: what is trained and exchanged, the local correction, streaming accumulation, the server step.
+"""The `Algorithm` waist: what is trained and exchanged, the local round, streaming accumulation, the server step.
 
 Symbols: theta is the round's global model, theta_i a silo's model after local training, u_i = theta_i - theta its
 update, p_i its weight. All arithmetic on updates is fp32 whatever dtype arrives.
+
+The global model is a dictionary of tensors by name: adapter parameters, and for some methods *deltas*, fp32 matrices
+that silos add to frozen weights in the forward pass (`fedlm.models.deltas`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import Module, Parameter
 
 from fedlm.errors import RunError, UpdateRefused
-from fedlm.messages import Fields, Tensors
+from fedlm.messages import Event, Fields, Tensors
 from fedlm.recipe.methods import ALGORITHMS
-from fedlm.recipe.schema import AlgorithmSpec
+from fedlm.recipe.schema import AdapterSpec, AlgorithmSpec, Recipe
+
+if TYPE_CHECKING:
+    from fedlm.training.encode import TokenSet
+    from fedlm.training.loop import TrainResult
 
 BLOCK = 1 << 17
 """Elements widened to fp32 at a time when an update arrives in another dtype: 512 KiB, which stays in cache."""
@@ -128,17 +138,84 @@ def _add_weighted(total: Tensor, update: Tensor, weight: float) -> None:
         total[block].add_(update[block].to(torch.float32), alpha=weight)
 
 
-class LocalRule:
-    """One silo's side of one round. The base class is plain local training (FedAvg)."""
+@dataclass(frozen=True)
+class Place:
+    """Where a rule is at work: one silo in one round."""
 
-    def __init__(self, received: Tensors, silo_state: Tensors) -> None:
-        self.received, self.silo_state = received, silo_state
+    silo: str = ""
+    round: int = 0
+    rounds: int = 1
+    seed: int = 0
+    """The run's."""
+    rank: int = 0
+    """Of this silo's LoRA factors; 0 without LoRA."""
+
+
+@dataclass
+class Outcome:
+    """What a silo's round gave."""
+
+    result: TrainResult
+    update: Tensors
+    """Leaves the silo."""
+    state: Tensors
+    """Stays in it until its next round."""
+    fields: Fields = field(default_factory=dict)
+    """Plain JSON for the reply, beside what every reply says."""
+
+
+class Session(Protocol):
+    """What a rule may do with its silo's model and training rows during a round."""
+
+    place: Place
+    recipe: Recipe
+    model: Module
+    tokens: TokenSet
+    """The silo's encoded training rows."""
+
+    def put(self, tensors: Tensors) -> dict[str, Parameter]:
+        """Load these values into the model; the adapter's parameters by name."""
+        ...
+
+    def train(self, rule: LocalRule, *, purpose: str = "") -> tuple[TrainResult, Tensors]:
+        """Ordinary first-order training from `rule.start()`; what happened, and the trained values (fp32, CPU).
+
+        A second training in the same round needs a `purpose` of its own, which keys its batch order.
+        """
+        ...
+
+    def loss(self, tensors: Tensors, rows: int | None = None) -> float:
+        """Mean loss over target tokens of (a fixed subset of) the silo's training rows with these values loaded."""
+        ...
+
+    def should_stop(self) -> bool: ...
+
+    def observe(self, event: Event) -> None: ...
+
+
+class LocalRule:
+    """One silo's side of one round. The base class is plain local training (FedAvg).
+
+    Args:
+        received: what the coordinator sent.
+        silo_state: what this silo kept of the last of its rounds that was aggregated; empty before.
+    """
+
+    def __init__(self, received: Tensors, silo_state: Tensors, place: Place) -> None:
+        self.received, self.silo_state, self.place = received, silo_state, place
 
     def start(self) -> Tensors:
-        """Parameters (by name, fp32) that local training starts from."""
+        """What the silo loads (fp32, by name): adapter parameters, and deltas of the frozen weights.
+
+        Adapter parameters that are left out get the first value that all silos share.
+        """
         return self.received
 
-    def correct(self, parameters: dict[str, torch.nn.Parameter]) -> None:
+    def trains(self, name: str) -> bool:  # noqa: ARG002
+        """Whether this parameter of the adapter is trained in this round."""
+        return True
+
+    def correct(self, parameters: dict[str, Parameter]) -> None:
         """Change `.grad` in place; called once after clipping and before every optimiser step."""
 
     def finish(self, trained: Tensors) -> tuple[Tensors, Tensors]:
@@ -146,14 +223,19 @@ class LocalRule:
         start = self.start()
         return {name: value - start[name] for name, value in trained.items()}, {}
 
+    def run(self, session: Session) -> Outcome:
+        """The whole local round."""
+        result, trained = session.train(self)
+        return Outcome(result, *self.finish(trained))
+
 
 class Algorithm:
     """How updates become one model. The base class is FedAvg's shape; subclasses override what differs."""
 
     default_server_lr = 1.0
 
-    def __init__(self, spec: AlgorithmSpec) -> None:
-        self.spec = spec
+    def __init__(self, spec: AlgorithmSpec, adapter: AdapterSpec) -> None:
+        self.spec, self.adapter = spec, adapter
 
     @property
     def server_lr(self) -> float:
@@ -162,34 +244,73 @@ class Algorithm:
 
     # at both ends
     def trainable(self, name: str) -> bool:  # noqa: ARG002
-        """Whether the parameter of this name is trained and exchanged."""
+        """Whether the adapter's parameter of this name is ever trained or exchanged; the others keep their first
+        values."""
         return True
 
     # in the silo
-    def local(self, received: Tensors, silo_state: Tensors) -> LocalRule:
-        return LocalRule(received, silo_state)
+    def local(self, received: Tensors, silo_state: Tensors, place: Place) -> LocalRule:
+        return LocalRule(received, silo_state, place)
+
+    def measured(self, received: Tensors, silo_state: Tensors, place: Place) -> Tensors:  # noqa: ARG002
+        """What a silo loads to measure the model (`received` is what `evaluated` gave): a method with personal models
+        answers with the silo's own."""
+        return received
 
     # at the coordinator
+    def initial(self, first: Callable[[], Tensors]) -> Tensors:
+        """The global model at round 0, from the adapter's shared first values."""
+        return {name: value for name, value in first().items() if self.trainable(name)}
+
     def init_state(self, parameters: Tensors) -> Tensors:  # noqa: ARG002
         """The server's own tensors at round 0 (momentum, variates ...), checkpointed with the model."""
         return {}
 
-    def broadcast(self, parameters: Tensors, state: Tensors) -> Tensors:  # noqa: ARG002
-        """What travels to the silos this round."""
+    def broadcast(self, parameters: Tensors, state: Tensors, round_: int) -> Tensors:  # noqa: ARG002
+        """What travels to the silos for this round's training."""
         return parameters
 
-    def expected_update(self, parameters: Tensors) -> dict[str, torch.Size]:
+    def evaluated(self, parameters: Tensors, state: Tensors) -> Tensors:  # noqa: ARG002
+        """What travels to the silos to be measured."""
+        return parameters
+
+    def for_rank(self, tensors: Tensors, rank: int) -> Tensors:  # noqa: ARG002
+        """The part of a broadcast that a silo of this LoRA rank receives."""
+        return tensors
+
+    def expected_update(self, parameters: Tensors, place: Place) -> dict[str, torch.Size]:  # noqa: ARG002
         """Names and shapes that an update must have; anything else is refused."""
         return {name: value.shape for name, value in parameters.items()}
 
-    def accumulator(self) -> Accumulator:
+    def accumulator(self, spool: Path) -> Accumulator:  # noqa: ARG002
+        """Where a round's updates are folded; `spool` is a folder for what must wait on disk."""
         return Accumulator()
 
-    def fold(self, accumulator: Accumulator, update: Mapping[str, Tensor], weight: float) -> None:
+    def fold(self, accumulator: Accumulator, update: Mapping[str, Tensor], weight: float, place: Place) -> None:  # noqa: ARG002
         accumulator.add(update, weight)
 
     def server_step(
-        self, parameters: Tensors, accumulator: Accumulator, state: Tensors, *, silos_total: int
+        self, parameters: Tensors, accumulator: Accumulator, state: Tensors, *, silos_total: int, round_: int
     ) -> tuple[Tensors, Tensors]:
         """The next global model and server state. May reuse the accumulator's and the state's memory."""
         raise NotImplementedError
+
+    def measure(
+        self,
+        before: tuple[Tensors, Tensors],  # noqa: ARG002
+        accumulator: Accumulator,  # noqa: ARG002
+        after: tuple[Tensors, Tensors],  # noqa: ARG002
+        round_: int,  # noqa: ARG002
+    ) -> Fields:
+        """Figures of the server step for rounds.jsonl, such as the aggregation error; called after it.
+
+        Args:
+            before: global model and server state that the round began with (their tensors may have been reused where
+                `server_step` reuses them).
+            after: what `server_step` gave.
+        """
+        return {}
+
+    def exported(self, parameters: Tensors, state: Tensors) -> Tensors:
+        """The global model in the adapter's terms (parameters and deltas): what the run's adapter is written from."""
+        return self.evaluated(parameters, state)

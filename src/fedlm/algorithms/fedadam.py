@@ -9,7 +9,7 @@ from fedlm.algorithms.base import Accumulator
 from fedlm.algorithms.fedavg import FedAvg
 from fedlm.errors import RecipeError
 from fedlm.messages import Tensors
-from fedlm.recipe.schema import AlgorithmSpec
+from fedlm.recipe.schema import AdapterSpec, AlgorithmSpec
 
 
 class FedAdam(FedAvg):
@@ -25,8 +25,8 @@ class FedAdam(FedAvg):
 
     default_server_lr = 1e-3
 
-    def __init__(self, spec: AlgorithmSpec) -> None:
-        super().__init__(spec)
+    def __init__(self, spec: AlgorithmSpec, adapter: AdapterSpec) -> None:
+        super().__init__(spec, adapter)
         for field, beta in (("server_momentum", spec.server_momentum), ("beta2", spec.beta2)):
             if beta == 1.0:
                 raise RecipeError(
@@ -54,6 +54,7 @@ class FedAdam(FedAvg):
         state: Tensors,
         *,
         silos_total: int,  # noqa: ARG002
+        round_: int,  # noqa: ARG002
     ) -> tuple[Tensors, Tensors]:
         beta1, tau = self.spec.server_momentum, self.spec.tau
         stepped: Tensors = {}

@@ -21,6 +21,7 @@ class FedAvg(Algorithm):
         state: Tensors,
         *,
         silos_total: int,  # noqa: ARG002
+        round_: int,  # noqa: ARG002
     ) -> tuple[Tensors, Tensors]:
         stepped = {name: torch.add(parameters[name], u, alpha=self.server_lr) for name, u in accumulator.mean()}
         return stepped, state

@@ -25,6 +25,7 @@ class FedAvgM(FedAvg):
         state: Tensors,
         *,
         silos_total: int,  # noqa: ARG002
+        round_: int,  # noqa: ARG002
     ) -> tuple[Tensors, Tensors]:
         stepped: Tensors = {}
         for name, u in accumulator.mean():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fedlm.algorithms.base import LocalRule
+from fedlm.algorithms.base import LocalRule, Place
 from fedlm.algorithms.fedavg import FedAvg
 from fedlm.messages import Tensors
 
@@ -15,15 +15,15 @@ class FedProx(FedAvg):
     The proximal gradient is added after clipping, which is there for the data's gradient. mu = 0 is FedAvg.
     """
 
-    def local(self, received: Tensors, silo_state: Tensors) -> LocalRule:
-        return Proximal(received, silo_state, self.spec.mu)
+    def local(self, received: Tensors, silo_state: Tensors, place: Place) -> LocalRule:
+        return Proximal(received, silo_state, place, self.spec.mu)
 
 
 class Proximal(LocalRule):
     """FedProx in the silo."""
 
-    def __init__(self, received: Tensors, silo_state: Tensors, mu: float) -> None:
-        super().__init__(received, silo_state)
+    def __init__(self, received: Tensors, silo_state: Tensors, place: Place, mu: float) -> None:
+        super().__init__(received, silo_state, place)
         self.mu = mu
         self.theta: Tensors = {}
 

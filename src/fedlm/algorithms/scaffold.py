@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fedlm.algorithms.base import Accumulator, LocalRule
+from fedlm.algorithms.base import Accumulator, LocalRule, Place
 from fedlm.algorithms.fedavg import FedAvg
 from fedlm.messages import Tensors
 
@@ -23,21 +23,27 @@ class Scaffold(FedAvg):
     Variates are fp32 everywhere; they double the bytes each way.
     """
 
-    def local(self, received: Tensors, silo_state: Tensors) -> LocalRule:
-        return ControlVariates(received, silo_state)
+    def local(self, received: Tensors, silo_state: Tensors, place: Place) -> LocalRule:
+        return ControlVariates(received, silo_state, place)
 
     def init_state(self, parameters: Tensors) -> Tensors:
         return {VARIATE + name: torch.zeros_like(theta, dtype=torch.float32) for name, theta in parameters.items()}
 
-    def broadcast(self, parameters: Tensors, state: Tensors) -> Tensors:
+    def broadcast(self, parameters: Tensors, state: Tensors, round_: int) -> Tensors:  # noqa: ARG002
         return parameters | state
 
-    def expected_update(self, parameters: Tensors) -> dict[str, torch.Size]:
-        shapes = super().expected_update(parameters)
+    def expected_update(self, parameters: Tensors, place: Place) -> dict[str, torch.Size]:
+        shapes = super().expected_update(parameters, place)
         return shapes | {VARIATE + name: shape for name, shape in shapes.items()}
 
     def server_step(
-        self, parameters: Tensors, accumulator: Accumulator, state: Tensors, *, silos_total: int
+        self,
+        parameters: Tensors,
+        accumulator: Accumulator,
+        state: Tensors,
+        *,
+        silos_total: int,
+        round_: int,  # noqa: ARG002
     ) -> tuple[Tensors, Tensors]:
         share = accumulator.count / silos_total  # |S| / N
         stepped, variates = dict(parameters), dict(state)
@@ -52,9 +58,9 @@ class Scaffold(FedAvg):
 class ControlVariates(LocalRule):
     """SCAFFOLD in the silo. Its state is c_i, under the variates' names; a silo without one starts from c_i = 0."""
 
-    def __init__(self, received: Tensors, silo_state: Tensors) -> None:
+    def __init__(self, received: Tensors, silo_state: Tensors, place: Place) -> None:
         theta = {name: value for name, value in received.items() if not name.startswith(VARIATE)}
-        super().__init__(theta, silo_state)
+        super().__init__(theta, silo_state, place)
         self.c = {name: received[VARIATE + name] for name in theta}
         self.c_i = {name: silo_state.get(VARIATE + name, torch.zeros_like(c)) for name, c in self.c.items()}
         self.correction: Tensors = {}

@@ -142,7 +142,7 @@ def _harness(recipe: Recipe, tensors: Tensors, tasks: str, limit: int | None) ->
     from fedlm.models.load import load_base, load_tokenizer
 
     model = attach(load_base(recipe.model), recipe.adapter, recipe.seed)
-    set_tensors(model, tensors)
+    set_tensors(model, tensors, recipe.adapter)
     model.eval()
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     return run_harness(model, load_tokenizer(recipe.model), names, limit=limit, chat=recipe.task == "instruct")

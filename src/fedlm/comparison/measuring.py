@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedlm.errors import RunError
@@ -10,21 +10,33 @@ from fedlm.messages import Engine, Failure, Request, Tensors
 
 
 def measure_on_silos(
-    engine: Engine, silos: Sequence[str], tensors: Tensors, *, role: str, run: str, items: bool
+    engine: Engine,
+    silos: Sequence[str],
+    tensors: Tensors,
+    *,
+    role: str,
+    run: str,
+    items: bool,
+    accepted: Mapping[str, int] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """`fedlm.evaluation.measure` of every silo, by name.
 
     Args:
-        tensors: the adapter (or weights) to measure.
+        tensors: the adapter (or weights) to measure; with `accepted`, what `Algorithm.evaluated` gives.
         role: 'validation' or 'test'.
         run: names the requests.
         items: ask for every row's result.
+        accepted: by silo, the last round of this run whose update was aggregated: each silo measures the model that it
+            makes of this and of what it kept, which for some methods is its own.
 
     Raises:
         RunError: a silo gave none; a result without it would be of other rows.
     """
-    fields = {"role": role, "items": items}
-    requests = [Request(silo, "evaluate", run, -1, tensors=tensors, fields=fields) for silo in silos]
+    requests = []
+    for silo in silos:
+        which = {"plain": True} if accepted is None else {"accepted": accepted.get(silo, -1)}
+        fields = {"role": role, "items": items, **which}
+        requests.append(Request(silo, "evaluate", run, -1, tensors=tensors, fields=fields))
     measured: dict[str, dict[str, Any]] = {}
     for answer in engine.exchange(requests):
         if isinstance(answer, Failure):

@@ -20,6 +20,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedlm.algorithms import get_algorithm
 from fedlm.comparison.arms import BASE, BUDGETS, FEDERATED, Arm, federated_recipe, local_recipe, plan_arms
 from fedlm.comparison.measuring import measure_on_silos
 from fedlm.comparison.verdict import ArmResult, arm_metrics, judge, table
@@ -34,6 +35,7 @@ from fedlm.federation.sampling import sample
 from fedlm.files import read_json, write_json
 from fedlm.messages import Event, Fields, Observe, Tensors
 from fedlm.recipe.load import diff_recipes, load_recipe
+from fedlm.recipe.methods import ALGORITHMS
 from fedlm.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -256,18 +258,31 @@ class _Comparison:
             raise KeyboardInterrupt
         checkpoint = directory.load_checkpoint()
         assert checkpoint is not None, "a finished run keeps its last checkpoint"
-        return self.measure(engine, checkpoint.parameters, arm), cost_of(directory.iterate_rounds())
+        algorithm = get_algorithm(recipe.federation.algorithm, recipe.adapter)
+        if ALGORITHMS[recipe.federation.algorithm.name].personal:
+            tensors = algorithm.evaluated(checkpoint.parameters, checkpoint.server_state)
+            measured = self.measure(engine, tensors, arm, directory.run, checkpoint.progress.accepted)
+        else:
+            measured = self.measure(engine, algorithm.exported(checkpoint.parameters, checkpoint.server_state), arm)
+        return measured, cost_of(directory.iterate_rounds())
 
-    def measure(self, engine: LocalEngine, tensors: Tensors, arm: str) -> dict[str, Any]:
-        """The counts of every silo's test rows, with items, by silo.
+    def measure(
+        self,
+        engine: LocalEngine,
+        tensors: Tensors,
+        arm: str,
+        run_name: str | None = None,
+        accepted: Mapping[str, int] | None = None,
+    ) -> dict[str, Any]:
+        """The counts of every silo's test rows, with items, by silo; see `measure_on_silos`.
 
         Raises:
             RunError: a silo gave none.
         """
         self._tell({"kind": "phase", "text": "measuring on the test rows of all silos"}, arm)
-        name = f"test-{arm}".replace(":", ".")
+        name = run_name or f"test-{arm}".replace(":", ".")
         self._arm_of_run[name] = arm
-        return measure_on_silos(engine, self.testers, tensors, role="test", run=name, items=True)
+        return measure_on_silos(engine, self.testers, tensors, role="test", run=name, items=True, accepted=accepted)
 
     def _measured(self, arm: str, work: Any, folder: str | None = None) -> ArmResult:
         """The arm's stored result, or that of `work`, stored."""

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fedlm.algorithms.base import Accumulator, Algorithm, weight_of
+from fedlm.algorithms.base import Accumulator, Algorithm, Place, weight_of
 from fedlm.errors import RunError, UpdateRefused
 from fedlm.evaluation import summarise
 from fedlm.federation.disk import disk_errors
 from fedlm.federation.figures import check_card, check_counts, check_training
-from fedlm.federation.folding import FoldResult, fold_in_order
+from fedlm.federation.folding import FoldResult, Verdict, fold_in_order
 from fedlm.federation.memory import release_freed
 from fedlm.federation.records import Traffic, failure_lines, reasons, silo_line
 from fedlm.federation.rundir import RunDir
@@ -57,6 +55,8 @@ class Conversations:
         self._late: queue.SimpleQueue[Reply] = queue.SimpleQueue()
         """Answers to `hello` of silos that were missing, not yet taken in."""
         self._greeter: threading.Thread | None = None
+        self._parts: tuple[Tensors, dict[int, Tensors]] | None = None
+        """The last broadcast and, by rank, what of it travels."""
         self._observe = observe
 
     def enrol(self) -> None:
@@ -165,7 +165,7 @@ class Conversations:
         sampled: list[str],
         want: int,
         broadcast: Tensors,
-        expected: dict[str, torch.Size],
+        parameters: Tensors,
         accepted: dict[str, int],
         accumulator: Accumulator,
         traffic: Traffic,
@@ -174,7 +174,8 @@ class Conversations:
 
         Args:
             sampled: silos asked, in canonical order; the first `want` replies are used.
-            expected: names and shapes of an update.
+            broadcast: what travels.
+            parameters: the global model, which says what an update must look like.
             accepted: by silo, the last round whose update was aggregated.
             accumulator: receives the good updates.
             traffic: receives the bytes.
@@ -185,13 +186,28 @@ class Conversations:
                 fields = {"round": number, "rounds": self.spec.rounds, "accepted": accepted.get(name, -1)}
                 yield self.request(name, "train", number, broadcast, fields)
 
-        def check(reply: Reply) -> float:
-            """The weight of a good update. Raises UpdateRefused for any other."""
+        def place(silo: str, fields: Fields) -> Place:
+            """Where an update was made; a silo may have worked with a smaller rank than its own, and says so."""
+            rank = fields.get("rank", self.rank(silo))
+            if (
+                isinstance(rank, bool)
+                or not isinstance(rank, int)
+                or not min(1, self.rank(silo)) <= rank <= self.rank(silo)
+            ):
+                raise UpdateRefused(
+                    f"the reply's rank is {str(rank)[:40]}, the silo's is {self.rank(silo)}", where=silo
+                )
+            return Place(silo, number, self.spec.rounds, self.recipe.seed, rank)
+
+        def check(reply: Reply) -> Verdict:
+            """What a good update counts for. Raises UpdateRefused for any other."""
             check_training(reply)
             weight = weight_of(self.spec.algorithm, reply.fields)
             most = largest_weight(self.recipe, self.training_rows[reply.silo])
+            where = place(reply.silo, reply.fields)
+            expected = self.algorithm.expected_update(parameters, where)
             check_update(reply.silo, reply.tensors, expected, weight, max_weight=most)
-            return weight
+            return Verdict(weight, where)
 
         def arrivals() -> Generator[Reply | Failure]:
             with closing(self.exchange(requests())) as answers:
@@ -219,14 +235,20 @@ class Conversations:
                 of = sum(self.training_rows[name] for name in rows)
                 self.phase(f"{sum(rows.values())} of {of} rows {what} at {limit} tokens (in {len(rows)} silos)")
 
-    def validate(self, parameters: Tensors, number: int, traffic: Traffic) -> Fields | None:
+    def validate(self, tensors: Tensors, number: int, traffic: Traffic, accepted: Mapping[str, int]) -> Fields | None:
         """Summary on validation rows; None when no silo has any."""
         if not self.measured_rows["validation"]:
             return None
-        return self.measure(parameters, "validation", number, traffic)
+        return self.measure(tensors, "validation", number, traffic, accepted)
 
-    def measure(self, parameters: Tensors, role: str, number: int, traffic: Traffic) -> Fields:
+    def measure(
+        self, tensors: Tensors, role: str, number: int, traffic: Traffic, accepted: Mapping[str, int]
+    ) -> Fields:
         """Let silos measure a model on their rows of one role, and summarise.
+
+        Args:
+            tensors: what `Algorithm.evaluated` gives.
+            accepted: by silo, the last round whose update was aggregated: what a personal model is made of.
 
         Raises:
             RunError: fewer answers than the quorum.
@@ -234,7 +256,12 @@ class Conversations:
         rows = self.measured_rows[role]
         names = list(rows)
         panel = sample(names, self.recipe.evaluation.silos or len(names), self.recipe.seed, "panel")
-        requests = (self.request(n, "evaluate", number, parameters, {"role": role, "items": False}) for n in panel)
+        requests = (
+            self.request(
+                n, "evaluate", number, tensors, {"role": role, "items": False, "accepted": accepted.get(n, -1)}
+            )
+            for n in panel
+        )
         counts: dict[str, Fields] = {}
         failures: list[Failure] = []
         for answer in self.exchange(requests):
@@ -264,9 +291,24 @@ class Conversations:
         """The engine's exchange under the round's deadline."""
         yield from self.engine.exchange(requests, self.spec.deadline)
 
+    def rank(self, silo: str) -> int:  # noqa: ARG002
+        """The LoRA rank that a silo works with; 0 without LoRA."""
+        return self.recipe.adapter.rank if self.recipe.adapter.kind == "lora" else 0
+
     def request(self, silo: str, verb: str, number: int, tensors: Tensors, fields: Fields) -> Request:
+        if tensors:
+            tensors = self._for_rank(tensors, self.rank(silo))
         attempt = int(self.dir.meta.get("restarts", 0))
         return Request(silo, verb, self.dir.run, number, attempt, tensors, fields)
+
+    def _for_rank(self, tensors: Tensors, rank: int) -> Tensors:
+        """The same object for every silo of a rank, so that engines send it once to all of them."""
+        if not self._parts or self._parts[0] is not tensors:
+            self._parts = (tensors, {})
+        ranks = self._parts[1]
+        if rank not in ranks:
+            ranks[rank] = self.algorithm.for_rank(tensors, rank)
+        return ranks[rank]
 
     def tell(self, event: Event) -> None:
         if self._observe:

@@ -41,6 +41,7 @@ from fedlm.federation.rundir import Checkpoint, Progress, RunDir
 from fedlm.federation.sampling import invited, quorum, sample, wanted
 from fedlm.files import read_json, sync_folder, write_json
 from fedlm.messages import Engine, Fields, Observe, Tensors
+from fedlm.recipe.methods import ALGORITHMS
 from fedlm.recipe.schema import Recipe
 
 
@@ -104,7 +105,8 @@ class Federation:
         silos: Sequence[str] | None = None,
     ) -> None:
         self.recipe, self.spec, self.engine, self.dir = recipe, recipe.federation, engine, run_dir
-        self.algorithm = get_algorithm(self.spec.algorithm)
+        self.algorithm = get_algorithm(self.spec.algorithm, recipe.adapter)
+        self.personal = ALGORITHMS[self.spec.algorithm.name].personal
         self.names = sorted(engine.silos() if silos is None else silos)
         self.silos = Conversations(recipe, engine, run_dir, self.algorithm, self.names, observe)
 
@@ -135,7 +137,7 @@ class Federation:
         state = self.fresh()
         started = time.monotonic()
         traffic = Traffic()
-        validation = self.silos.validate(state.parameters, -1, traffic)
+        validation = self.silos.validate(self.evaluated(state), -1, traffic, {})
         self.record_round(-1, [], FoldResult(), validation, traffic, started, commit=self.dir.append_round)
         return state
 
@@ -155,14 +157,14 @@ class Federation:
         self.silos.tell({"kind": "round_started", "round": number, "sampled": sampled})
 
         # 2. Exchange and fold: every silo gets the same tensors; updates are folded in canonical order as they arrive.
-        broadcast = self.algorithm.broadcast(state.parameters, state.server)
-        accumulator = self.algorithm.accumulator()
+        broadcast = self.algorithm.broadcast(state.parameters, state.server, number)
+        accumulator = self.algorithm.accumulator(self.dir.spool)
         folded = self.silos.train(
             number,
             sampled,
             want,
             broadcast,
-            self.algorithm.expected_update(state.parameters),
+            state.parameters,
             state.progress.accepted,
             accumulator,
             traffic,
@@ -177,15 +179,22 @@ class Federation:
             )
 
         # 3. Server step: the folded updates become the next global model.
+        stepping = time.monotonic()
         parameters, server = self.algorithm.server_step(
-            state.parameters, accumulator, state.server, silos_total=len(trainers)
+            state.parameters, accumulator, state.server, silos_total=len(trainers), round_=number
         )
+        figures: Fields = {"server_seconds": time.monotonic() - stepping}
+        before = (state.parameters, state.server)
+        figures["aggregation"] = self.algorithm.measure(before, accumulator, (parameters, server), number)
+        del accumulator
 
         # 4. Validate and checkpoint: from here on the round is done, whatever happens to this process.
         last = number + 1 == self.spec.rounds
         due = last or (number + 1) % self.recipe.evaluation.every == 0
-        validation = self.silos.validate(parameters, number, traffic) if due else None
-        progress = _advance(state.progress, number, folded.replied, validation)
+        accepted = {**state.progress.accepted, **dict.fromkeys(folded.replied, number)}
+        evaluated = self.algorithm.evaluated(parameters, server)
+        validation = self.silos.validate(evaluated, number, traffic, accepted) if due else None
+        progress = _advance(state.progress, number, accepted, validation, last=self.personal)
         following = _State(parameters, server, progress)
 
         def commit(record: dict[str, Any]) -> None:
@@ -198,11 +207,12 @@ class Federation:
                 self.dir.prune({number, number - 1, progress.best_round, before.best_round})
             self.dir.update_meta(rounds_done=number + 1, best_round=_round_or_none(progress.best_round))
 
-        self.record_round(number, sampled, folded, validation, traffic, started, commit)
+        self.record_round(number, sampled, folded, validation, traffic, started, commit, figures)
         return following
 
     def finish(self, state: _State, final_test: bool) -> dict[str, Any] | None:
         """Measure the best model on the test rows, save it as an adapter, tidy up."""
+        from fedlm.models.adapters import completed
         from fedlm.models.export import save_adapter
 
         best = state.progress.best_round
@@ -214,8 +224,8 @@ class Federation:
         if final_test and self.silos.measured_rows["test"]:
             self.silos.phase("measuring the base and the best model on test rows")
             evaluation = {
-                "base": self.silos.measure(self.fresh().parameters, "test", -1, Traffic()),
-                "final": self.silos.measure(state.parameters, "test", best, Traffic()),
+                "base": self.silos.measure(self.evaluated(self.fresh()), "test", -1, Traffic(), {}),
+                "final": self.silos.measure(self.evaluated(state), "test", best, Traffic(), state.progress.accepted),
             }
         with self.interrupt.deferred(), disk_errors(self.dir.path):
             if evaluation is not None:
@@ -223,7 +233,8 @@ class Federation:
             temporary = self.dir.path / ".adapter.tmp"
             for folder in (temporary, self.dir.adapter):
                 shutil.rmtree(folder, ignore_errors=True)
-            save_adapter(temporary, {**self.untrained(), **state.parameters}, self.recipe)
+            exported = self.algorithm.exported(state.parameters, state.server)
+            save_adapter(temporary, completed(exported, self.recipe), self.recipe)
             temporary.rename(self.dir.adapter)
             sync_folder(self.dir.path)
             if self.spec.keep == "best-and-last":
@@ -237,14 +248,11 @@ class Federation:
         """The state before round 0, the same on every call."""
         from fedlm.models.adapters import initial_tensors
 
-        parameters = {n: t for n, t in initial_tensors(self.recipe).items() if self.algorithm.trainable(n)}
+        parameters = self.algorithm.initial(lambda: initial_tensors(self.recipe))
         return _State(parameters, self.algorithm.init_state(parameters))
 
-    def untrained(self) -> Tensors:
-        """Adapter tensors that the algorithm neither trains nor exchanges."""
-        from fedlm.models.adapters import initial_tensors
-
-        return {n: t for n, t in initial_tensors(self.recipe).items() if not self.algorithm.trainable(n)}
+    def evaluated(self, state: _State) -> Tensors:
+        return self.algorithm.evaluated(state.parameters, state.server)
 
     def restore(self) -> _State | None:
         """The state of the last checkpoint, or None when no round was finished yet.
@@ -286,6 +294,7 @@ class Federation:
         traffic: Traffic,
         started: float,
         commit: Callable[[dict[str, Any]], None],
+        figures: Fields | None = None,
     ) -> None:
         """Build the round's object, commit it undisturbed by Ctrl-C, then tell."""
         absent, self.silos.not_greeted = self.silos.not_greeted, []
@@ -301,6 +310,7 @@ class Federation:
             "bytes_up": traffic.up,
             "bytes_down": traffic.down,
             "peak_pss": self.memory.take(),
+            **(figures or {}),
         }
         with self.interrupt.deferred():
             commit(record)
@@ -334,10 +344,15 @@ def _round_or_none(number: int) -> int | None:
     return number if number >= 0 else None
 
 
-def _advance(before: Progress, number: int, replied: list[str], validation: Fields | None) -> Progress:
-    """The progress after a round. Without validation rows anywhere the last round counts as the best."""
+def _advance(
+    before: Progress, number: int, accepted: dict[str, int], validation: Fields | None, *, last: bool
+) -> Progress:
+    """The progress after a round.
+
+    Without validation rows anywhere the last round counts as the best; with `last` always, since silos keep their parts
+    of personal models for the last rounds only.
+    """
     loss = None if validation is None else validation.get("loss")
-    accepted = {**before.accepted, **dict.fromkeys(replied, number)}
     progress = Progress(number, before.best_round, before.best_loss, before.stale, accepted)
     if loss is None:
         if before.best_loss is None:
@@ -346,4 +361,6 @@ def _advance(before: Progress, number: int, replied: list[str], validation: Fiel
         progress.best_round, progress.best_loss, progress.stale = number, loss, 0
     else:
         progress.stale += 1
+    if last:
+        progress.best_round = number
     return progress

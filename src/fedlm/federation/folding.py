@@ -15,7 +15,7 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor
 
-from fedlm.algorithms.base import Accumulator, Algorithm
+from fedlm.algorithms.base import Accumulator, Algorithm, Place
 from fedlm.errors import RunError, UpdateRefused
 from fedlm.messages import Failure, FailureKind, Fields, Reply, Tensors
 
@@ -23,6 +23,14 @@ log = logging.getLogger("fedlm.federation")
 
 HELD_BYTES = 64 * 2**20
 """Early updates are kept in memory up to this many bytes together; further ones wait on disk."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a good update counts for, and where it was made."""
+
+    weight: float
+    place: Place
 
 
 @dataclass
@@ -47,7 +55,7 @@ def fold_in_order(
     order: Sequence[str],
     arrivals: Iterator[Reply | Failure],
     spool: Path,
-    check: Callable[[Reply], float],
+    check: Callable[[Reply], Verdict],
     *,
     enough: int | None = None,
     held_bytes: int = HELD_BYTES,
@@ -60,7 +68,7 @@ def fold_in_order(
         order: the silos that were asked, in canonical order.
         arrivals: one reply or failure per silo at most, in any order.
         spool: a folder for early updates; emptied of them at the end.
-        check: the weight of a good update; raises UpdateRefused for any other, which becomes a failure of that silo
+        check: what a good update counts for; raises UpdateRefused for any other, which becomes a failure of that silo
             while the round goes on. Called on arrival, so a refused update is never stored.
         enough: stop once this many updates were accepted (over-sampling).
         held_bytes: bytes of early updates that may wait in memory instead of on disk.
@@ -71,7 +79,7 @@ def fold_in_order(
     waiting = _Waiting(spool, held_bytes)
     result = FoldResult()
     turn = {silo: position for position, silo in enumerate(order)}
-    settled: dict[str, Failure | float] = {}  # what is known of each silo: its failure, or its update's weight
+    settled: dict[str, Failure | Verdict] = {}  # what is known of each silo
     next_turn = accepted = 0
 
     def fold_ready(stop_at_gap: bool) -> None:
@@ -87,9 +95,9 @@ def fold_in_order(
             elif isinstance(verdict, Failure):
                 result.failures.append(verdict)
             else:
-                algorithm.fold(accumulator, waiting.take(silo), verdict)
+                algorithm.fold(accumulator, waiting.take(silo), verdict.weight, verdict.place)
                 result.replied.append(silo)
-                result.weights[silo] = verdict
+                result.weights[silo] = verdict.weight
             next_turn += 1
 
     try:
@@ -113,8 +121,8 @@ def fold_in_order(
     return result
 
 
-def _judge(arrival: Reply | Failure, check: Callable[[Reply], float]) -> Failure | float:
-    """The weight of a good update, else the failure."""
+def _judge(arrival: Reply | Failure, check: Callable[[Reply], Verdict]) -> Failure | Verdict:
+    """What a good update counts for, else the failure."""
     if isinstance(arrival, Failure):
         return arrival
     try:

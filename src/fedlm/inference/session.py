@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from fedlm.algorithms import get_algorithm
 from fedlm.errors import ModelError, RunError
 from fedlm.federation.rundir import RunDir
 from fedlm.inference.generate import Sampling, stream
 from fedlm.messages import Tensors
-from fedlm.models.adapters import attach, base_only, set_tensors
+from fedlm.models.adapters import attach, base_only, completed, set_tensors
 from fedlm.models.export import load_adapter
 from fedlm.models.folders import local_path
 from fedlm.models.load import load_base, load_tokenizer
@@ -48,7 +49,7 @@ def run_tensors(path: Path, which: str | None = None) -> tuple[Tensors, str]:
         RunError: no such checkpoint (those there are listed), none validated, or it is corrupt.
     """
     if which is None and (path / "adapter").is_dir():
-        return load_adapter(path / "adapter"), "adapter"
+        return load_adapter(path / "adapter", run_recipe(path).adapter), "adapter"
     run = RunDir.open(path, write=False)
     rounds = run.checkpoint_rounds()
     listed = ", ".join(map(str, rounds)) or "none yet"
@@ -72,7 +73,10 @@ def run_tensors(path: Path, which: str | None = None) -> tuple[Tensors, str]:
         )
     checkpoint = run.load_checkpoint(number)
     assert checkpoint is not None
-    return checkpoint.parameters, f"round {number}"
+    recipe = run_recipe(path)
+    algorithm = get_algorithm(recipe.federation.algorithm, recipe.adapter)
+    tensors = algorithm.exported(checkpoint.parameters, checkpoint.server_state)
+    return completed(tensors, recipe), f"round {number}"
 
 
 @dataclass
@@ -137,7 +141,7 @@ def open_chat(source: str, spec: ModelSpec | None = None, which: str | None = No
         recipe = run_recipe(path)
         tensors, name = run_tensors(path, which)
         model = attach(load_base(recipe.model), recipe.adapter, recipe.seed)
-        set_tensors(model, tensors)
+        set_tensors(model, tensors, recipe.adapter)
         model.eval()
         return Chat(model, load_tokenizer(recipe.model), f"{recipe.name} ({name})", adapted=True)
     spec = spec or ModelSpec.model_validate({"source": source})

@@ -109,6 +109,7 @@ def peft_config(model: PreTrainedModel, spec: AdapterSpec) -> Any:
         r=spec.rank,
         lora_alpha=spec.alpha if spec.alpha % 1 else int(spec.alpha),
         lora_dropout=spec.dropout,
+        use_rslora=spec.rslora,
         target_modules=targets,
         bias="none",
         fan_in_fan_out=any(_is_conv1d(linear[n]) for n in linear if _matches(n, targets)),
@@ -203,17 +204,70 @@ def get_tensors(model: nn.Module) -> Tensors:
     }
 
 
-def set_tensors(model: nn.Module, tensors: Tensors) -> None:
-    """Write all trainable parameters.
+def lora_layers(model: nn.Module) -> dict[str, Any]:
+    """PEFT's LoRA layers by the name that their parameters' names begin with."""
+    from peft.tuners.lora.layer import LoraLayer
+
+    return {name.removeprefix(PREFIX): m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+
+
+def set_tensors(model: nn.Module, tensors: Tensors, spec: AdapterSpec) -> None:
+    """Write all parameters of the adapter, at the rank that the tensors have, and the deltas among them.
+
+    LoRA layers whose factors arrive with another rank are resized, and scaled as `spec` scales that rank. Deltas that
+    were there before are gone.
 
     Raises:
-        ModelError: a name is missing or unknown, or a shape differs; nothing is written then.
+        ModelError: a name is missing or unknown, or a shape does not fit; no value is written then.
     """
-    parameters = trainable(model)
-    check_tensors({name: p.shape for name, p in parameters.items()}, tensors)
+    from fedlm.models.deltas import is_delta, put_deltas
+
+    values = {name: tensor for name, tensor in tensors.items() if not is_delta(name)}
+    layers = lora_layers(model) if spec.kind == "lora" else {}
+    parameters = adapter_parameters(model)
+    check_tensors({name: _fitting(p.shape, values.get(name), name) for name, p in parameters.items()}, values)
+    ranks = {name: values[f"{name}.lora_A.weight"].shape[0] for name in layers}
+    for name, rank in ranks.items():
+        if rank < 1 or values[f"{name}.lora_B.weight"].shape[1] != rank:
+            raise ModelError(f"lora_A has rank {rank}, lora_B {values[f'{name}.lora_B.weight'].shape[1]}", where=name)
+    for name, layer in layers.items():
+        _resize(layer, ranks[name], spec)
+    if layers:
+        weight: Any = next(iter(layers.values())).get_base_layer().weight
+        dtype = weight.dtype if weight.is_floating_point() else torch.float32
+        put_deltas(layers, {n: t for n, t in tensors.items() if is_delta(n)}, dtype)
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+        for name, parameter in adapter_parameters(model).items():
+            parameter.copy_(values[name])
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter of the adapter by stable name, whether it is trained now or not; without one, all that train."""
+    named = {}
+    for name, parameter in model.named_parameters():
+        if _ADAPTER_PART.search(name):
+            named[_ADAPTER_PART.sub(r".\1", name.removeprefix(PREFIX))] = parameter
+    return named or trainable(model)
+
+
+def _fitting(shape: torch.Size, value: torch.Tensor | None, name: str) -> torch.Size:
+    """The shape that a value must have: of LoRA factors the rank is the value's."""
+    if value is None or value.ndim != 2:
+        return shape
+    if ".lora_A." in name:
+        return torch.Size((value.shape[0], shape[1]))
+    return torch.Size((shape[0], value.shape[1])) if ".lora_B." in name else shape
+
+
+def _resize(layer: Any, rank: int, spec: AdapterSpec) -> None:
+    """Give a LoRA layer factors of this rank, if it has another."""
+    (adapter,) = layer.lora_A
+    a, b = layer.lora_A[adapter], layer.lora_B[adapter]
+    if len(a.weight) != rank:
+        a.weight = nn.Parameter(a.weight.new_empty(rank, a.in_features), a.weight.requires_grad)
+        b.weight = nn.Parameter(b.weight.new_empty(b.out_features, rank), b.weight.requires_grad)
+        a.out_features = b.in_features = layer.r[adapter] = rank
+        layer.scaling[adapter] = spec.scale(rank)
 
 
 def check_tensors(shapes: dict[str, torch.Size], tensors: Tensors) -> None:
@@ -259,6 +313,11 @@ def skeleton(recipe: Recipe) -> nn.Module:
             raise unloadable(error, recipe.model) from error
         model.requires_grad_(False)
         return attach(model, recipe.adapter, recipe.seed)
+
+
+def completed(tensors: Tensors, recipe: Recipe) -> Tensors:
+    """These tensors and the first values of the adapter's parameters that a run neither trained nor exchanged."""
+    return tensors if recipe.adapter.kind == "full" else {**initial_tensors(recipe), **tensors}
 
 
 def initial_tensors(recipe: Recipe) -> Tensors:

@@ -20,10 +20,11 @@ from torch import nn
 from fedlm.errors import ModelError
 from fedlm.files import read_tensors, write_atomic, write_tensors
 from fedlm.messages import Tensors
-from fedlm.models.adapters import PREFIX, attach, check_tensors, set_tensors, skeleton, trainable
+from fedlm.models.adapters import PREFIX, attach, check_tensors, lora_layers, set_tensors, skeleton, trainable
+from fedlm.models.deltas import deltas_of, is_delta, joined, parted
 from fedlm.models.folders import DTYPES, HELPERS, local_path, new_folder, open_weights, weight_files
 from fedlm.models.load import load_base, load_tokenizer, resolve
-from fedlm.recipe.schema import ModelSpec, Recipe
+from fedlm.recipe.schema import AdapterSpec, ModelSpec, Recipe
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -34,12 +35,17 @@ def save_adapter(folder: Path, tensors: Tensors, recipe: Recipe) -> None:
     `PeftModel.from_pretrained(base, folder)` gives fedlm's own logits. The base is named by the recipe's source and
     never by a path of this machine. The folder is there as a whole or not at all; it must not exist yet, or be empty.
 
+    Args:
+        tensors: the adapter's parameters, and deltas, which become a part of it: its rank is larger then.
+
     Raises:
         ModelError: the tensors do not fit the recipe's adapter, or the folder holds something or cannot be written.
     """
     check_empty(folder)
     model = skeleton(recipe)
-    check_tensors({name: p.shape for name, p in trainable(model).items()}, tensors)
+    values = {name: tensor for name, tensor in tensors.items() if not is_delta(name)}
+    check_tensors({name: p.shape for name, p in trainable(model).items()}, values)
+    tensors, adapter = joined(tensors, recipe.adapter)
     with _written(folder) as temporary:
         if recipe.adapter.kind == "full":
             _carry(recipe.model, temporary, torch.float32)
@@ -48,6 +54,8 @@ def save_adapter(folder: Path, tensors: Tensors, recipe: Recipe) -> None:
         saved = {PREFIX + name: tensor.to(torch.float32) for name, tensor in tensors.items()}
         write_tensors(temporary / ADAPTER_WEIGHTS, saved, {"format": "pt"})
         config = _config_of(model, recipe)
+        if adapter is not recipe.adapter:
+            config |= {"r": adapter.rank, "lora_alpha": adapter.alpha}
         write_atomic(temporary / "adapter_config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 
@@ -88,8 +96,11 @@ def base_name(spec: ModelSpec) -> tuple[str, str | None]:
     return (path.name if path.is_absolute() else spec.source), None
 
 
-def load_adapter(folder: Path) -> Tensors:
+def load_adapter(folder: Path, spec: AdapterSpec) -> Tensors:
     """The tensors of a folder that `save_adapter` wrote, by fedlm's names.
+
+    Args:
+        spec: the recipe's adapter. What the folder's adapter has beyond its rank comes back as deltas.
 
     Raises:
         ModelError: there is no adapter, or it is corrupt.
@@ -97,7 +108,8 @@ def load_adapter(folder: Path) -> Tensors:
     for name in (ADAPTER_WEIGHTS, "model.safetensors"):
         if (folder / name).is_file():
             with open_weights(folder / name):
-                return {k.removeprefix(PREFIX): v for k, v in read_tensors(folder / name).items()}
+                tensors = {k.removeprefix(PREFIX): v for k, v in read_tensors(folder / name).items()}
+            return parted(tensors, spec.rank, spec.scale(spec.rank)) if spec.kind == "lora" else tensors
     raise ModelError(f"there is neither {ADAPTER_WEIGHTS} nor model.safetensors", where=str(folder))
 
 
@@ -120,7 +132,8 @@ def save_merged(folder: Path, tensors: Tensors, recipe: Recipe, dtype: str = "fl
     check_empty(folder)
     base = resolve(recipe.model)
     model = attach(load_base(recipe.model, device="cpu").to(torch.float32), recipe.adapter, recipe.seed)
-    set_tensors(model, tensors)
+    set_tensors(model, tensors, recipe.adapter)
+    _merge_deltas(model, tensors)
     merged: nn.Module = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model  # type: ignore[operator]
     state = {name: p.detach() for name, p in merged.named_parameters()}  # tied weights once
     state |= {name: b for name, b in merged.named_buffers() if name in merged.state_dict()}
@@ -130,6 +143,15 @@ def save_merged(folder: Path, tensors: Tensors, recipe: Recipe, dtype: str = "fl
         cast_state = {n: t.to(DTYPES[dtype]) if t.is_floating_point() else t for n, t in state.items()}
         write_tensors(temporary / "model.safetensors", cast_state, {"format": "pt"})
     return loss
+
+
+@torch.no_grad()
+def _merge_deltas(model: nn.Module, tensors: Tensors) -> None:
+    deltas = deltas_of(tensors)
+    for name, layer in lora_layers(model).items():
+        if name in deltas:
+            weight, dense = layer.get_base_layer().weight, deltas[name].dense()
+            weight.copy_(weight + (dense.t() if layer.fan_in_fan_out else dense))
 
 
 def rounding_loss(base: Path, merged: Tensors, dtype: torch.dtype) -> float:

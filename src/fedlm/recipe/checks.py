@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from fedlm.recipe.expressions import is_template, parse_template
+from fedlm.recipe.methods import ALGORITHMS
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -62,6 +63,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     yield from data_problems(recipe.data)
     yield from _task(recipe)
     yield from _federation(recipe)
+    yield from _method(recipe)
     yield from _without_effect(recipe)
 
 
@@ -232,27 +234,51 @@ def _federation(recipe: Recipe) -> Iterator[Problem]:
 
 def _without_effect(recipe: Recipe) -> Iterator[Problem]:
     """Settings that differ from their default although the chosen method never reads them."""
-    algorithm, training, adapter = recipe.federation.algorithm, recipe.training, recipe.adapter
-    adaptive = ("fedadam", "fedyogi", "fedadagrad")
-    momentum = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
+    training, adapter = recipe.training, recipe.adapter
     readers: list[tuple[BaseModel, Path, str, str, tuple[str, ...]]] = [
-        (algorithm, ("federation", "algorithm"), "mu", algorithm.name, ("fedprox",)),
-        (algorithm, ("federation", "algorithm"), "server_momentum", algorithm.name, momentum),
-        (algorithm, ("federation", "algorithm"), "beta2", algorithm.name, adaptive),
-        (algorithm, ("federation", "algorithm"), "tau", algorithm.name, adaptive),
         (training, ("training",), "momentum", training.optimizer, ("sgd",)),
         (training, ("training",), "betas", training.optimizer, ("adamw",)),
         (adapter, ("adapter",), "rank", adapter.kind, ("lora",)),
         (adapter, ("adapter",), "alpha", adapter.kind, ("lora",)),
         (adapter, ("adapter",), "dropout", adapter.kind, ("lora",)),
+        (adapter, ("adapter",), "rslora", adapter.kind, ("lora",)),
         (adapter, ("adapter",), "targets", adapter.kind, ("lora", "ia3")),
         (training, ("training",), "final_lr", training.schedule, ("linear", "cosine")),
     ]
     for spec, path, field, chosen, by in readers:
         if chosen not in by and _changed(spec, field):
             yield (*path, field), f"has no effect with '{chosen}' (it belongs to {', '.join(by)})"
+    yield from _options(recipe)
     if "generation" not in recipe.evaluation.metrics and _changed(recipe.evaluation, "max_new_tokens"):
         yield ("evaluation", "max_new_tokens"), "has no effect without the metric 'generation'"
+
+
+def _options(recipe: Recipe) -> Iterator[Problem]:
+    """Options that belong to another algorithm."""
+    algorithm = recipe.federation.algorithm
+    for field in [f for f in type(algorithm).model_fields if f not in ("name", "weights", "server_lr")]:
+        owners = sorted(name for name, method in ALGORITHMS.items() if field in method.options)
+        if algorithm.name not in owners and _changed(algorithm, field):
+            yield (
+                ("federation", "algorithm", field),
+                f"has no effect with '{algorithm.name}' (it belongs to {', '.join(owners)})",
+            )
+
+
+def _method(recipe: Recipe) -> Iterator[Problem]:
+    """What the algorithm's facts rule out."""
+    name, method = recipe.federation.algorithm.name, ALGORITHMS[recipe.federation.algorithm.name]
+    if recipe.adapter.kind not in method.adapters:
+        able = sorted(n for n, m in ALGORITHMS.items() if recipe.adapter.kind in m.adapters)
+        yield (
+            ("adapter", "kind"),
+            f"'{name}' trains {' or '.join(method.adapters)}, not '{recipe.adapter.kind}' (that can {', '.join(able)})",
+        )
+    if recipe.federation.rounds < method.min_rounds:
+        yield ("federation", "rounds"), f"'{name}' needs at least {method.min_rounds} rounds"
+    for field in method.without:
+        if _changed(recipe.training, field):
+            yield ("training", field), f"has no effect with '{name}'"
 
 
 def _changed(spec: BaseModel, field: str) -> bool:

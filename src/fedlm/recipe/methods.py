@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+KINDS = ("lora", "ia3", "full")
+
 
 @dataclass(frozen=True)
 class Method:
@@ -16,14 +18,28 @@ class Method:
     """The silo keeps private tensors between rounds."""
     equal_weights: bool = False
     """Every silo counts the same: the recipe's `weights` can only be 'equal'."""
+    options: tuple[str, ...] = ()
+    """Fields of `federation.algorithm` that it reads, beside `weights` and `server_lr`."""
+    adapters: tuple[str, ...] = KINDS
+    """Kinds of adapter that it trains."""
+    mixed_ranks: bool = False
+    """Silos may have LoRA factors of different ranks."""
+    personal: bool = False
+    """A silo is measured with a model of its own, part of which never leaves it."""
+    min_rounds: int = 1
+    """With fewer it is not the method."""
+    without: tuple[str, ...] = ()
+    """Fields of `training` that it never reads."""
 
+
+_ADAPTIVE = ("server_momentum", "beta2", "tau")
 
 ALGORITHMS: dict[str, Method] = {
     "fedavg": Method("McMahan et al., AISTATS 2017", linear=True),
-    "fedprox": Method("Li et al., MLSys 2020", linear=True),
+    "fedprox": Method("Li et al., MLSys 2020", linear=True, options=("mu",)),
     "scaffold": Method("Karimireddy et al., ICML 2020", linear=True, silo_state=True, equal_weights=True),
-    "fedavgm": Method("Hsu et al., 2019", linear=True),
-    "fedadam": Method("Reddi et al., ICLR 2021", linear=True),
-    "fedyogi": Method("Reddi et al., ICLR 2021", linear=True),
-    "fedadagrad": Method("Reddi et al., ICLR 2021", linear=True),
+    "fedavgm": Method("Hsu et al., 2019", linear=True, options=("server_momentum",)),
+    "fedadam": Method("Reddi et al., ICLR 2021", linear=True, options=_ADAPTIVE),
+    "fedyogi": Method("Reddi et al., ICLR 2021", linear=True, options=_ADAPTIVE),
+    "fedadagrad": Method("Reddi et al., ICLR 2021", linear=True, options=_ADAPTIVE),
 }

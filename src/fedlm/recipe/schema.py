@@ -52,7 +52,14 @@ class AdapterSpec(Strict):
     rank: PositiveInt = 8
     alpha: PositiveFloat = 16.0
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    rslora: bool = Field(
+        False, description="Scale by alpha / sqrt(rank) (Kalajdzievski, 2023) instead of alpha / rank."
+    )
     targets: Literal["all-linear"] | list[str] = Field("all-linear", description="Module names, or all linear layers.")
+
+    def scale(self, rank: int) -> float:
+        """What multiplies B A of LoRA factors of this rank."""
+        return float(self.alpha / rank**0.5 if self.rslora else self.alpha / rank)
 
 
 class Columns(Strict):

@@ -19,6 +19,8 @@ import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
+from fedlm.models.deltas import Delta
+
 log = logging.getLogger(__name__)
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -115,7 +117,8 @@ def unfit(layer: Any) -> str | None:
         return "a variant of LoRA"
     if not isinstance(layer.lora_dropout[name], nn.Identity):
         return "adapter dropout"
-    if layer.training and any(m._forward_hooks or m._forward_pre_hooks for m in layer.modules()):
+    hooks = [h for m in layer.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    if layer.training and not all(isinstance(hook, Delta) for hook in hooks):
         return "hooks"
     return None
 

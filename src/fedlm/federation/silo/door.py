@@ -20,9 +20,11 @@ from typing import Any
 import torch
 
 import fedlm
+from fedlm.algorithms.base import Place
 from fedlm.errors import DataError, FedlmError
 from fedlm.federation.disk import disk_errors
 from fedlm.federation.memory import peak_rss
+from fedlm.federation.silo.session import SiloSession
 from fedlm.federation.silo.state import StateStore, Trained, request_digest, request_key
 from fedlm.federation.silo.workbench import POOLED, Workbench
 from fedlm.messages import Failure, FailureKind, Fields, Observe, Reply, Request, Tensors
@@ -141,30 +143,18 @@ class Silo:
         return recipe.training.keep_optimizer or ALGORITHMS[recipe.federation.algorithm.name].silo_state
 
     def _train_round(self, request: Request, before: Trained | None, key: str, digest: str) -> Trained:
-        from fedlm.training.loop import Window, train
-
         recipe, bench = self.bench.recipe, self.bench
         bench.load()
         started = time.monotonic()
-        tokens = bench.training_tokens(self.name)
-        rule = bench.algorithm.local(request.tensors, before.rule if before else {})
+        place = self._place(request)
         keep = recipe.training.keep_optimizer
-        result = train(
-            bench.model,
-            bench.parameters,
-            tokens,
-            recipe.training,
-            Window(request.round, int(request.fields["rounds"])),
-            generator_key=(recipe.seed, self.name),
-            rule=rule,
-            optimizer_state=before.optimizer if before and keep else None,
-            observe=self._observe,
-            silo=self.name,
-            should_stop=self._should_stop,
-        )
+        moments = before.optimizer if before and keep else {}
+        session = SiloSession(bench, place, moments, self._observe, self._should_stop)
+        rule = bench.algorithm.local(request.tensors, before.rule if before else {}, place)
+        outcome = rule.run(session)
         if self._should_stop():
             raise StoppedError
-        update, rule_state = rule.finish(bench.take())
+        result, tokens = outcome.result, session.tokens
         fields: Fields = {
             "examples": result.examples,
             "tokens": result.tokens,
@@ -179,8 +169,15 @@ class Silo:
             "peak_rss": peak_rss(),
             "dropped": tokens.dropped,
             "cut": tokens.cut,
+            **outcome.fields,
         }
-        return Trained(key, digest, rule_state, result.optimizer_state if keep else {}, update, fields)
+        return Trained(key, digest, outcome.state, session.optimizer, outcome.update, fields)
+
+    def _place(self, request: Request) -> Place:
+        recipe = self.bench.recipe
+        rank = int(request.fields.get("rank", recipe.adapter.rank)) if recipe.adapter.kind == "lora" else 0
+        rounds = int(request.fields.get("rounds", recipe.federation.rounds))
+        return Place(self.name, request.round, rounds, recipe.seed, rank)
 
     def _evaluate(self, request: Request) -> tuple[Tensors, Fields]:
         from fedlm.evaluation import measure
@@ -195,7 +192,10 @@ class Silo:
         if len(rows) == 0:
             return {}, {"examples": 0, "seconds": 0.0, "peak_rss": peak_rss()}
         bench.load()
-        bench.put(request.tensors)
+        if request.fields.get("plain"):  # the adapter's own terms, whatever the algorithm
+            bench.put(request.tensors)
+        else:
+            bench.put(bench.algorithm.measured(request.tensors, self._kept(request), self._place(request)))
         with self._stoppable():
             counts: dict[str, Any] = measure(
                 bench.model,
@@ -210,6 +210,20 @@ class Silo:
                 skip=recipe.data.malformed == "skip",
             )
         return {}, {**counts, "seconds": time.monotonic() - started, "peak_rss": peak_rss()}
+
+    def _kept(self, request: Request) -> Tensors:
+        """The private state of this silo's last round that counts, where its model is part of that.
+
+        Raises:
+            _RefusedError: the silo no longer holds it.
+        """
+        accepted = int(request.fields.get("accepted", -1))
+        if accepted < 0 or not ALGORITHMS[self.bench.recipe.federation.algorithm.name].personal:
+            return {}
+        held = self._store.load(request.run, accepted)
+        if held is None:
+            raise _RefusedError(f"this silo no longer holds its state of round {accepted}")
+        return held.rule
 
     @contextlib.contextmanager
     def _stoppable(self) -> Iterator[None]:

@@ -10,9 +10,12 @@ import gc
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import Parameter
 
 from fedlm.messages import Tensors
 from fedlm.recipe.schema import Recipe
@@ -70,21 +73,21 @@ class Workbench:
             self.tokenizer: Any = load_tokenizer(self.recipe.model, needs_template=self.recipe.task == "instruct")
             self.model: Any = attach(load_base(self.recipe.model), self.recipe.adapter, self.recipe.seed)
             check_length(self.model, self.recipe.training.max_length)
-            self._adapter: dict[str, torch.nn.Parameter] = trainable(self.model)
-            self._choose()
+            self._first = _FirstValues(trainable(self.model), self.recipe.seed)
             self._ready = True
 
-    def _choose(self) -> None:
-        """Of the adapter's parameters, train those that the algorithm trains."""
+    @cached_property
+    def algorithm(self) -> Algorithm:
         from fedlm.algorithms import get_algorithm
 
-        self.algorithm: Algorithm = get_algorithm(self.recipe.federation.algorithm)
-        self.parameters: dict[str, torch.nn.Parameter] = {}
-        for name, parameter in self._adapter.items():
-            chosen = self.algorithm.trainable(name)
-            parameter.requires_grad_(chosen)
-            if chosen:
-                self.parameters[name] = parameter
+        return get_algorithm(self.recipe.federation.algorithm, self.recipe.adapter)
+
+    def choose(self, parameters: dict[str, Parameter], trains: Callable[[str], bool]) -> dict[str, Parameter]:
+        """Of the adapter's parameters, train those that the algorithm and the round's rule train."""
+        chosen = {name: p for name, p in parameters.items() if self.algorithm.trainable(name) and trains(name)}
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in chosen)
+        return chosen
 
     def take_over(self, other: Workbench) -> bool:
         """Take the model that stands on another run's bench, if it is what `load` would put here; bits are the same.
@@ -96,7 +99,7 @@ class Workbench:
         Raises:
             ModelError, TrainingError: as `load`, where this run asks more of the model.
         """
-        from fedlm.models.adapters import first_value
+        from fedlm.models.adapters import adapter_parameters
         from fedlm.models.chat import require_template
         from fedlm.training.loop import check_length
 
@@ -113,13 +116,9 @@ class Workbench:
             if ours.task == "instruct":
                 require_template(other.tokenizer, where="model.chat_template")
             check_length(other.model, ours.training.max_length)
-            self.tokenizer, self.model, self._adapter = other.tokenizer, other.model, other._adapter
+            self.tokenizer, self.model = other.tokenizer, other.model
             other._forget()
-            if ours.adapter.kind != "full":
-                with torch.no_grad():
-                    for name, parameter in self._adapter.items():
-                        parameter.copy_(first_value(name, parameter.shape, ours.seed))
-            self._choose()
+            self._first = _FirstValues(adapter_parameters(self.model), ours.seed)
             self._ready = True
             return True
 
@@ -130,21 +129,28 @@ class Workbench:
         gc.collect()  # modules refer to one another in circles
 
     def _forget(self) -> None:
-        for name in ("model", "tokenizer", "parameters", "_adapter"):
+        for name in ("model", "tokenizer", "_first"):
             self.__dict__.pop(name, None)
         self._ready = False
 
-    def put(self, tensors: Tensors) -> None:
-        """Fill the adapter with these values; parameters that the algorithm does not train keep their shared start."""
-        from fedlm.models.adapters import set_tensors
+    def put(self, tensors: Tensors) -> dict[str, Parameter]:
+        """Load adapter values, at the rank they have, and deltas; what is left out gets the shared first value.
 
-        set_tensors(self.model, tensors)
+        Returns:
+            The adapter's parameters by name.
 
-    def take(self) -> Tensors:
-        """The adapter's trained values, fp32 copies on the CPU."""
-        from fedlm.models.adapters import get_tensors
+        Raises:
+            ModelError: the tensors do not fit.
+        """
+        from fedlm.models.adapters import adapter_parameters, set_tensors
 
-        return get_tensors(self.model)
+        whole = tensors if self.recipe.adapter.kind == "full" else self._first.filled(tensors)
+        set_tensors(self.model, whole, self.recipe.adapter)
+        return adapter_parameters(self.model)
+
+    def take(self, parameters: dict[str, Parameter]) -> Tensors:
+        """fp32 copies on the CPU of these parameters' values."""
+        return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in parameters.items()}
 
     def silo_data(self, name: str) -> SiloData:
         return self.data.pooled() if name == POOLED else self.data.silo(name)
@@ -173,3 +179,32 @@ class Workbench:
         while len(self._tokens) > 1 and sum(len(t.ids) for t in self._tokens.values()) > TOKENS_HELD:
             self._tokens.popitem(last=False)
         return tokens
+
+
+class _FirstValues:
+    """The adapter's shared first values, drawn when they are first needed."""
+
+    def __init__(self, parameters: Mapping[str, Parameter], seed: int) -> None:
+        self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        self._seed = seed
+        self._drawn: Tensors = {}
+
+    def filled(self, tensors: Tensors) -> Tensors:
+        """These tensors and, under every other name of the adapter, its first value: at the layer's rank."""
+        from fedlm.models.adapters import first_value
+
+        whole = dict(tensors)
+        for name, shape in self._shapes.items():
+            if name in whole:
+                continue
+            other = tensors.get(
+                name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else name.replace("_B.", "_A.")
+            )
+            if other is not None and other.ndim == 2 and ".lora_" in name:
+                rank = other.shape[1] if ".lora_A." in name else other.shape[0]
+                shape = torch.Size((rank, shape[1]) if ".lora_A." in name else (shape[0], rank))
+            held = self._drawn.get(name)
+            if held is None or held.shape != shape:
+                held = self._drawn[name] = first_value(name, shape, self._seed)
+            whole[name] = held
+        return whole

@@ -1,0 +1,99 @@
+"""What a rule may do with its silo's model and rows during one round: `fedlm.algorithms.base.Session`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch.nn import Module, Parameter
+
+from fedlm.algorithms.base import LocalRule, Place
+from fedlm.messages import Event, Observe, Tensors
+from fedlm.randomness import numpy_generator
+from fedlm.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from fedlm.federation.silo.workbench import Workbench
+    from fedlm.training.encode import TokenSet
+    from fedlm.training.loop import TrainResult
+
+
+class SiloSession:
+    """One silo's round on the workbench.
+
+    Attributes:
+        optimizer: moments that are kept between rounds, of all trainings of this round; empty unless the recipe keeps
+            them.
+    """
+
+    def __init__(
+        self,
+        bench: Workbench,
+        place: Place,
+        optimizer: Tensors,
+        observe: Observe | None,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self.place, self._bench, self._observe, self._should_stop = place, bench, observe, should_stop
+        self._moments = optimizer
+        self.optimizer: Tensors = {}
+        self.recipe: Recipe = bench.recipe
+        self.model: Module = bench.model
+        self.tokens: TokenSet = bench.training_tokens(place.silo)
+
+    def put(self, tensors: Tensors) -> dict[str, Parameter]:
+        """Load these values into the model; the adapter's parameters by name."""
+        return self._bench.put(tensors)
+
+    def train(self, rule: LocalRule, *, purpose: str = "") -> tuple[TrainResult, Tensors]:
+        """Ordinary training from `rule.start()`; what happened, and the trained values (fp32, CPU)."""
+        from fedlm.training.loop import Window, train
+
+        start = rule.start()
+        chosen = self._bench.choose(self.put(start), rule.trains)
+        keep, prefix = self.recipe.training.keep_optimizer, f"{purpose}:" if purpose else ""
+        result = train(
+            self.model,
+            chosen,
+            self.tokens,
+            self.recipe.training,
+            Window(self.place.round, self.place.rounds),
+            generator_key=(self.recipe.seed, self.place.silo, *([purpose] if purpose else [])),
+            rule=rule,
+            optimizer_state={
+                name.removeprefix(prefix): moments
+                for name, moments in self._moments.items()
+                if name.startswith(prefix) and (prefix or ":" not in name)
+            }
+            if keep
+            else None,
+            observe=self._observe,
+            silo=self.place.silo,
+            should_stop=self._should_stop,
+        )
+        self.optimizer |= {prefix + name: moments for name, moments in result.optimizer_state.items()}
+        return result, self._bench.take(chosen)
+
+    def loss(self, tensors: Tensors, rows: int | None = None) -> float:
+        """Mean loss over target tokens of the silo's training rows, or a keyed subset of them, with these values."""
+        from fedlm.training.forward import sequence_nll
+
+        self.put(tensors)
+        chosen = list(range(len(self.tokens)))
+        if rows is not None and rows < len(chosen):
+            generator = numpy_generator(self.recipe.seed, "loss rows", self.place.silo)
+            chosen = sorted(generator.permutation(len(chosen))[:rows].tolist())
+        sums, counts = sequence_nll(
+            self.model,
+            [self.tokens[i] for i in chosen],
+            self.recipe.evaluation.batch_tokens,
+            packing=self.recipe.training.packing,
+        )
+        return float(sums.sum() / counts.sum())
+
+    def should_stop(self) -> bool:
+        return self._should_stop()
+
+    def observe(self, event: Event) -> None:
+        if self._observe is not None:
+            self._observe({"silo": self.place.silo, "round": self.place.round, **event})
