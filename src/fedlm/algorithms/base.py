@@ -149,6 +149,8 @@ class Place:
     """The run's."""
     rank: int = 0
     """Of this silo's LoRA factors; 0 without LoRA."""
+    steps: int = 0
+    """Local steps that an update took, for the coordinator; 0 in the silo, which has yet to take them."""
 
 
 @dataclass
@@ -233,6 +235,8 @@ class Algorithm:
     """How updates become one model. The base class is FedAvg's shape; subclasses override what differs."""
 
     default_server_lr = 1.0
+    update_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    """What an update's tensors may be."""
 
     def __init__(self, spec: AlgorithmSpec, adapter: AdapterSpec) -> None:
         self.spec, self.adapter = spec, adapter

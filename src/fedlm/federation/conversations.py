@@ -188,6 +188,9 @@ class Conversations:
 
         def place(silo: str, fields: Fields) -> Place:
             """Where an update was made; a silo may have worked with a smaller rank than its own, and says so."""
+            steps = fields["steps"]
+            if not isinstance(steps, int):
+                raise UpdateRefused(f"the reply's number of steps is {steps}", where=silo)
             rank = fields.get("rank", self.rank(silo))
             if (
                 isinstance(rank, bool)
@@ -197,7 +200,7 @@ class Conversations:
                 raise UpdateRefused(
                     f"the reply's rank is {str(rank)[:40]}, the silo's is {self.rank(silo)}", where=silo
                 )
-            return Place(silo, number, self.spec.rounds, self.recipe.seed, rank)
+            return Place(silo, number, self.spec.rounds, self.recipe.seed, rank, steps)
 
         def check(reply: Reply) -> Verdict:
             """What a good update counts for. Raises UpdateRefused for any other."""
@@ -206,7 +209,8 @@ class Conversations:
             most = largest_weight(self.recipe, self.training_rows[reply.silo])
             where = place(reply.silo, reply.fields)
             expected = self.algorithm.expected_update(parameters, where)
-            check_update(reply.silo, reply.tensors, expected, weight, max_weight=most)
+            dtypes = self.algorithm.update_dtypes
+            check_update(reply.silo, reply.tensors, expected, weight, max_weight=most, dtypes=dtypes)
             return Verdict(weight, where)
 
         def arrivals() -> Generator[Reply | Failure]:

@@ -10,12 +10,10 @@ from collections.abc import Mapping
 
 import torch
 
-from fedlm.algorithms.base import flat_view
+from fedlm.algorithms.base import Algorithm, flat_view
 from fedlm.errors import UpdateRefused
 from fedlm.recipe.methods import ALGORITHMS
 from fedlm.recipe.schema import Recipe
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 LARGEST = torch.finfo(torch.float32).max / 2**20
 """Largest |weight * value| accepted: a million such updates still have a finite fp32 sum."""
@@ -25,7 +23,13 @@ LONGEST_DOCUMENT = 2**24
 
 
 def check_update(
-    silo: str, tensors: Mapping[str, torch.Tensor], expected: dict[str, torch.Size], weight: float, *, max_weight: float
+    silo: str,
+    tensors: Mapping[str, torch.Tensor],
+    expected: dict[str, torch.Size],
+    weight: float,
+    *,
+    max_weight: float,
+    dtypes: tuple[torch.dtype, ...] = Algorithm.update_dtypes,
 ) -> None:
     """Refuse an update that cannot be averaged.
 
@@ -35,10 +39,11 @@ def check_update(
         expected: exactly these names and shapes (`Algorithm.expected_update`).
         weight: what the update counts for in the mean.
         max_weight: the most that this silo can honestly claim (`largest_weight`).
+        dtypes: those that tensors may have (`Algorithm.update_dtypes`).
 
     Raises:
-        UpdateRefused: naming the silo and the tensor: missing or extra name, other shape, no floating-point dtype, a
-            value that is not finite or overflows the sum; or a weight that is not finite, not positive or too large.
+        UpdateRefused: naming the silo and the tensor: missing or extra name, other shape, another dtype, a value that
+            is not finite or overflows the sum; or a weight that is not finite, not positive or too large.
     """
     if not math.isfinite(weight) or weight <= 0:
         raise UpdateRefused(f"the update's weight is {weight}, not a positive number", where=silo)
@@ -52,8 +57,9 @@ def check_update(
         tensor = tensors[name]
         if tensor.shape != shape:
             raise UpdateRefused(f"'{name}' has shape {list(tensor.shape)} instead of {list(shape)}", where=silo)
-        if tensor.dtype not in FLOATS or tensor.layout is not torch.strided:
-            raise UpdateRefused(f"'{name}' is {tensor.dtype}, not floating-point numbers", where=silo)
+        if tensor.dtype not in dtypes or tensor.layout is not torch.strided:
+            kind = "floating-point numbers" if dtypes[0].is_floating_point else str(dtypes[0])
+            raise UpdateRefused(f"'{name}' is {tensor.dtype}, not {kind}", where=silo)
     _check_values(silo, tensors, LARGEST / weight)
 
 

@@ -23,6 +23,7 @@ from torch import nn
 
 from fedlm.errors import ModelError
 from fedlm.messages import Tensors
+from fedlm.models.directions import add_terms, is_description
 from fedlm.models.folders import quiet
 from fedlm.models.load import load_base, resolve, unloadable
 from fedlm.randomness import key, torch_generator
@@ -45,7 +46,8 @@ def attach(model: PreTrainedModel, spec: AdapterSpec, seed: int) -> nn.Module:
     """The model with trainable parameters as `spec` says, at their common first values.
 
     For 'lora' and 'ia3' the model is wrapped by PEFT and its outputs are still the base's (B = 0, scales = 1). For
-    'full' the model itself is returned with private fp32 copies of its weights.
+    'full' the model itself is returned with fp32 weights. Those that are mapped from a file in fp32 stay mapped: pages
+    become the process's own when they are written to, and the file never changes.
 
     Raises:
         ModelError: a target matches no linear module (those that exist are listed), is tied to the embeddings, or IA3
@@ -83,8 +85,7 @@ def first_value(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
 
 def _unfreeze(model: PreTrainedModel) -> PreTrainedModel:
     for parameter in model.parameters():  # each once, so ties stay ties
-        # a copy, so that training never touches the mapped pages
-        parameter.data = parameter.data.to(torch.float32, copy=True)
+        parameter.data = parameter.data.to(torch.float32)
         parameter.requires_grad_(parameter.is_floating_point())
     return model
 
@@ -316,8 +317,16 @@ def skeleton(recipe: Recipe) -> nn.Module:
 
 
 def completed(tensors: Tensors, recipe: Recipe) -> Tensors:
-    """These tensors and the first values of the adapter's parameters that a run neither trained nor exchanged."""
-    return tensors if recipe.adapter.kind == "full" else {**initial_tensors(recipe), **tensors}
+    """All values of a model: with an adapter, these tensors and the first values of the parameters that a run neither
+    trained nor exchanged; with full weights, these or those that they describe (see `fedlm.models.directions`)."""
+    if recipe.adapter.kind != "full":
+        return {**initial_tensors(recipe), **tensors}
+    if not is_description(tensors):
+        return tensors
+    model = attach(load_base(recipe.model, device="cpu"), recipe.adapter, recipe.seed)
+    weights = {name: parameter.detach() for name, parameter in trainable(model).items()}
+    add_terms(weights, tensors, recipe.seed)
+    return weights
 
 
 def initial_tensors(recipe: Recipe) -> Tensors:

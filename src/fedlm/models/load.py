@@ -317,6 +317,34 @@ def share(model: torch.nn.Module, folder: Path) -> int:
     return sum(mapped.values())
 
 
+@torch.no_grad()
+def restore(model: torch.nn.Module, folder: Path) -> None:
+    """Put the weights of its folder back into a model whose weights have moved.
+
+    On the CPU, parameters of the stored dtype are mapped anew, so that nothing is held twice.
+
+    Raises:
+        ModelError: a parameter is not stored under its own name, as some architectures have it.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    left = {id(parameter): name for name, parameter in parameters.items()}
+    for file in weight_files(folder):
+        with open_weights(file) as weights:
+            for name in parameters.keys() & set(weights.keys()):
+                parameter, stored = parameters[name], weights.get_tensor(name)
+                if parameter.device.type == "cpu" and parameter.dtype == stored.dtype:
+                    parameter.data = stored
+                else:
+                    parameter.copy_(stored)
+                left.pop(id(parameter), None)
+    if left:
+        raise ModelError(
+            f"the folder has no weight of the name '{min(left.values())}', so the base cannot be put back",
+            where=str(folder),
+            fix="save the model again with the installed transformers",
+        )
+
+
 def load_tokenizer(spec: ModelSpec, *, needs_template: bool = False) -> PreTrainedTokenizerBase:
     """The model's fast tokenizer, with a padding token and the chat template that the recipe settles on.
 

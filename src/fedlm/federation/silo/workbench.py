@@ -23,6 +23,7 @@ from fedlm.recipe.schema import Recipe
 if TYPE_CHECKING:
     from fedlm.algorithms.base import Algorithm
     from fedlm.data.federated import FederatedData, SiloData
+    from fedlm.federation.silo.rebuilt import Rebuilt
     from fedlm.training.encode import TokenSet
 
 POOLED = "_pooled"
@@ -129,12 +130,14 @@ class Workbench:
         gc.collect()  # modules refer to one another in circles
 
     def _forget(self) -> None:
-        for name in ("model", "tokenizer", "_first"):
+        for name in ("model", "tokenizer", "_first", "_rebuilt"):
             self.__dict__.pop(name, None)
         self._ready = False
 
     def put(self, tensors: Tensors) -> dict[str, Parameter]:
         """Load adapter values, at the rank they have, and deltas; what is left out gets the shared first value.
+
+        Full weights may come as a description (`fedlm.models.directions`).
 
         Returns:
             The adapter's parameters by name.
@@ -143,10 +146,20 @@ class Workbench:
             ModelError: the tensors do not fit.
         """
         from fedlm.models.adapters import adapter_parameters, set_tensors
+        from fedlm.models.directions import is_description
 
+        if self.recipe.adapter.kind == "full" and is_description(tensors):
+            self._rebuilt.put(tensors)
+            return adapter_parameters(self.model)
         whole = tensors if self.recipe.adapter.kind == "full" else self._first.filled(tensors)
         set_tensors(self.model, whole, self.recipe.adapter)
         return adapter_parameters(self.model)
+
+    @cached_property
+    def _rebuilt(self) -> Rebuilt:
+        from fedlm.federation.silo.rebuilt import Rebuilt
+
+        return Rebuilt(self.model, self.recipe)
 
     def take(self, parameters: dict[str, Parameter]) -> Tensors:
         """fp32 copies on the CPU of these parameters' values."""
