@@ -10,12 +10,14 @@ import torch
 from fedlm.algorithms import CLASSES, get_algorithm
 from fedlm.algorithms.base import Place, weight_of
 from fedlm.errors import RecipeError, UpdateRefused
-from fedlm.recipe.methods import ALGORITHMS
+from fedlm.recipe.methods import ALGORITHMS, KINDS
 from fedlm.recipe.schema import AlgorithmSpec
 
 from .quadratic import quadratics, sgd, to_tensors, train
 
 THETA = to_tensors(torch.linspace(-1, 1, 6))
+GENERAL = [name for name, method in ALGORITHMS.items() if method.adapters == KINDS]
+"""Algorithms that exchange whatever tensors they are given; the others have tests of their own."""
 
 
 def updates(name: str, silos: int = 3):
@@ -42,13 +44,13 @@ def test_the_docstring_names_the_paper_of_the_facts(name: str) -> None:
     assert ALGORITHMS[name].paper in (CLASSES[name].__doc__ or "")
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", GENERAL)
 def test_the_silo_keeps_state_exactly_where_the_facts_say(name: str) -> None:
     _, state, _ = updates(name)[0]
     assert bool(state) is ALGORITHMS[name].silo_state
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", GENERAL)
 def test_updates_have_the_names_and_shapes_that_are_expected(name: str) -> None:
     expected = get_algorithm(AlgorithmSpec(name=name)).expected_update(THETA, Place())
     for update, _, _ in updates(name):
@@ -56,7 +58,7 @@ def test_updates_have_the_names_and_shapes_that_are_expected(name: str) -> None:
         assert all(value.dtype is torch.float32 for value in update.values())
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", GENERAL)
 def test_the_step_depends_on_the_weighted_sum_alone_where_the_facts_say(name: str) -> None:
     assert ALGORITHMS[name].linear
     algorithm = get_algorithm(AlgorithmSpec(name=name))

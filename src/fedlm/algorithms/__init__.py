@@ -7,8 +7,12 @@ from fedlm.algorithms.fedadagrad import FedAdagrad
 from fedlm.algorithms.fedadam import FedAdam
 from fedlm.algorithms.fedavg import FedAvg
 from fedlm.algorithms.fedavgm import FedAvgM
+from fedlm.algorithms.fedkseed import FedKSeed
+from fedlm.algorithms.fedmezo import FedMeZO
 from fedlm.algorithms.fedprox import FedProx
 from fedlm.algorithms.fedyogi import FedYogi
+from fedlm.algorithms.feedsign import FeedSign
+from fedlm.algorithms.ferret import Ferret
 from fedlm.algorithms.scaffold import Scaffold
 from fedlm.errors import RecipeError, nearest
 from fedlm.recipe.schema import AdapterSpec, AlgorithmSpec
@@ -21,6 +25,10 @@ CLASSES: dict[str, type[Algorithm]] = {
     "fedadam": FedAdam,
     "fedyogi": FedYogi,
     "fedadagrad": FedAdagrad,
+    "fedmezo": FedMeZO,
+    "fedkseed": FedKSeed,
+    "feedsign": FeedSign,
+    "ferret": Ferret,
 }
 
 

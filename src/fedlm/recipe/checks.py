@@ -279,6 +279,21 @@ def _method(recipe: Recipe) -> Iterator[Problem]:
     for field in method.without:
         if _changed(recipe.training, field):
             yield ("training", field), f"has no effect with '{name}'"
+    if method.zeroth_order and _changed(recipe.adapter, "dropout"):
+        yield ("adapter", "dropout"), f"has no effect with '{name}', which measures losses without dropout"
+    if method.zeroth_order and recipe.adapter.kind == "full" and recipe.model.dtype != "float32":
+        yield (
+            ("model", "dtype"),
+            f"'{name}' measures small differences of losses with one fp32 copy of the weights: set it to float32",
+        )
+    if method.same_steps and recipe.training.steps is None:
+        yield ("training", "epochs"), f"silos vote step by step with '{name}': give `steps`, the same for all"
+    algorithm = recipe.federation.algorithm
+    if name == "ferret" and algorithm.seeds % algorithm.per_block:
+        yield (
+            ("federation", "algorithm", "per_block"),
+            f"must divide `seeds`: {algorithm.seeds} bases do not fill blocks of {algorithm.per_block}",
+        )
 
 
 def _changed(spec: BaseModel, field: str) -> bool:

@@ -30,9 +30,24 @@ class Method:
     """With fewer it is not the method."""
     without: tuple[str, ...] = ()
     """Fields of `training` that it never reads."""
+    zeroth_order: bool = False
+    """Silos measure losses and no gradients; full weights are moved in place, in fp32."""
+    same_steps: bool = False
+    """All silos take the same number of local steps, which the recipe says."""
 
 
 _ADAPTIVE = ("server_momentum", "beta2", "tau")
+_BACKWARD = (
+    "optimizer",
+    "betas",
+    "momentum",
+    "weight_decay",
+    "clip_norm",
+    "gradient_checkpointing",
+    "compile",
+    "keep_optimizer",
+)
+"""Fields of `training` that belong to gradients."""
 
 ALGORITHMS: dict[str, Method] = {
     "fedavg": Method("McMahan et al., AISTATS 2017", linear=True),
@@ -42,4 +57,24 @@ ALGORITHMS: dict[str, Method] = {
     "fedadam": Method("Reddi et al., ICLR 2021", linear=True, options=_ADAPTIVE),
     "fedyogi": Method("Reddi et al., ICLR 2021", linear=True, options=_ADAPTIVE),
     "fedadagrad": Method("Reddi et al., ICLR 2021", linear=True, options=_ADAPTIVE),
+    "fedmezo": Method("Ling et al., KDD 2024", linear=True, options=("zo_eps",), without=_BACKWARD, zeroth_order=True),
+    "fedkseed": Method(
+        "Qin et al., ICML 2024",
+        linear=False,  # an update's scalars belong to other directions in each silo
+        options=("seeds", "zo_eps"),
+        adapters=("full",),
+        without=_BACKWARD,
+        zeroth_order=True,
+    ),
+    "feedsign": Method(
+        "Cai et al., 2025",
+        linear=False,
+        equal_weights=True,
+        options=("zo_eps",),
+        adapters=("full",),
+        without=(*_BACKWARD, "lr", "schedule", "warmup", "final_lr"),
+        zeroth_order=True,
+        same_steps=True,
+    ),
+    "ferret": Method("Shu et al., ICML 2025", linear=True, options=("seeds", "per_block"), adapters=("full",)),
 }

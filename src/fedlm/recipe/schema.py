@@ -228,13 +228,22 @@ class AlgorithmSpec(Strict):
     weights: Literal["tokens", "examples", "equal"] | None = Field(
         None,
         description="What a silo counts for in the mean: the examples it holds, their target tokens, or equal. "
-        "Defaults: examples; scaffold: always equal.",
+        "Defaults: examples; scaffold, feedsign: always equal.",
     )
     mu: Annotated[float, Field(ge=0.0)] = Field(0.01, description="fedprox: strength of the proximal term.")
-    server_lr: PositiveFloat | None = Field(None, description="Defaults: fedavg, fedavgm 1.0; adaptive rules 1e-3.")
+    server_lr: PositiveFloat | None = Field(None, description="Defaults: 1.0; adaptive rules 1e-3; feedsign 1e-4.")
     server_momentum: Fraction = Field(0.9, description="fedavgm; beta1 of the adaptive rules.")
     beta2: Fraction = 0.99
     tau: PositiveFloat = Field(1e-3, description="Adaptivity floor of fedadam, fedyogi and fedadagrad.")
+    seeds: PositiveInt = Field(
+        4096, description="K: zeroth-order directions of fedkseed in the whole run; random bases of a round of ferret."
+    )
+    zo_eps: PositiveFloat = Field(
+        1e-3, description="Zeroth-order methods: the loss is measured at w +- zo_eps z along a standard normal z."
+    )
+    per_block: PositiveInt = Field(
+        1, description="ferret: bases in a block of weights; time grows with it, and nothing else."
+    )
 
     @field_validator("name")
     @classmethod
