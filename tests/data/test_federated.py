@@ -100,6 +100,16 @@ def test_split_follows_shares_and_content(load: Load, jsonl: Callable[..., Path]
     assert set(first.test["hash"][:]) != set(other.test["hash"][:])
 
 
+def test_a_seed_of_the_data_holds_against_the_runs(load: Load, jsonl: Callable[..., Path], tmp_path: Path) -> None:
+    jsonl([{"text": f"row {i}", "label": "x"} for i in range(200)], "a.jsonl")
+    source = [{"path": "a.jsonl", "columns": TEXT, "max_rows": 100}]
+    dealt: dict[str, Any] = {"partition": {"kind": "iid", "silos": 3}, "split": {"validation": 0.2, "test": 0.2}}
+    zero, one = (load(source, seed=seed, **dealt).fingerprint for seed in (0, 1))
+    data = DataSpec.model_validate({**dealt, "sources": source, "seed": 0})
+    fixed: Any = SimpleNamespace(data=data, seed=1)
+    assert load_data(fixed, tmp_path).fingerprint == zero != one
+
+
 def silo(name: str, path: str, **source: Any) -> dict[str, Any]:
     return {"name": name, "sources": [{"path": path, "columns": TEXT, **source}]}
 

@@ -444,3 +444,10 @@ def test_a_subset_of_silos(tiny: Tiny, tmp_path: Path) -> None:
     directory = new_run(started.recipe, started.path)
     result = run(started.recipe, toys, directory, silos=["s1"], final_test=False)
     assert {r.silo for r in toys.seen} == {"s1"} and result.evaluation is None
+
+
+def test_rounds_can_be_measured_on_test_rows(tiny: Tiny, tmp_path: Path) -> None:
+    started, toys = Started(tiny, tmp_path), Toys()
+    run(started.recipe, toys, new_run(started.recipe, started.path), final_test=False, role="test")
+    assert {r.fields["role"] for r in toys.of("evaluate")} == {"test"}
+    assert [r["validation"]["loss"] for r in started.rounds()] == [25.0, 6.25, 0.0, 6.25]

@@ -126,14 +126,15 @@ def load_data(recipe: Recipe, base: Path = Path()) -> FederatedData:
     code that maps stay as they are.
 
     Args:
-        recipe: its `data` and `seed` are used.
+        recipe: its `data` and, where that has no seed of its own, `seed` are used.
         base: the folder that relative paths start from, the recipe's own.
 
     Raises:
         DataError, PackageError: see `sources`, `examples`, `partition`; also a silo without training rows. A silo with
             one row is served if that row's hash makes it a training row.
     """
-    spec, seed = recipe.data, recipe.seed
+    spec = recipe.data
+    seed = recipe.seed if spec.seed is None else spec.seed
     if spec.at_silos:
         raise DataError(
             "this recipe names no text: every silo brings its own",

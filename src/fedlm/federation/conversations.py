@@ -33,6 +33,7 @@ class Conversations:
         training_rows: after `enrol`, by silo, its number of training rows.
         trainers: after `enrol`, names of the silos with training rows, sorted.
         measured_rows: by role, its number of rows by silo, of the silos that have any.
+        role: the rows that the model is measured on between rounds.
         not_greeted: after `enrol`, why silos do not take part; written down with the next round.
     """
 
@@ -50,6 +51,7 @@ class Conversations:
         self.training_rows: dict[str, int] = {}
         self.trainers: list[str] = []
         self.measured_rows: dict[str, dict[str, int]] = {}
+        self.role = "validation"
         self.not_greeted: list[Failure] = []
         self._missing: list[str] = []
         self._late: queue.SimpleQueue[Reply] = queue.SimpleQueue()
@@ -240,10 +242,10 @@ class Conversations:
                 self.phase(f"{sum(rows.values())} of {of} rows {what} at {limit} tokens (in {len(rows)} silos)")
 
     def validate(self, tensors: Tensors, number: int, traffic: Traffic, accepted: Mapping[str, int]) -> Fields | None:
-        """Summary on validation rows; None when no silo has any."""
-        if not self.measured_rows["validation"]:
+        """Summary on the rows that are measured between rounds; None when no silo has any."""
+        if not self.measured_rows[self.role]:
             return None
-        return self.measure(tensors, "validation", number, traffic, accepted)
+        return self.measure(tensors, self.role, number, traffic, accepted)
 
     def measure(
         self, tensors: Tensors, role: str, number: int, traffic: Traffic, accepted: Mapping[str, int]

@@ -54,6 +54,7 @@ def run(
     resume: bool = False,
     silos: Sequence[str] | None = None,
     final_test: bool = True,
+    role: str = "validation",
 ) -> RunResult:
     """Run a federation from its start, or from its last checkpoint, to its end.
 
@@ -61,6 +62,8 @@ def run(
         run_dir: opened for writing (see `RunDir`).
         silos: names that take part; all of the engine's by default.
         final_test: measure the base and the best model on the silos' test rows at the end.
+        role: the rows that the model is measured on between rounds; 'test' is for comparisons over the whole course of
+            training, which choose nothing by it.
 
     Raises:
         RunError: a round stays below its quorum, the disk fails, a checkpoint is corrupt. The state is kept; the run
@@ -68,6 +71,7 @@ def run(
         FedlmError: the model or the data cannot be loaded.
     """
     federation = Federation(recipe, engine, run_dir, observe, silos)
+    federation.silos.role = role
     with Interrupt() as interrupt, MemorySampler() as memory:
         federation.interrupt, federation.memory = interrupt, memory
         try:

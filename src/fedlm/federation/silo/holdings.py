@@ -65,7 +65,7 @@ class OwnText:
     spec: Holdings
 
     def recipe_for(self, recipe: Recipe, name: str) -> Recipe:
-        """The recipe with this silo's text in place of what the recipe says of data; split and `malformed` stay.
+        """The recipe with this silo's text in place of what the recipe says of data; how it is split stays.
 
         Raises:
             Forbidden: the text does not fit what is to be learnt, or the recipe deals nothing to this silo, or it names
@@ -77,6 +77,7 @@ class OwnText:
         own = {
             "silos": [{"name": name, "sources": [s.model_dump(mode="json") for s in self.spec.sources]}],
             "split": recipe.data.split.model_dump(mode="json"),
+            "seed": recipe.data.seed,
             "malformed": recipe.data.malformed,
         }
         try:
