@@ -5,6 +5,7 @@ Nothing here is ever pickled between organisations; engines move tensors as safe
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -25,7 +26,8 @@ Observe = Callable[[Event], None]
 
 @dataclass(frozen=True)
 class Request:
-    """One call through a silo's door. (run, round, attempt, silo, verb) is its idempotency key."""
+    """One call through a silo's door. (run, round, attempt, silo, verb) is its idempotency key, with the field
+    `dispatch` where there is one: in an asynchronous federation a silo may train more than once in a round."""
 
     silo: str
     verb: str
@@ -57,6 +59,7 @@ class FailureKind(StrEnum):
     OUT_OF_MEMORY = "out_of_memory"
     BAD_UPDATE = "bad_update"
     VERSION_MISMATCH = "version_mismatch"
+    STALE = "stale"
     ERROR = "error"
 
 
@@ -69,6 +72,31 @@ class Failure:
     reason: str
 
 
+class Stop:
+    """Ends an exchange from another thread, as if its deadline had come."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waking: list[Callable[[], None]] = []
+        self.called = False
+
+    def now(self) -> None:
+        """Stop; for good."""
+        with self._lock:
+            self.called, waking = True, self._waking
+            self._waking = []
+        for wake in waking:
+            wake()
+
+    def then(self, wake: Callable[[], None]) -> None:
+        """Call this when it is time to stop, perhaps from another thread; at once if it is already."""
+        with self._lock:
+            if not self.called:
+                self._waking.append(wake)
+                return
+        wake()
+
+
 class Engine(Protocol):
     """Where messages travel: in this process, over worker processes, a cluster, or between organisations."""
 
@@ -76,11 +104,13 @@ class Engine(Protocol):
         """Names of all enrolled silos, in canonical (sorted) order."""
         ...
 
-    def exchange(self, requests: Iterable[Request], deadline: float | None = None) -> Iterator[Reply | Failure]:
+    def exchange(
+        self, requests: Iterable[Request], deadline: float | None = None, stop: Stop | None = None
+    ) -> Iterator[Reply | Failure]:
         """Send every request and yield one reply or typed failure each, as they arrive.
 
         Safe to call from several threads. `deadline` is in seconds from the call; a request that has no reply by
-        then yields `Failure(kind=TIMED_OUT)` and its later reply is dropped.
+        then, or when `stop` is called, yields `Failure(kind=TIMED_OUT)` and its later reply is dropped.
         """
         ...
 

@@ -18,7 +18,7 @@ import pytest
 from fedlm.data.federated import FederatedData, load_data
 from fedlm.federation.engines.local import LocalEngine
 from fedlm.federation.silo import Silo, Workbench
-from fedlm.messages import Engine, Event, Failure, FailureKind, Observe, Reply, Request
+from fedlm.messages import Engine, Event, Failure, FailureKind, Observe, Reply, Request, Stop
 from fedlm.recipe.schema import Recipe
 from tests.federation.conftest import Tiny
 from tests.federation.exchanges import assert_same, by_silo, requests, running_ray
@@ -189,6 +189,28 @@ def test_a_deadline(slow_case: Case) -> None:
     assert time.monotonic() - start < 20
     assert len(slow_case.events) == told, "what comes after the deadline is dropped"
     assert not list((slow_case.folder / "silos").glob("*/late/*"))
+
+
+def test_an_exchange_is_stopped_from_another_thread(slow_case: Case) -> None:
+    """As by its deadline; a stop that was called before ends an exchange before it begins."""
+    engine, stop = slow_case.engine, Stop()
+    told = len(slow_case.events)
+
+    def stop_at_work() -> None:
+        until = time.monotonic() + 30
+        while not slow_case.steps("stopped") and time.monotonic() < until:
+            time.sleep(0.01)
+        stop.now()
+
+    threading.Thread(target=stop_at_work, daemon=True).start()
+    for expected in (1, 0):
+        (answer,) = engine.exchange(requests(slow_case.recipe, "stopped", ["site1"]), None, stop)
+        assert isinstance(answer, Failure) and answer.kind is FailureKind.TIMED_OUT
+        assert (len(slow_case.events) > told) == bool(expected)
+        told = len(slow_case.events)
+    (hello,) = engine.exchange([Request("site1", "hello", "stopped", -1)], deadline=60.0)
+    assert isinstance(hello, Reply)
+    assert not list((slow_case.folder / "silos").glob("*/stopped/*"))
 
 
 def test_closing_the_engine_ends_the_exchanges_of_other_threads(slow_case: Case) -> None:

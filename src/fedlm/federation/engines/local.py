@@ -32,7 +32,7 @@ from fedlm.federation.engines.pool import Batch, Job, Setup, Worker, closed
 from fedlm.federation.engines.wire import parse_reply, serialized_size, write_spool
 from fedlm.federation.silo import POOLED, Silo, Workbench
 from fedlm.files import read_tensors
-from fedlm.messages import Event, Failure, FailureKind, Observe, Reply, Request, Tensors
+from fedlm.messages import Event, Failure, FailureKind, Observe, Reply, Request, Stop, Tensors
 from fedlm.recipe.schema import FederationSpec, Recipe
 
 if TYPE_CHECKING:
@@ -109,7 +109,9 @@ class LocalEngine:
         """Process ids of the live workers (none with `workers=1`)."""
         return [w.pid for w in self._pool if w.pid is not None]
 
-    def exchange(self, requests: Iterable[Request], deadline: float | None = None) -> Iterator[Reply | Failure]:
+    def exchange(
+        self, requests: Iterable[Request], deadline: float | None = None, stop: Stop | None = None
+    ) -> Iterator[Reply | Failure]:
         """See `fedlm.messages.Engine`. Closing the iterator early cancels what has not been answered.
 
         Raises:
@@ -117,7 +119,8 @@ class LocalEngine:
         """
         self.start()
         until = None if deadline is None else time.monotonic() + deadline
-        return self._serial(requests, until) if self._bench else self._parallel(requests, until)
+        stop = stop or Stop()
+        return self._serial(requests, until, stop) if self._bench else self._parallel(requests, until, stop)
 
     def start(self) -> None:
         """Load the model here, or start the workers and wait until each is ready.
@@ -167,12 +170,16 @@ class LocalEngine:
 
     # ---------------------------------------------------------------- in this process
 
-    def _serial(self, requests: Iterable[Request], until: float | None) -> Iterator[Reply | Failure]:
+    def _serial(self, requests: Iterable[Request], until: float | None, stop: Stop) -> Iterator[Reply | Failure]:
         assert self._bench is not None
+
+        def over() -> bool:
+            return stop.called or _past(until)
+
         sizes: dict[int, int] = {}
         last: Tensors | None = None
         for request in requests:
-            if _past(until):
+            if over():
                 yield timed_out(request.silo)
                 continue
             if request.tensors is not last:
@@ -184,10 +191,10 @@ class LocalEngine:
                 self._bench,
                 self._states,
                 observe=partial(self._tell, run=request.run),
-                should_stop=lambda: _past(until),
+                should_stop=over,
             )
             answer = self._unknown(request) or silo.handle(request)
-            if _past(until):
+            if over():
                 yield timed_out(request.silo)
             elif isinstance(answer, Reply):
                 yield measured(answer, sizes[id(request.tensors)], serialized_size(answer.tensors))
@@ -196,8 +203,9 @@ class LocalEngine:
 
     # ---------------------------------------------------------------- in worker processes
 
-    def _parallel(self, requests: Iterable[Request], until: float | None) -> Iterator[Reply | Failure]:
+    def _parallel(self, requests: Iterable[Request], until: float | None, stop: Stop) -> Iterator[Reply | Failure]:
         batch = Batch()
+        stop.then(lambda: batch.answers.put(None))
         open_jobs: dict[int, Job] = {}
         files: dict[int, tuple[Tensors, str, int]] = {}
         try:
@@ -216,9 +224,12 @@ class LocalEngine:
             while open_jobs:
                 try:
                     wait = None if until is None else max(0.0, until - time.monotonic())
-                    job, answer = batch.answers.get(timeout=wait)
+                    arrived = batch.answers.get(timeout=wait)
                 except queue.Empty:
                     break
+                if arrived is None:
+                    break
+                job, answer = arrived
                 del open_jobs[job.number]
                 if isinstance(answer, BaseException):
                     raise answer
@@ -232,10 +243,11 @@ class LocalEngine:
             while open_jobs:
                 # Replies that came too late leave no file behind; those still to come are dropped by their worker.
                 try:
-                    job, answer = batch.answers.get_nowait()
+                    arrived = batch.answers.get_nowait()
                 except queue.Empty:
                     break
-                self._setup.drop(answer)
+                if arrived is not None:
+                    self._setup.drop(arrived[1])
             for _, file, _ in files.values():
                 (self._spool / file).unlink(missing_ok=True)
 

@@ -37,7 +37,7 @@ from fedlm.federation.engines.lines import ClosedError, Lines, Message, spooled
 from fedlm.federation.engines.wire import parse_reply, write_spool
 from fedlm.federation.figures import LARGEST
 from fedlm.files import read_tensors
-from fedlm.messages import Event, Failure, FailureKind, Fields, Observe, Reply, Request, Tensors
+from fedlm.messages import Event, Failure, FailureKind, Fields, Observe, Reply, Request, Stop, Tensors
 from fedlm.recipe.schema import Recipe
 
 log = logging.getLogger("fedlm.federation")
@@ -58,8 +58,12 @@ class _Job:
 
     number: int
     request: Request
-    answers: queue.SimpleQueue[tuple[_Job, Message]]
+    answers: _Answers
     message: Message
+
+
+_Answers = queue.SimpleQueue[tuple[_Job, Message] | None]
+"""What came for one exchange; None: its caller was told to stop waiting."""
 
 
 class FlareEngine:
@@ -99,7 +103,9 @@ class FlareEngine:
     def silos(self) -> Sequence[str]:
         return self._names
 
-    def exchange(self, requests: Iterable[Request], deadline: float | None = None) -> Iterator[Reply | Failure]:
+    def exchange(
+        self, requests: Iterable[Request], deadline: float | None = None, stop: Stop | None = None
+    ) -> Iterator[Reply | Failure]:
         """See `fedlm.messages.Engine`. Closing the iterator early cancels what has not been answered.
 
         Raises:
@@ -107,7 +113,7 @@ class FlareEngine:
             FedlmError: the coordinator's own model cannot be loaded (to compare it with the silos').
         """
         until = None if deadline is None else time.monotonic() + deadline
-        return self._exchange(requests, until)
+        return self._exchange(requests, until, stop or Stop())
 
     def close(self) -> None:
         """Leave the network. What is still asked is cancelled at the silos and answered as unreachable."""
@@ -123,8 +129,9 @@ class FlareEngine:
 
     # ---------------------------------------------------------------- exchanges
 
-    def _exchange(self, requests: Iterable[Request], until: float | None) -> Iterator[Reply | Failure]:
-        answers: queue.SimpleQueue[tuple[_Job, Message]] = queue.SimpleQueue()
+    def _exchange(self, requests: Iterable[Request], until: float | None, stop: Stop) -> Iterator[Reply | Failure]:
+        answers: _Answers = queue.SimpleQueue()
+        stop.then(lambda: answers.put(None))
         open_jobs: dict[int, _Job] = {}
         files: dict[int, tuple[Tensors, Message]] = {}
         try:
@@ -137,9 +144,12 @@ class FlareEngine:
             while open_jobs:
                 try:
                     wait = None if until is None else max(0.0, until - time.monotonic())
-                    job, message = answers.get(timeout=wait)
+                    arrived = answers.get(timeout=wait)
                 except queue.Empty:
                     break
+                if arrived is None:
+                    break
+                job, message = arrived
                 del open_jobs[job.number]
                 yield self._receive(job, message)
             for job in open_jobs.values():
@@ -148,9 +158,9 @@ class FlareEngine:
             for job in open_jobs.values():
                 self._abandon(job)
             while not answers.empty():  # came too late: their files go
-                job, message = answers.get()
-                if message.get("tensors"):
-                    spooled(self._spool, message["tensors"]).unlink(missing_ok=True)
+                late = answers.get()
+                if late is not None and late[1].get("tensors"):
+                    spooled(self._spool, late[1]["tensors"]).unlink(missing_ok=True)
             for _, described in files.values():
                 (self._spool / described["name"]).unlink(missing_ok=True)
 
@@ -168,9 +178,7 @@ class FlareEngine:
             files[id(tensors)] = (tensors, {"name": name, "size": path.stat().st_size, "sha256": digest})
         return files[id(tensors)][1]
 
-    def _send(
-        self, request: Request, answers: queue.SimpleQueue[tuple[_Job, Message]], tensors: Message | None
-    ) -> _Job:
+    def _send(self, request: Request, answers: _Answers, tensors: Message | None) -> _Job:
         if request.verb == "hello":
             request = replace(request, fields={**request.fields, **self._introduction()})
         number = next(self._numbers)

@@ -36,7 +36,7 @@ from fedlm.federation.engines.ray.cluster import Cluster, Share, join, nodes, re
 from fedlm.federation.engines.ray.pump import Batch, Job, Pump, Seat
 from fedlm.federation.engines.wire import serialized_size
 from fedlm.federation.silo import POOLED
-from fedlm.messages import Event, Failure, FailureKind, Observe, Reply, Request, Tensors
+from fedlm.messages import Event, Failure, FailureKind, Observe, Reply, Request, Stop, Tensors
 from fedlm.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -97,7 +97,9 @@ class RayEngine:
         """Process ids of the actors that are ready, each on its own machine."""
         return self._pump.pids if self._pump else []
 
-    def exchange(self, requests: Iterable[Request], deadline: float | None = None) -> Iterator[Reply | Failure]:
+    def exchange(
+        self, requests: Iterable[Request], deadline: float | None = None, stop: Stop | None = None
+    ) -> Iterator[Reply | Failure]:
         """See `fedlm.messages.Engine`. Closing the iterator early cancels what has not been answered.
 
         Raises:
@@ -106,7 +108,7 @@ class RayEngine:
                 the data cannot be loaded.
         """
         self.start()
-        return self._answers(requests, None if deadline is None else time.monotonic() + deadline)
+        return self._answers(requests, None if deadline is None else time.monotonic() + deadline, stop or Stop())
 
     def start(self) -> None:
         """Start Ray or connect to it, place the actors and wait until each has its model.
@@ -236,8 +238,9 @@ class RayEngine:
 
     # ---------------------------------------------------------------- exchanges
 
-    def _answers(self, requests: Iterable[Request], until: float | None) -> Iterator[Reply | Failure]:
+    def _answers(self, requests: Iterable[Request], until: float | None, stop: Stop) -> Iterator[Reply | Failure]:
         batch = Batch()
+        stop.then(lambda: batch.answers.put(None))
         open_jobs: dict[int, Job] = {}
         broadcasts: dict[int, tuple[Tensors, Any, int]] = {}
         try:
@@ -252,9 +255,12 @@ class RayEngine:
             while open_jobs:
                 try:
                     wait = None if until is None else max(0.0, until - time.monotonic())
-                    job, answer = batch.answers.get(timeout=wait)
+                    arrived = batch.answers.get(timeout=wait)
                 except queue.Empty:
                     break
+                if arrived is None:
+                    break
+                job, answer = arrived
                 if job.number not in open_jobs:
                     continue
                 if isinstance(answer, BaseException):

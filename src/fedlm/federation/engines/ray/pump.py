@@ -29,7 +29,8 @@ TICK = 0.2
 class Batch:
     """One call of `exchange`."""
 
-    answers: queue.SimpleQueue[tuple[Job, Any]] = field(default_factory=queue.SimpleQueue)
+    answers: queue.SimpleQueue[tuple[Job, Any] | None] = field(default_factory=queue.SimpleQueue)
+    """None: the caller was told to stop waiting."""
     closed: float | None = None
     """When the caller stopped waiting."""
 
