@@ -78,3 +78,14 @@ def test_hyper_parameters_are_equal_and_nothing_stops_early() -> None:
     assert (local.federation.rounds, local.federation.sample, local.federation.quorum) == (7, "all", 1.0)
     assert local.training == given.training.model_copy(update={"keep_optimizer": True})
     assert (local.seed, local.adapter, local.model, local.data) == (given.seed, given.adapter, given.model, given.data)
+
+
+def test_an_adapter_that_is_set_up_first_is_so_in_every_arm_beyond_equal_steps() -> None:
+    """Fed-SB's round 0 trains nothing: 3 rounds of training in the federation, 2 x 3 in one place, after round 0."""
+    given = recipe(algorithm={"name": "fedavg"}).model_dump()
+    given["federation"]["algorithm"] = {"name": "fed-sb"}
+    given["adapter"] = {"kind": "lora-sb"}
+    given = Recipe.model_validate(given)
+    planned = rounds(plan_arms(given, ROWS))
+    assert planned == {"centralised": 7, "alone-compute:a": 7, "alone-compute:b": 7, "alone:a": 4, "alone:b": 4}
+    assert local_recipe(given, 7).federation.algorithm.name == "fed-sb"

@@ -56,7 +56,7 @@ def test_by_default_small_adapters_of_pinned_models() -> None:
     check_recipe(Policy(), recipe())
     check_recipe(Policy(), recipe(adapter={"kind": "ia3"}))
     check_rows(Policy(), recipe(), 1, None)
-    with pytest.raises(Forbidden, match=r"'full'.*adapters: lora, ia3"):
+    with pytest.raises(Forbidden, match=r"'full'.*adapters: lora, lora-sb, ia3"):
         check_recipe(Policy(), recipe(adapter={"kind": "full"}))
 
 

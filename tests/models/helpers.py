@@ -26,6 +26,7 @@ def recipe(source: Path | str, adapter: dict[str, Any] | None = None, seed: int 
             "data": {"silos": [{"name": "a", "sources": [{"path": "rows.jsonl", "columns": {"text": "text"}}]}]},
             "training": {"steps": 1},
             "task": "pretrain",
+            "federation": {"algorithm": {"name": "fed-sb" if (adapter or {}).get("kind") == "lora-sb" else "fedavg"}},
         }
     )
 

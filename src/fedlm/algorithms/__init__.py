@@ -10,6 +10,7 @@ from fedlm.algorithms.fedavgm import FedAvgM
 from fedlm.algorithms.fedkseed import FedKSeed
 from fedlm.algorithms.fedmezo import FedMeZO
 from fedlm.algorithms.fedprox import FedProx
+from fedlm.algorithms.fedsb import FedSB
 from fedlm.algorithms.fedyogi import FedYogi
 from fedlm.algorithms.feedsign import FeedSign
 from fedlm.algorithms.ferret import Ferret
@@ -29,6 +30,7 @@ CLASSES: dict[str, type[Algorithm]] = {
     "fedkseed": FedKSeed,
     "feedsign": FeedSign,
     "ferret": Ferret,
+    "fed-sb": FedSB,
 }
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from fedlm.errors import RunError, nearest
 from fedlm.federation.sampling import wanted
 from fedlm.federation.silo.workbench import POOLED
+from fedlm.recipe.methods import ALGORITHMS
 from fedlm.recipe.schema import AlgorithmSpec, Recipe
 
 BASE, FEDERATED, ALONE, ALONE_COMPUTE, CENTRALISED = "base", "federated", "alone", "alone-compute", "centralised"
@@ -80,21 +81,29 @@ def plan_arms(
 
 def alone_rounds(recipe: Recipe, silos: int) -> int:
     """Rounds that a silo takes part in, on average."""
-    return max(1, round(recipe.federation.rounds * wanted(recipe.federation, silos) / silos))
+    setup = setup_rounds(recipe)
+    return setup + max(1, round((recipe.federation.rounds - setup) * wanted(recipe.federation, silos) / silos))
 
 
 def compute_rounds(recipe: Recipe, rows: Mapping[str, int], silo: str) -> int:
     """Rounds of one silo that make as many optimiser steps (or examples) as all silos in all rounds."""
     share = wanted(recipe.federation, len(rows)) / len(rows)
     per_round = len(rows) if recipe.training.steps is not None else sum(rows.values()) / rows[silo]
-    return max(1, round(recipe.federation.rounds * share * per_round))
+    setup = setup_rounds(recipe)
+    return setup + max(1, round((recipe.federation.rounds - setup) * share * per_round))
 
 
 def pooled_rounds(recipe: Recipe, silos: int) -> int:
     """Rounds over the pooled rows that make as many steps (or examples) as all silos in all rounds."""
     if recipe.training.steps is None:  # an epoch of the pooled rows is an epoch of every silo
         return alone_rounds(recipe, silos)
-    return max(1, recipe.federation.rounds * wanted(recipe.federation, silos))
+    setup = setup_rounds(recipe)
+    return setup + max(1, (recipe.federation.rounds - setup) * wanted(recipe.federation, silos))
+
+
+def setup_rounds(recipe: Recipe) -> int:
+    """Rounds at the start of a run that train nothing; an arm that trains in one place has them too."""
+    return ALGORITHMS[recipe.federation.algorithm.name].setup_rounds
 
 
 def federated_recipe(recipe: Recipe) -> Recipe:
@@ -103,11 +112,14 @@ def federated_recipe(recipe: Recipe) -> Recipe:
 
 
 def local_recipe(recipe: Recipe, rounds: int = 1) -> Recipe:
-    """Training in one place: FedAvg of one participant over `rounds` rounds, its optimiser never restarted."""
+    """Training in one place: one participant over `rounds` rounds, its optimiser never restarted.
+
+    It is FedAvg, unless the adapter has to be set up first: then the federation's own algorithm.
+    """
     federation = recipe.federation.model_copy(
         update={
             "rounds": rounds,
-            "algorithm": AlgorithmSpec(),
+            "algorithm": recipe.federation.algorithm if setup_rounds(recipe) else AlgorithmSpec(),
             "sample": "all",
             "oversample": 0.0,
             "quorum": 1.0,

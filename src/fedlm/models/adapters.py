@@ -1,8 +1,8 @@
 """What is trained and exchanged: LoRA, IA3 or the full weights, with names and first values that are equal everywhere.
 
-LoRA (Hu et al., ICLR 2022) adds (alpha / rank) B A to a weight; IA3 (Liu et al., NeurIPS 2022) scales keys, values and
-the feed-forward's inner activations. Both come from PEFT, so that anything that reads PEFT reads the result. Adapter
-parameters are fp32 whatever the base's dtype.
+LoRA (Hu et al., ICLR 2022) adds (alpha / rank) B A to a weight, LoRA-SB (alpha / rank) B R A (`fedlm.models.square`);
+IA3 (Liu et al., NeurIPS 2022) scales keys, values and the feed-forward's inner activations. They come from PEFT, so
+that anything that reads PEFT reads the result. Adapter parameters are fp32 whatever the base's dtype.
 
 A tensor's name is PEFT's name in a saved adapter without the leading 'base_model.model.', for instance
 `model.layers.0.self_attn.q_proj.lora_A.weight`; with kind 'full' it is the model's own parameter name. Each first value
@@ -26,6 +26,7 @@ from fedlm.messages import Tensors
 from fedlm.models.directions import add_terms, is_description
 from fedlm.models.folders import quiet
 from fedlm.models.load import load_base, resolve, unloadable
+from fedlm.models.square import insert_squares
 from fedlm.randomness import key, torch_generator
 from fedlm.recipe.schema import AdapterSpec, Recipe
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."
 _ADAPTER_PART = re.compile(r"\.(lora_A|lora_B|ia3_l)\.default(?=\.|$)")
+_SQUARE_PART = re.compile(r"\.lora_B\.([BR])$")
 _IA3_LLAMA_LIKE = (["k_proj", "v_proj", "down_proj"], ["down_proj"])
 _FEEDFORWARD_ENDS = {"down_proj", "fc2", "fc_out", "dense_4h_to_h", "wo", "w2", "c_proj"}
 """Last linear layers of feed-forward blocks, by the names that architectures give them; IA3 scales their input."""
@@ -45,13 +47,13 @@ _FEEDFORWARD_ENDS = {"down_proj", "fc2", "fc_out", "dense_4h_to_h", "wo", "w2", 
 def attach(model: PreTrainedModel, spec: AdapterSpec, seed: int) -> nn.Module:
     """The model with trainable parameters as `spec` says, at their common first values.
 
-    For 'lora' and 'ia3' the model is wrapped by PEFT and its outputs are still the base's (B = 0, scales = 1). For
-    'full' the model itself is returned with fp32 weights. Those that are mapped from a file in fp32 stay mapped: pages
-    become the process's own when they are written to, and the file never changes.
+    For 'lora', 'lora-sb' and 'ia3' the model is wrapped by PEFT and its outputs are still the base's (B = 0, scales =
+    1). For 'full' the model itself is returned with fp32 weights. Those that are mapped from a file in fp32 stay
+    mapped: pages become the process's own when they are written to, and the file never changes.
 
     Raises:
-        ModelError: a target matches no linear module (those that exist are listed), is tied to the embeddings, or IA3
-            has no default for the architecture.
+        ModelError: a target matches no linear module (those that exist are listed), is tied to the embeddings, IA3 has
+            no default for the architecture, or a layer is smaller than LoRA-SB's rank.
     """
     if spec.kind == "full":
         unfrozen: nn.Module = _unfreeze(model)
@@ -64,6 +66,8 @@ def attach(model: PreTrainedModel, spec: AdapterSpec, seed: int) -> nn.Module:
         warnings.simplefilter("ignore", UserWarning)
         torch.manual_seed(key(seed, "adapter"))
         wrapped: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=True)
+    if spec.kind == "lora-sb":
+        insert_squares(lora_layers(wrapped))
     with torch.no_grad():
         for name, parameter in trainable(wrapped).items():
             parameter.data = parameter.data.to(torch.float32)
@@ -73,12 +77,13 @@ def attach(model: PreTrainedModel, spec: AdapterSpec, seed: int) -> nn.Module:
 
 
 def first_value(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
-    """A parameter before training: A uniform in +-1/sqrt(fan in) (as PEFT: kaiming_uniform, a = sqrt 5), B 0, IA3 1."""
+    """A parameter before training: A uniform in +-1/sqrt(fan in) (as PEFT: kaiming_uniform, a = sqrt 5), B and R 0,
+    IA3 1."""
     if ".lora_A." in name:
         bound = 1.0 / math.sqrt(shape[1])
         generator = torch_generator(seed, "adapter", name)
         return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
-    if ".lora_B." in name:
+    if ".lora_B." in name or ".lora_R." in name:
         return torch.zeros(shape, dtype=torch.float32)
     return torch.ones(shape, dtype=torch.float32)
 
@@ -194,8 +199,13 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     named = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            named[_ADAPTER_PART.sub(r".\1", name.removeprefix(PREFIX))] = parameter
+            named[_stable(name)] = parameter
     return named
+
+
+def _stable(name: str) -> str:
+    """The name by which a parameter of the model is exchanged."""
+    return _SQUARE_PART.sub(r".lora_\1.weight", _ADAPTER_PART.sub(r".\1", name.removeprefix(PREFIX)))
 
 
 def get_tensors(model: nn.Module) -> Tensors:
@@ -247,7 +257,7 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     named = {}
     for name, parameter in model.named_parameters():
         if _ADAPTER_PART.search(name):
-            named[_ADAPTER_PART.sub(r".\1", name.removeprefix(PREFIX))] = parameter
+            named[_stable(name)] = parameter
     return named or trainable(model)
 
 

@@ -24,6 +24,7 @@ from fedlm.models.adapters import PREFIX, attach, check_tensors, lora_layers, se
 from fedlm.models.deltas import deltas_of, is_delta, joined, parted
 from fedlm.models.folders import DTYPES, HELPERS, local_path, new_folder, open_weights, weight_files
 from fedlm.models.load import load_base, load_tokenizer, resolve
+from fedlm.models.square import folded, unfolded
 from fedlm.recipe.schema import AdapterSpec, ModelSpec, Recipe
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -36,7 +37,8 @@ def save_adapter(folder: Path, tensors: Tensors, recipe: Recipe) -> None:
     never by a path of this machine. The folder is there as a whole or not at all; it must not exist yet, or be empty.
 
     Args:
-        tensors: the adapter's parameters, and deltas, which become a part of it: its rank is larger then.
+        tensors: the adapter's parameters, and deltas, which become a part of it: its rank is larger then. LoRA-SB's
+            become plain LoRA.
 
     Raises:
         ModelError: the tensors do not fit the recipe's adapter, or the folder holds something or cannot be written.
@@ -45,7 +47,7 @@ def save_adapter(folder: Path, tensors: Tensors, recipe: Recipe) -> None:
     model = skeleton(recipe)
     values = {name: tensor for name, tensor in tensors.items() if not is_delta(name)}
     check_tensors({name: p.shape for name, p in trainable(model).items()}, values)
-    tensors, adapter = joined(tensors, recipe.adapter)
+    tensors, adapter = joined(folded(tensors) if recipe.adapter.kind == "lora-sb" else tensors, recipe.adapter)
     with _written(folder) as temporary:
         if recipe.adapter.kind == "full":
             _carry(recipe.model, temporary, torch.float32)
@@ -109,6 +111,8 @@ def load_adapter(folder: Path, spec: AdapterSpec) -> Tensors:
         if (folder / name).is_file():
             with open_weights(folder / name):
                 tensors = {k.removeprefix(PREFIX): v for k, v in read_tensors(folder / name).items()}
+            if spec.kind == "lora-sb":
+                return unfolded(tensors)
             return parted(tensors, spec.rank, spec.scale(spec.rank)) if spec.kind == "lora" else tensors
     raise ModelError(f"there is neither {ADAPTER_WEIGHTS} nor model.safetensors", where=str(folder))
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from fedlm.recipe.expressions import is_template, parse_template
-from fedlm.recipe.methods import ALGORITHMS
+from fedlm.recipe.methods import ALGORITHMS, FACTORS
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -107,6 +107,12 @@ def _origin(spec: Any, field: str, path: Path) -> Iterator[Problem]:
 
 def _model(recipe: Recipe) -> Iterator[Problem]:
     yield from _origin(recipe.model, "source", ("model",))
+    if recipe.adapter.dora:
+        yield (
+            ("adapter", "dora"),
+            "DoRA is not trained: it scales each column of W + s B A to a learnt magnitude, which is no function of "
+            "B A, so the mean of the silos' changes cannot be rebuilt from their adapters",
+        )
     if recipe.adapter.targets == []:
         yield ("adapter", "targets"), "names no module, so nothing would be trained"
 
@@ -238,11 +244,11 @@ def _without_effect(recipe: Recipe) -> Iterator[Problem]:
     readers: list[tuple[BaseModel, Path, str, str, tuple[str, ...]]] = [
         (training, ("training",), "momentum", training.optimizer, ("sgd",)),
         (training, ("training",), "betas", training.optimizer, ("adamw",)),
-        (adapter, ("adapter",), "rank", adapter.kind, ("lora",)),
-        (adapter, ("adapter",), "alpha", adapter.kind, ("lora",)),
-        (adapter, ("adapter",), "dropout", adapter.kind, ("lora",)),
-        (adapter, ("adapter",), "rslora", adapter.kind, ("lora",)),
-        (adapter, ("adapter",), "targets", adapter.kind, ("lora", "ia3")),
+        (adapter, ("adapter",), "rank", adapter.kind, FACTORS),
+        (adapter, ("adapter",), "alpha", adapter.kind, FACTORS),
+        (adapter, ("adapter",), "dropout", adapter.kind, FACTORS),
+        (adapter, ("adapter",), "rslora", adapter.kind, FACTORS),
+        (adapter, ("adapter",), "targets", adapter.kind, (*FACTORS, "ia3")),
         (training, ("training",), "final_lr", training.schedule, ("linear", "cosine")),
     ]
     for spec, path, field, chosen, by in readers:

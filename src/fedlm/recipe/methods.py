@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 KINDS = ("lora", "ia3", "full")
+FACTORS = ("lora", "lora-sb")
+"""Kinds of adapter that have LoRA factors A and B."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Method:
     """With fewer it is not the method."""
     without: tuple[str, ...] = ()
     """Fields of `training` that it never reads."""
+    setup_rounds: int = 0
+    """Rounds at the start in which nothing is trained yet."""
     zeroth_order: bool = False
     """Silos measure losses and no gradients; full weights are moved in place, in fp32."""
     same_steps: bool = False
@@ -77,4 +81,5 @@ ALGORITHMS: dict[str, Method] = {
         same_steps=True,
     ),
     "ferret": Method("Shu et al., ICML 2025", linear=True, options=("seeds", "per_block"), adapters=("full",)),
+    "fed-sb": Method("Singhal et al., 2025", linear=True, adapters=("lora-sb",), min_rounds=2, setup_rounds=1),
 }

@@ -48,12 +48,17 @@ class ModelSpec(Strict):
 class AdapterSpec(Strict):
     """What is trained and exchanged."""
 
-    kind: Literal["lora", "ia3", "full"] = "lora"
+    kind: Literal["lora", "lora-sb", "ia3", "full"] = Field(
+        "lora", description="'lora-sb': B R A with fixed A, B and a trained square R, for the algorithm fed-sb."
+    )
     rank: PositiveInt = 8
     alpha: PositiveFloat = 16.0
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     rslora: bool = Field(
         False, description="Scale by alpha / sqrt(rank) (Kalajdzievski, 2023) instead of alpha / rank."
+    )
+    dora: bool = Field(
+        False, description="Refused: DoRA's magnitudes are no function of B A, so no aggregation of them is exact."
     )
     targets: Literal["all-linear"] | list[str] = Field("all-linear", description="Module names, or all linear layers.")
 

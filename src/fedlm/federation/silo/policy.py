@@ -19,7 +19,7 @@ from fedlm.errors import RecipeError, nearest
 from fedlm.messages import Request
 from fedlm.models.catalogue import CATALOGUE
 from fedlm.recipe.load import load_yaml
-from fedlm.recipe.methods import ALGORITHMS
+from fedlm.recipe.methods import ALGORITHMS, FACTORS
 from fedlm.recipe.schema import ModelSpec, Recipe, Strict
 from fedlm.training.batches import steps_per_round
 
@@ -42,8 +42,8 @@ class Policy(Strict):
     )
     tasks: list[Literal["instruct", "pretrain"]] | None = Field(None, description="What may be learnt; default: all.")
     algorithms: list[str] | None = Field(None, description="How updates may be made; default: all.")
-    adapters: list[Literal["lora", "ia3", "full"]] = Field(
-        default_factory=lambda: ["lora", "ia3"],  # type: ignore[arg-type]
+    adapters: list[Literal["lora", "lora-sb", "ia3", "full"]] = Field(
+        default_factory=lambda: ["lora", "lora-sb", "ia3"],  # type: ignore[arg-type]
         description="What may be trained and sent. 'full' sends as many numbers as the model has, and must be listed.",
     )
     any_pinned_model: bool = Field(
@@ -103,7 +103,7 @@ def check_recipe(policy: Policy, recipe: Recipe) -> None:
     _among("algorithm", recipe.federation.algorithm.name, policy.algorithms, "algorithms")
     _among("adapter", recipe.adapter.kind, policy.adapters, "adapters")
     _at_most("rounds", recipe.federation.rounds, policy.max_rounds, "max_rounds")
-    if recipe.adapter.kind == "lora":
+    if recipe.adapter.kind in FACTORS:
         _at_most("as LoRA rank", recipe.adapter.rank, policy.max_rank, "max_rank")
     if recipe.training.steps is not None:
         _at_most("steps per round", recipe.training.steps, policy.max_steps_per_round, "max_steps_per_round")
