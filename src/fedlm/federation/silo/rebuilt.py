@@ -67,7 +67,7 @@ class Rebuilt:
                 self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (open as long as this object is)
             self._file.seek(0)
             for weight in weights.values():
-                self._file.write(memoryview(weight.detach().cpu().numpy()).cast("B"))
+                self._file.write(weight.detach().cpu().numpy().data.cast("B"))
             self._file.flush()
 
     def _read(self, weights: dict[str, Parameter]) -> None:
@@ -75,7 +75,7 @@ class Rebuilt:
         self._file.seek(0)
         for weight in weights.values():
             here = weight.detach().cpu()
-            if self._file.readinto(memoryview(here.numpy()).cast("B")) != here.nbytes:  # type: ignore[attr-defined]
+            if self._file.readinto(here.numpy().data.cast("B")) != here.nbytes:  # type: ignore[attr-defined]
                 raise ModelError("the rebuilt model cannot be read back", where=str(models_cache()))
             if weight.device.type != "cpu":
                 weight.detach().copy_(here)
