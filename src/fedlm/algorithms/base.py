@@ -151,6 +151,11 @@ class Place:
     """Of this silo's LoRA factors; 0 without LoRA."""
     steps: int = 0
     """Local steps that an update took, for the coordinator; 0 in the silo, which has yet to take them."""
+    dispatch: int | None = None
+    """In an asynchronous federation: the number of this training among all that were given out in the run. Its `round`
+    is then the number of server steps before the model that it starts from."""
+    staleness: int = 0
+    """Server steps since that model, for the coordinator; known when the update arrives."""
 
 
 @dataclass

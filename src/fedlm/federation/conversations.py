@@ -188,32 +188,8 @@ class Conversations:
                 fields = {"round": number, "rounds": self.spec.rounds, "accepted": accepted.get(name, -1)}
                 yield self.request(name, "train", number, broadcast, fields)
 
-        def place(silo: str, fields: Fields) -> Place:
-            """Where an update was made; a silo may have worked with a smaller rank than its own, and says so."""
-            steps = fields["steps"]
-            if not isinstance(steps, int):
-                raise UpdateRefused(f"the reply's number of steps is {steps}", where=silo)
-            rank = fields.get("rank", self.rank(silo))
-            if (
-                isinstance(rank, bool)
-                or not isinstance(rank, int)
-                or not min(1, self.rank(silo)) <= rank <= self.rank(silo)
-            ):
-                raise UpdateRefused(
-                    f"the reply's rank is {str(rank)[:40]}, the silo's is {self.rank(silo)}", where=silo
-                )
-            return Place(silo, number, self.spec.rounds, self.recipe.seed, rank, steps)
-
         def check(reply: Reply) -> Verdict:
-            """What a good update counts for. Raises UpdateRefused for any other."""
-            check_training(reply)
-            weight = weight_of(self.spec.algorithm, reply.fields)
-            most = largest_weight(self.recipe, self.training_rows[reply.silo])
-            where = place(reply.silo, reply.fields)
-            expected = self.algorithm.expected_update(parameters, where)
-            dtypes = self.algorithm.update_dtypes
-            check_update(reply.silo, reply.tensors, expected, weight, max_weight=most, dtypes=dtypes)
-            return Verdict(weight, where)
+            return self.verdict(reply, parameters)
 
         def arrivals() -> Generator[Reply | Failure]:
             with closing(self.exchange(requests())) as answers:
@@ -232,6 +208,35 @@ class Conversations:
         if number == 0:
             self._tell_lost_rows(result)
         return result
+
+    def verdict(self, reply: Reply, parameters: Tensors) -> Verdict:
+        """What an update counts for, and where it was made.
+
+        Args:
+            parameters: the global model, which says what an update must look like.
+
+        Raises:
+            UpdateRefused: it cannot be averaged, or the reply's figures cannot be written down.
+        """
+        check_training(reply)
+        weight = weight_of(self.spec.algorithm, reply.fields)
+        most = largest_weight(self.recipe, self.training_rows[reply.silo])
+        place = self._place(reply)
+        expected = self.algorithm.expected_update(parameters, place)
+        dtypes = self.algorithm.update_dtypes
+        check_update(reply.silo, reply.tensors, expected, weight, max_weight=most, dtypes=dtypes)
+        return Verdict(weight, place)
+
+    def _place(self, reply: Reply) -> Place:
+        """Where an update was made; a silo may have worked with a smaller rank than its own, and says so."""
+        silo, steps = reply.silo, reply.fields["steps"]
+        if not isinstance(steps, int):
+            raise UpdateRefused(f"the reply's number of steps is {steps}", where=silo)
+        most = self.rank(silo)
+        rank = reply.fields.get("rank", most)
+        if isinstance(rank, bool) or not isinstance(rank, int) or not min(1, most) <= rank <= most:
+            raise UpdateRefused(f"the reply's rank is {str(rank)[:40]}, the silo's is {most}", where=silo)
+        return Place(silo, reply.round, self.spec.rounds, self.recipe.seed, rank, steps)
 
     def _tell_lost_rows(self, result: FoldResult) -> None:
         for figure, what in (("dropped", "keep no target token and are not used"), ("cut", "are cut")):

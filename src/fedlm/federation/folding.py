@@ -76,7 +76,7 @@ def fold_in_order(
     Raises:
         RunError: the engine delivered a silo twice or one that was not asked, or the spool cannot be written.
     """
-    waiting = _Waiting(spool, held_bytes)
+    waiting = Waiting(spool, held_bytes)
     result = FoldResult()
     turn = {silo: position for position, silo in enumerate(order)}
     settled: dict[str, Failure | Verdict] = {}  # what is known of each silo
@@ -108,7 +108,7 @@ def fold_in_order(
             silo = arrival.silo
             if silo not in turn or silo in settled:
                 raise RunError(f"the engine delivered '{silo}' {'twice' if silo in turn else 'unasked'}")
-            settled[silo] = _judge(arrival, check)
+            settled[silo] = judge(arrival, check)
             if isinstance(arrival, Reply) and not isinstance(settled[silo], Failure):
                 result.fields[silo] = arrival.fields
                 waiting.put(silo, turn[silo], arrival.tensors, ready=turn[silo] == next_turn)
@@ -121,7 +121,7 @@ def fold_in_order(
     return result
 
 
-def _judge(arrival: Reply | Failure, check: Callable[[Reply], Verdict]) -> Failure | Verdict:
+def judge(arrival: Reply | Failure, check: Callable[[Reply], Verdict]) -> Failure | Verdict:
     """What a good update counts for, else the failure."""
     if isinstance(arrival, Failure):
         return arrival
@@ -132,10 +132,10 @@ def _judge(arrival: Reply | Failure, check: Callable[[Reply], Verdict]) -> Failu
         return Failure(arrival.silo, FailureKind.BAD_UPDATE, refusal.what)
 
 
-class _Waiting:
+class Waiting:
     """Updates whose turn has not come: a bounded number of bytes in memory, the rest as safetensors files."""
 
-    def __init__(self, spool: Path, held_bytes: int) -> None:
+    def __init__(self, spool: Path, held_bytes: int = HELD_BYTES) -> None:
         self.spool, self.room = spool, held_bytes
         self.held: dict[str, Mapping[str, Tensor]] = {}
         self.files: dict[str, Path] = {}
@@ -173,6 +173,13 @@ class _Waiting:
         stored: Tensors = safetensors.torch.load_file(path)
         path.unlink()
         return stored
+
+    def drop(self, silo: str) -> None:
+        """Forget one, if there is one."""
+        if silo in self.files:
+            self.files.pop(silo).unlink()
+        elif silo in self.held:
+            self.room += _in_memory(self.held.pop(silo))
 
     def clear(self) -> None:
         for path in self.files.values():

@@ -47,6 +47,8 @@ class Progress:
     """By silo: the last round whose update was aggregated. Holds only silos that took part."""
     record: dict[str, Any] = field(default_factory=dict)
     """The round's object in rounds.jsonl."""
+    flight: dict[str, Any] = field(default_factory=dict)
+    """What an asynchronous run had under way, and its clock."""
 
 
 @dataclass

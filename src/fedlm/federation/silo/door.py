@@ -177,7 +177,8 @@ class Silo:
         recipe = self.bench.recipe
         rank = int(request.fields.get("rank", recipe.adapter.rank)) if recipe.adapter.kind == "lora" else 0
         rounds = int(request.fields.get("rounds", recipe.federation.rounds))
-        return Place(self.name, request.round, rounds, recipe.seed, rank)
+        dispatch = int(request.fields["dispatch"]) if "dispatch" in request.fields else None
+        return Place(self.name, request.round, rounds, recipe.seed, rank, dispatch=dispatch)
 
     def _evaluate(self, request: Request) -> tuple[Tensors, Fields]:
         from fedlm.evaluation import measure

@@ -52,13 +52,15 @@ class SiloSession:
         start = rule.start()
         chosen = self._bench.choose(self.put(start), rule.trains)
         keep, prefix = self.recipe.training.keep_optimizer, f"{purpose}:" if purpose else ""
+        # A silo may start from the same model twice, and then sees other batches.
+        dispatch = () if self.place.dispatch is None else ("dispatch", self.place.dispatch)
         result = train(
             self.model,
             chosen,
             self.tokens,
             self.recipe.training,
             Window(self.place.round, self.place.rounds),
-            generator_key=(self.recipe.seed, self.place.silo, *([purpose] if purpose else [])),
+            generator_key=(self.recipe.seed, self.place.silo, *([purpose] if purpose else []), *dispatch),
             rule=rule,
             optimizer_state={
                 name.removeprefix(prefix): moments

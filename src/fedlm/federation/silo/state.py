@@ -39,7 +39,8 @@ class Trained:
 
 
 def request_key(request: Request) -> str:
-    return f"{request.run}/{request.round}/{request.attempt}/{request.silo}/{request.verb}"
+    dispatch = f"/{request.fields['dispatch']}" if "dispatch" in request.fields else ""
+    return f"{request.run}/{request.round}/{request.attempt}/{request.silo}/{request.verb}{dispatch}"
 
 
 def request_digest(request: Request) -> str:
