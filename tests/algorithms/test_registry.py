@@ -16,7 +16,11 @@ from fedlm.recipe.schema import AlgorithmSpec
 from .quadratic import quadratics, sgd, to_tensors, train
 
 THETA = to_tensors(torch.linspace(-1, 1, 6))
-GENERAL = [name for name, method in ALGORITHMS.items() if method.adapters == KINDS]
+GENERAL = [
+    name
+    for name, method in ALGORITHMS.items()
+    if method.adapters == KINDS and method.linear and not method.personal  # personal models need a whole round
+]
 """Algorithms that exchange whatever tensors they are given; the others have tests of their own."""
 
 

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from fedlm.algorithms.base import Algorithm
+from fedlm.algorithms.ditto import Ditto
 from fedlm.algorithms.fedadagrad import FedAdagrad
 from fedlm.algorithms.fedadam import FedAdam
 from fedlm.algorithms.fedavg import FedAvg
 from fedlm.algorithms.fedavgm import FedAvgM
+from fedlm.algorithms.feddpa import FedDPA
+from fedlm.algorithms.feddyn import FedDyn
 from fedlm.algorithms.fedkseed import FedKSeed
 from fedlm.algorithms.fedmezo import FedMeZO
 from fedlm.algorithms.fedprox import FedProx
+from fedlm.algorithms.fedrep import FedRep
 from fedlm.algorithms.fedsb import FedSB
 from fedlm.algorithms.fedyogi import FedYogi
 from fedlm.algorithms.feedsign import FeedSign
 from fedlm.algorithms.ferret import Ferret
+from fedlm.algorithms.frlora import FRLoRA
+from fedlm.algorithms.ifca import IFCA
+from fedlm.algorithms.lorm import LoRM
 from fedlm.algorithms.scaffold import Scaffold
+from fedlm.algorithms.task_arithmetic import TaskArithmetic
+from fedlm.algorithms.ties import Ties
 from fedlm.errors import RecipeError, nearest
 from fedlm.recipe.schema import AdapterSpec, AlgorithmSpec
 
@@ -30,6 +39,15 @@ CLASSES: dict[str, type[Algorithm]] = {
     "fedkseed": FedKSeed,
     "feedsign": FeedSign,
     "ferret": Ferret,
+    "feddyn": FedDyn,
+    "ditto": Ditto,
+    "feddpa": FedDPA,
+    "fedrep": FedRep,
+    "ifca": IFCA,
+    "lorm": LoRM,
+    "frlora": FRLoRA,
+    "task-arithmetic": TaskArithmetic,
+    "ties": Ties,
     "fed-sb": FedSB,
 }
 

@@ -251,8 +251,10 @@ class Federation:
     def fresh(self) -> _State:
         """The state before round 0, the same on every call."""
         from fedlm.models.adapters import initial_tensors
+        from fedlm.models.principal import principal_tensors
 
-        parameters = self.algorithm.initial(lambda: initial_tensors(self.recipe))
+        first = principal_tensors if ALGORITHMS[self.spec.algorithm.name].principal else initial_tensors
+        parameters = self.algorithm.initial(lambda: first(self.recipe))
         return _State(parameters, self.algorithm.init_state(parameters))
 
     def evaluated(self, state: _State) -> Tensors:

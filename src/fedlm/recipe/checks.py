@@ -282,6 +282,16 @@ def _method(recipe: Recipe) -> Iterator[Problem]:
         )
     if recipe.federation.rounds < method.min_rounds:
         yield ("federation", "rounds"), f"'{name}' needs at least {method.min_rounds} rounds"
+    if not method.server_rate and recipe.federation.algorithm.server_lr is not None:
+        yield ("federation", "algorithm", "server_lr"), f"has no effect with '{name}': its server step has no rate"
+    if recipe.training.steps is not None and recipe.training.steps < method.min_steps:
+        yield ("training", "steps"), f"'{name}' needs at least {method.min_steps} steps a round"
+    part = recipe.federation.algorithm.personal_part
+    if name == "fedrep" and recipe.adapter.kind != "lora" and isinstance(part, str):
+        yield (
+            ("federation", "algorithm", "personal_part"),
+            f"a '{recipe.adapter.kind}' adapter has no {part}: give a number of blocks",
+        )
     for field in method.without:
         if _changed(recipe.training, field):
             yield ("training", field), f"has no effect with '{name}'"

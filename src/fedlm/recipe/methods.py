@@ -34,6 +34,12 @@ class Method:
     """Fields of `training` that it never reads."""
     setup_rounds: int = 0
     """Rounds at the start in which nothing is trained yet."""
+    server_rate: bool = True
+    """The server's step has a rate, `server_lr`."""
+    min_steps: int = 1
+    """Local steps without which it is not the method."""
+    principal: bool = False
+    """LoRA factors start at the principal part of the frozen weights, not at the adapter's own first values."""
     zeroth_order: bool = False
     """Silos measure losses and no gradients; full weights are moved in place, in fp32."""
     same_steps: bool = False
@@ -81,5 +87,45 @@ ALGORITHMS: dict[str, Method] = {
         same_steps=True,
     ),
     "ferret": Method("Shu et al., ICML 2025", linear=True, options=("seeds", "per_block"), adapters=("full",)),
+    "feddyn": Method(
+        "Acar et al., ICLR 2021",
+        linear=True,
+        silo_state=True,
+        equal_weights=True,
+        options=("dyn_alpha",),
+        server_rate=False,
+    ),
+    "ditto": Method("Li et al., ICML 2021", linear=True, silo_state=True, options=("ditto_lambda",), personal=True),
+    "feddpa": Method(
+        "Yang et al., NeurIPS 2024",
+        linear=True,
+        silo_state=True,
+        options=("local_weight",),
+        adapters=("lora",),
+        personal=True,
+    ),
+    "fedrep": Method(
+        "Collins et al., ICML 2021",
+        linear=True,
+        silo_state=True,
+        options=("personal_part", "head_share"),
+        adapters=("lora", "ia3"),
+        personal=True,
+        min_steps=2,
+    ),
+    "ifca": Method(
+        "Ghosh et al., NeurIPS 2020",
+        linear=False,
+        silo_state=True,
+        options=("clusters", "cluster_noise"),
+        adapters=("lora", "ia3"),
+        personal=True,
+    ),
+    "lorm": Method(
+        "Salami et al., ICLR 2025", linear=True, options=("gram_off_diagonal",), adapters=("lora",), min_rounds=2
+    ),
+    "frlora": Method("Yan et al., ICLR 2025", linear=True, adapters=("lora",), principal=True),
+    "task-arithmetic": Method("Ilharco et al., ICLR 2023", linear=True, equal_weights=True),
+    "ties": Method("Yadav et al., NeurIPS 2023", linear=False, equal_weights=True, options=("density",)),
     "fed-sb": Method("Singhal et al., 2025", linear=True, adapters=("lora-sb",), min_rounds=2, setup_rounds=1),
 }

@@ -239,7 +239,9 @@ class AlgorithmSpec(Strict):
         "Defaults: examples; scaffold, feedsign: always equal.",
     )
     mu: Annotated[float, Field(ge=0.0)] = Field(0.01, description="fedprox: strength of the proximal term.")
-    server_lr: PositiveFloat | None = Field(None, description="Defaults: 1.0; adaptive rules 1e-3; feedsign 1e-4.")
+    server_lr: PositiveFloat | None = Field(
+        None, description="Defaults: 1.0; adaptive rules 1e-3; task-arithmetic 0.3; feedsign 1e-4."
+    )
     server_momentum: Fraction = Field(0.9, description="fedavgm; beta1 of the adaptive rules.")
     beta2: Fraction = 0.99
     tau: PositiveFloat = Field(1e-3, description="Adaptivity floor of fedadam, fedyogi and fedadagrad.")
@@ -251,6 +253,31 @@ class AlgorithmSpec(Strict):
     )
     per_block: PositiveInt = Field(
         1, description="ferret: bases in a block of weights; time grows with it, and nothing else."
+    )
+    dyn_alpha: PositiveFloat = Field(
+        0.1, description="feddyn: strength of the pull to the global model; larger where local training is short."
+    )
+    ditto_lambda: Annotated[float, Field(ge=0.0)] = Field(
+        0.1, description="ditto: strength of a personal model's pull to the global one; 0 trains it alone."
+    )
+    local_weight: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.5, description="feddpa: share of the personal adapter; the global one has the rest."
+    )
+    personal_part: Literal["lora_A", "lora_B"] | PositiveInt = Field(
+        1, description="fedrep: what stays in the silo: the adapter of the last n blocks, or one factor of every layer."
+    )
+    head_share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.5, description="fedrep: share of a round's steps that train the personal part; the shared part gets the rest."
+    )
+    clusters: Annotated[int, Field(ge=2)] = Field(2, description="ifca: number of models.")
+    cluster_noise: PositiveFloat = Field(
+        0.01, description="ifca: deviation of the noise by which the models differ at the start."
+    )
+    gram_off_diagonal: Fraction = Field(
+        1.0, description="lorm: factor on the Gram matrices' off-diagonal values; 1 is the exact merge."
+    )
+    density: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        0.2, description="ties: share of an update's values, the largest, that is kept."
     )
 
     @field_validator("name")

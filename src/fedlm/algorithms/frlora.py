@@ -1,0 +1,73 @@
+"""FRLoRA: every round learns a residual of the weights, from their principal part anew."""
+
+from __future__ import annotations
+
+import torch
+
+from fedlm.algorithms.base import Accumulator, LocalRule, Place
+from fedlm.algorithms.fedavg import FedAvg
+from fedlm.messages import Tensors
+
+
+class FRLoRA(FedAvg):
+    """In each round silos train W_t - s B_0 A_0 + s B A from B A = B_0 A_0, the principal singular part of the frozen
+    weight W_0; A and B are averaged, and the change is added to the weight (Yan et al., ICLR 2025).
+
+        W_t+1 = W_t + s (mean(B_i) mean(A_i) - B_0 A_0);   A, B <- A_0, B_0
+
+    So the sum over the rounds can have any rank, and local training begins at the same well-conditioned factors every
+    time. s B_0 A_0 = U_r S_r V_r' with S_r's root in each factor.
+
+    The changes are kept beside the frozen weight as fp32 deltas of rank 2 r for each round, written as
+    s ((B - B_0) A + B_0 (A - A_0)), which loses no digits to the large common part. They travel to the silos: the way
+    down, and the adapter at the end, grow with the rounds.
+    """
+
+    def local(self, received: Tensors, silo_state: Tensors, place: Place) -> LocalRule:
+        return Residual(received, silo_state, place, self.adapter.scale(place.rank))
+
+    def evaluated(self, parameters: Tensors, state: Tensors) -> Tensors:  # noqa: ARG002
+        """W_t: without B_0, since s B_0 A_0 is in the frozen weight."""
+        return {name: torch.zeros_like(v) if ".lora_B." in name else v for name, v in parameters.items()}
+
+    def expected_update(self, parameters: Tensors, place: Place) -> dict[str, torch.Size]:  # noqa: ARG002
+        return {name: value.shape for name, value in parameters.items() if ".lora_" in name}
+
+    def server_step(
+        self,
+        parameters: Tensors,
+        accumulator: Accumulator,
+        state: Tensors,
+        *,
+        silos_total: int,  # noqa: ARG002
+        round_: int,
+    ) -> tuple[Tensors, Tensors]:
+        s, stepped = self.adapter.scale(self.adapter.rank), dict(parameters)
+        means = dict(accumulator.mean())
+        for a, u_a in means.items():
+            if ".lora_A." in a:
+                b = a.replace(".lora_A.", ".lora_B.")
+                a_0, b_0, u_b = parameters[a], parameters[b], means[b]
+                stepped[piece_of(a, str(round_))] = torch.cat([a_0 + u_a, u_a])
+                stepped[piece_of(b, str(round_))] = torch.cat([u_b, b_0], dim=1) * (s * self.server_lr)
+        return stepped, state
+
+
+class Residual(LocalRule):
+    """FRLoRA in the silo: what B_0 A_0 adds is taken out of the frozen weight."""
+
+    def __init__(self, received: Tensors, silo_state: Tensors, place: Place, s: float) -> None:
+        super().__init__(received, silo_state, place)
+        self.s = s
+
+    def start(self) -> Tensors:
+        values = dict(self.received)
+        for name, value in self.received.items():
+            if ".lora_" in name:
+                values[piece_of(name, "principal")] = value * -self.s if ".lora_B." in name else value
+        return values
+
+
+def piece_of(name: str, piece: str) -> str:
+    """The name of a factor's piece in its layer's delta."""
+    return name.replace(".lora_", ".delta_").replace(".weight", f".{piece}")
