@@ -176,14 +176,14 @@ class DataSpec(Strict):
         False, description="Each silo brings its own text, described in a file that only it has (network runs only)."
     )
     split: SplitSpec = SplitSpec()
+    seed: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Of split, subsets and partition, where runs of several seeds shall share them; else `seed`."
+    )
     malformed: Literal["fail", "skip"] = Field("fail", description="'skip' counts malformed rows and goes on.")
 
     @model_validator(mode="after")
     def _one_way(self) -> DataSpec:
         if bool(self.sources) + bool(self.silos) + self.at_silos != 1:
-    seed: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="Of split, subsets and partition, where runs of several seeds shall share them; else `seed`."
-    )
             raise ValueError(
                 "give either `sources` with a `partition` (simulation) or `silos` with sources of their own, "
                 "or `at_silos: true` where every silo of a network brings its own text"
