@@ -21,7 +21,8 @@ from fedlm.errors import FedlmError, RecipeError
 from fedlm.federation.silo.policy import Forbidden
 from fedlm.recipe.checks import all_sources, data_problems
 from fedlm.recipe.load import load_yaml
-from fedlm.recipe.schema import DataSpec, Recipe, SiloSpec, SourceSpec, Strict
+from fedlm.recipe.schema import DataSpec, Recipe, SiloSpec, SourceSpec
+from fedlm.recipe.strict import Strict
 
 if TYPE_CHECKING:
     from fedlm.data.federated import FederatedData

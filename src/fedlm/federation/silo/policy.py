@@ -20,7 +20,8 @@ from fedlm.messages import Request
 from fedlm.models.catalogue import CATALOGUE
 from fedlm.recipe.load import load_yaml
 from fedlm.recipe.methods import ALGORITHMS, FACTORS
-from fedlm.recipe.schema import ModelSpec, Recipe, Strict
+from fedlm.recipe.schema import ModelSpec, Recipe
+from fedlm.recipe.strict import Strict
 from fedlm.training.batches import steps_per_round
 
 EXAMPLE = "policy.example.yaml"
