@@ -10,17 +10,23 @@ from fedlm.algorithms.fedavg import FedAvg
 from fedlm.algorithms.fedavgm import FedAvgM
 from fedlm.algorithms.feddpa import FedDPA
 from fedlm.algorithms.feddyn import FedDyn
+from fedlm.algorithms.fedit import FedIT
 from fedlm.algorithms.fedkseed import FedKSeed
 from fedlm.algorithms.fedmezo import FedMeZO
 from fedlm.algorithms.fedprox import FedProx
 from fedlm.algorithms.fedrep import FedRep
+from fedlm.algorithms.fedrot_lora import FedRotLoRA
+from fedlm.algorithms.fedsa_lora import FedSALoRA
 from fedlm.algorithms.fedsb import FedSB
+from fedlm.algorithms.fedsvd import FedSVD
 from fedlm.algorithms.fedyogi import FedYogi
 from fedlm.algorithms.feedsign import FeedSign
 from fedlm.algorithms.ferret import Ferret
+from fedlm.algorithms.ffa_lora import FFALoRA
 from fedlm.algorithms.frlora import FRLoRA
 from fedlm.algorithms.ifca import IFCA
 from fedlm.algorithms.lorm import LoRM
+from fedlm.algorithms.rolora import RoLoRA
 from fedlm.algorithms.scaffold import Scaffold
 from fedlm.algorithms.task_arithmetic import TaskArithmetic
 from fedlm.algorithms.ties import Ties
@@ -48,6 +54,12 @@ CLASSES: dict[str, type[Algorithm]] = {
     "frlora": FRLoRA,
     "task-arithmetic": TaskArithmetic,
     "ties": Ties,
+    "fedit": FedIT,
+    "ffa-lora": FFALoRA,
+    "rolora": RoLoRA,
+    "fedsa-lora": FedSALoRA,
+    "fedrot-lora": FedRotLoRA,
+    "fedsvd": FedSVD,
     "fed-sb": FedSB,
 }
 

@@ -127,5 +127,13 @@ ALGORITHMS: dict[str, Method] = {
     "frlora": Method("Yan et al., ICLR 2025", linear=True, adapters=("lora",), principal=True),
     "task-arithmetic": Method("Ilharco et al., ICLR 2023", linear=True, equal_weights=True),
     "ties": Method("Yadav et al., NeurIPS 2023", linear=False, equal_weights=True, options=("density",)),
+    "fedit": Method("Zhang et al., ICASSP 2024", linear=True, adapters=("lora",)),
+    "ffa-lora": Method("Sun et al., ICLR 2024", linear=True, adapters=("lora",)),
+    "rolora": Method(
+        "Chen et al., NeurIPS 2025", linear=True, adapters=("lora",), min_rounds=2, without=("keep_optimizer",)
+    ),
+    "fedsa-lora": Method("Guo et al., ICLR 2025", linear=True, silo_state=True, adapters=("lora",), personal=True),
+    "fedrot-lora": Method("Zhang et al., ICML 2026", linear=True, options=("rotation",), adapters=("lora",)),
+    "fedsvd": Method("Lee et al., NeurIPS 2025", linear=True, adapters=("lora",), without=("keep_optimizer",)),
     "fed-sb": Method("Singhal et al., 2025", linear=True, adapters=("lora-sb",), min_rounds=2, setup_rounds=1),
 }

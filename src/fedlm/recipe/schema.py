@@ -276,6 +276,9 @@ class AlgorithmSpec(Strict):
     gram_off_diagonal: Fraction = Field(
         1.0, description="lorm: factor on the Gram matrices' off-diagonal values; 1 is the exact merge."
     )
+    rotation: Fraction = Field(
+        1.0, description="fedrot-lora: how far a silo turns its factors towards the global ones; 0 is fedit."
+    )
     density: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         0.2, description="ties: share of an update's values, the largest, that is kept."
     )

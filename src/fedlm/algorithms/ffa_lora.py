@@ -1,0 +1,34 @@
+"""FFA-LoRA: A stays where it was drawn, B is averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from fedlm.algorithms.base import Place
+from fedlm.algorithms.fedit import FedIT
+from fedlm.messages import Tensors
+
+
+class FFALoRA(FedIT):
+    """B = sum p_i B_i with A frozen at its shared first value (Sun et al., ICLR 2024).
+
+    mean(B_i) A = mean(B_i A), so aggregation is exact, and noise on B is not multiplied by noise on A. A never travels,
+    since every silo draws the same one from the run's seed.
+    """
+
+    def trainable(self, name: str) -> bool:
+        return ".lora_B." in name
+
+    def initial(self, first: Callable[[], Tensors]) -> Tensors:
+        return first()
+
+    def broadcast(self, parameters: Tensors, state: Tensors, round_: int) -> Tensors:  # noqa: ARG002
+        return self.evaluated(parameters, state)
+
+    def evaluated(self, parameters: Tensors, state: Tensors) -> Tensors:  # noqa: ARG002
+        return {name: value for name, value in parameters.items() if self.trainable(name)}
+
+    def expected_update(self, parameters: Tensors, place: Place) -> dict[str, torch.Size]:  # noqa: ARG002
+        return {name: value.shape for name, value in parameters.items() if self.trainable(name)}

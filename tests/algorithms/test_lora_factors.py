@@ -1,0 +1,126 @@
+"""What the factor methods do to given factors, against closed forms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedlm.algorithms import get_algorithm
+from fedlm.algorithms.base import Place
+from fedlm.algorithms.fedrot_lora import aligning
+from fedlm.algorithms.fedsvd import orthonormal
+from fedlm.messages import Tensors
+from fedlm.recipe.schema import AlgorithmSpec
+
+A, B = "layer.lora_A.weight", "layer.lora_B.weight"
+D_OUT, D_IN, R, WEIGHTS = 20, 30, 4, (1.0, 5.0, 2.0)
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def turn(seed: int) -> Tensor:
+    return torch.linalg.qr(draw(R, R, seed=seed))[0]
+
+
+def aggregate(
+    name: str, theta: Tensors, trained: list[Tensors], round_: int, folder: Path, **options: float
+) -> Tensors:
+    """The server's new factors when silos of these weights have trained these."""
+    algorithm = get_algorithm(AlgorithmSpec(name=name, **options))
+    accumulator = algorithm.accumulator(folder)
+    for i, (factors, weight) in enumerate(zip(trained, WEIGHTS, strict=True)):
+        place = Place(f"silo-{i}", round_, 9, rank=R)
+        update, _ = algorithm.local(theta, {}, place).finish(factors)
+        algorithm.fold(accumulator, update, weight, place)
+    stepped, _ = algorithm.server_step(theta, accumulator, algorithm.init_state(theta), silos_total=3, round_=round_)
+    return stepped
+
+
+def error(got: Tensors, trained: list[Tensors]) -> float:
+    """|B A - mean(B_i A_i)| / |mean|, in fp64."""
+    mean = sum(w / sum(WEIGHTS) * t[B].double() @ t[A].double() for w, t in zip(WEIGHTS, trained, strict=True))
+    return float((got[B].double() @ got[A].double() - mean).norm() / mean.norm())
+
+
+def turned(noise: float) -> tuple[Tensors, list[Tensors]]:
+    """Global factors, and silos that have learnt the same change in turned bases, up to noise."""
+    theta = {A: draw(R, D_IN, seed=0), B: draw(D_OUT, R, seed=1)}
+    learnt = {A: theta[A] + 0.5 * draw(R, D_IN, seed=2), B: theta[B] + 0.5 * draw(D_OUT, R, seed=3)}
+    silos = []
+    for i in range(3):
+        q = turn(10 + i)
+        silos.append(
+            {
+                A: q.t() @ learnt[A] + noise * draw(R, D_IN, seed=20 + i),
+                B: learnt[B] @ q + noise * draw(D_OUT, R, seed=30 + i),
+            }
+        )
+    return theta, silos
+
+
+@pytest.mark.parametrize("round_", [1, 2], ids=["to A", "to B"])
+def test_silos_that_differ_by_a_rotation_aggregate_exactly_when_turned(round_: int, tmp_path: Path) -> None:
+    theta, silos = turned(0.0)
+    assert error(aggregate("fedit", theta, silos, round_, tmp_path), silos) > 0.3
+    assert error(aggregate("fedrot-lora", theta, silos, round_, tmp_path), silos) < 1e-6
+    assert error(aggregate("fedrot-lora", theta, silos, round_, tmp_path, rotation=0.0), silos) > 0.3
+    theta, silos = turned(0.2)
+    rotated, averaged = (
+        error(aggregate(name, theta, silos, round_, tmp_path), silos) for name in ("fedrot-lora", "fedit")
+    )
+    assert rotated < 0.3 * averaged
+
+
+def test_turning_leaves_each_silos_change_and_round_0_alone() -> None:
+    theta, silos = turned(0.1)
+    algorithm = get_algorithm(AlgorithmSpec(name="fedrot-lora"))
+    for round_ in range(3):
+        update, _ = algorithm.local(theta, {}, Place(round=round_)).finish(silos[0])
+        a, b = theta[A] + update[A], theta[B] + update[B]
+        torch.testing.assert_close(b @ a, silos[0][B] @ silos[0][A], rtol=0, atol=1e-5)
+        assert torch.allclose(a, silos[0][A], atol=1e-6) is (round_ == 0)
+
+
+def test_the_rotation_is_procrustes_and_part_of_it_lies_between() -> None:
+    """No other rotation, of many, brings a factor nearer; half way is orthogonal and half as far from the identity."""
+    a, reference = draw(R, D_IN, seed=4), draw(R, D_IN, seed=5)
+    q = aligning(a @ reference.t(), 1.0)
+    best = (q.t() @ a - reference).norm()
+    assert all((turn(s).t() @ a - reference).norm() > best for s in range(200))
+    angle = torch.tensor(0.8)
+    plane = torch.eye(R)
+    plane[:2, :2] = torch.tensor([[angle.cos(), -angle.sin()], [angle.sin(), angle.cos()]])
+    half = aligning(plane @ torch.diag(torch.arange(1.0, R + 1)), 0.5)
+    torch.testing.assert_close(half @ half.t(), torch.eye(R), rtol=0, atol=1e-6)
+    full = aligning(plane, 1.0)
+    torch.testing.assert_close(full, plane, rtol=0, atol=1e-6)
+    torch.testing.assert_close(aligning(plane, 0.5)[0, 0], (angle / 2).cos(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank_of_b", [0, 2, 4])
+def test_the_svd_changes_factors_and_not_their_product(rank_of_b: int) -> None:
+    a, b = draw(R, D_IN, seed=6), draw(D_OUT, rank_of_b, seed=7) @ draw(rank_of_b, R, seed=8)
+    v, us = orthonormal(a, b)
+    torch.testing.assert_close(us @ v, b @ a, rtol=0, atol=1e-5)
+    torch.testing.assert_close(v @ v.t(), torch.eye(R), rtol=0, atol=1e-6)
+    singular = torch.linalg.svdvals(b @ a)[:R]
+    torch.testing.assert_close(us.norm(dim=0), singular, rtol=0, atol=1e-4)
+
+
+def test_fedsvd_averages_b_first(tmp_path: Path) -> None:
+    theta = {A: draw(R, D_IN, seed=0), B: draw(D_OUT, R, seed=1)}
+    silos = [{A: theta[A], B: theta[B] + draw(D_OUT, R, seed=40 + i)} for i in range(3)]
+    algorithm = get_algorithm(AlgorithmSpec(name="fedsvd"))
+    accumulator = algorithm.accumulator(tmp_path)
+    for silo, weight in zip(silos, WEIGHTS, strict=True):
+        update, _ = algorithm.local(theta, {}, Place()).finish({B: silo[B]})
+        assert set(update) == set(algorithm.expected_update(theta, Place())) == {B}
+        algorithm.fold(accumulator, update, weight, Place(rank=R))
+    stepped, _ = algorithm.server_step(theta, accumulator, {}, silos_total=3, round_=0)
+    assert error(stepped, silos) < 1e-6
+    torch.testing.assert_close(stepped[A] @ stepped[A].t(), torch.eye(R), rtol=0, atol=1e-6)
