@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from fedlm.errors import RunError
 from fedlm.messages import Engine, Failure, Request, Tensors
@@ -18,6 +18,7 @@ def measure_on_silos(
     run: str,
     items: bool,
     accepted: Mapping[str, int] | None = None,
+    rows: Literal["own", "others"] = "own",
 ) -> dict[str, dict[str, Any]]:
     """`fedlm.evaluation.measure` of every silo, by name.
 
@@ -28,6 +29,8 @@ def measure_on_silos(
         items: ask for every row's result.
         accepted: by silo, the last round of this run whose update was aggregated: each silo measures the model that it
             makes of this and of what it kept, which for some methods is its own.
+        rows: 'others': each silo's model on a keyed sample of the other silos' rows, as many as it has of its own;
+            simulated silos alone can do that.
 
     Raises:
         RunError: a silo gave none; a result without it would be of other rows.
@@ -35,7 +38,7 @@ def measure_on_silos(
     requests = []
     for silo in silos:
         which = {"plain": True} if accepted is None else {"accepted": accepted.get(silo, -1)}
-        fields = {"role": role, "items": items, **which}
+        fields = {"role": role, "items": items, "rows_of": rows, **which}
         requests.append(Request(silo, "evaluate", run, -1, tensors=tensors, fields=fields))
     measured: dict[str, dict[str, Any]] = {}
     for answer in engine.exchange(requests):

@@ -23,7 +23,7 @@ from fedlm.data.examples import has_categories
 from fedlm.data.partition import deal
 from fedlm.data.sources import Located, locate
 from fedlm.errors import DataError
-from fedlm.randomness import key
+from fedlm.randomness import key, numpy_generator
 from fedlm.recipe.schema import DataSpec, Recipe, SourceSpec, SplitSpec
 
 Ints = npt.NDArray[np.int64]
@@ -72,6 +72,14 @@ class FederatedData:
             "centralised",
             tuple(np.sort(np.concatenate([self._parts[n][role] for n in self.names])) for role in range(len(ROLES))),
         )
+
+    def others(self, name: str, role: str, limit: int, seed: int) -> Any:
+        """A keyed subset, at most `limit` rows, of all other silos' rows of a role; possible in simulation only."""
+        which = ROLES.index(role)
+        rows = np.concatenate([np.zeros(0, np.int64), *(p[which] for n, p in self._parts.items() if n != name)])
+        if len(rows) > limit:
+            rows = numpy_generator(seed, "others", name, role).permutation(rows)[:limit]
+        return self._rows.select(np.sort(rows))
 
     def card(self, name: str) -> dict[str, Any]:
         """Counts only: {"rows": {role: n}, "labels": {label: n}}, the labels over all of the silo's rows.

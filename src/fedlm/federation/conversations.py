@@ -7,7 +7,7 @@ import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedlm.algorithms.base import Accumulator, Algorithm, Place, weight_of
 from fedlm.errors import RunError, UpdateRefused
@@ -253,13 +253,20 @@ class Conversations:
         return self.measure(tensors, self.role, number, traffic, accepted)
 
     def measure(
-        self, tensors: Tensors, role: str, number: int, traffic: Traffic, accepted: Mapping[str, int]
+        self,
+        tensors: Tensors,
+        role: str,
+        number: int,
+        traffic: Traffic,
+        accepted: Mapping[str, int],
+        rows_of: Literal["own", "others"] = "own",
     ) -> Fields:
         """Let silos measure a model on their rows of one role, and summarise.
 
         Args:
             tensors: what `Algorithm.evaluated` gives.
             accepted: by silo, the last round whose update was aggregated: what a personal model is made of.
+            rows_of: 'others': each silo's model on a sample of the other silos' rows, in a simulation.
 
         Raises:
             RunError: fewer answers than the quorum.
@@ -267,11 +274,9 @@ class Conversations:
         rows = self.measured_rows[role]
         names = list(rows)
         panel = sample(names, self.recipe.evaluation.silos or len(names), self.recipe.seed, "panel")
+        asked: Fields = {"role": role, "items": False, "rows_of": rows_of}
         requests = (
-            self.request(
-                n, "evaluate", number, tensors, {"role": role, "items": False, "accepted": accepted.get(n, -1)}
-            )
-            for n in panel
+            self.request(n, "evaluate", number, tensors, {**asked, "accepted": accepted.get(n, -1)}) for n in panel
         )
         counts: dict[str, Fields] = {}
         failures: list[Failure] = []

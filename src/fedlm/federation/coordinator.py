@@ -231,6 +231,10 @@ class Federation:
                 "base": self.silos.measure(self.evaluated(self.fresh()), "test", -1, Traffic(), {}),
                 "final": self.silos.measure(self.evaluated(state), "test", best, Traffic(), state.progress.accepted),
             }
+            if self.personal and len(self.silos.measured_rows["test"]) > 1 and not self.dir.meta.get("network"):
+                evaluation["others"] = self.silos.measure(
+                    self.evaluated(state), "test", best, Traffic(), state.progress.accepted, "others"
+                )
         with self.interrupt.deferred(), disk_errors(self.dir.path):
             if evaluation is not None:
                 write_json(self.dir.path / "evaluation.json", evaluation)

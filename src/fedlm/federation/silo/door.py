@@ -189,6 +189,8 @@ class Silo:
         recipe, bench = self.bench.recipe, self.bench
         data = bench.silo_data(self.name)
         rows = getattr(data, role)
+        if request.fields.get("rows_of", "own") != "own":
+            rows = self._others(role, len(rows))
         started = time.monotonic()
         if len(rows) == 0:
             return {}, {"examples": 0, "seconds": 0.0, "peak_rss": peak_rss()}
@@ -211,6 +213,17 @@ class Silo:
                 skip=recipe.data.malformed == "skip",
             )
         return {}, {**counts, "seconds": time.monotonic() - started, "peak_rss": peak_rss()}
+
+    def _others(self, role: str, limit: int) -> Any:
+        """Rows of the other silos, no more than this one has.
+
+        Raises:
+            _RefusedError: this process holds none: it is a silo's own, not a simulation of many.
+        """
+        rows = self.bench.data.others(self.name, role, limit, self.bench.recipe.seed)
+        if limit and not len(rows):
+            raise _RefusedError("no other silo's rows are here: only a simulation can measure a silo's model on them")
+        return rows
 
     def _kept(self, request: Request) -> Tensors:
         """The private state of this silo's last round that counts, where its model is part of that.

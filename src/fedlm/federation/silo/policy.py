@@ -134,6 +134,8 @@ def check_request(policy: Policy, recipe: Recipe, request: Request) -> None:
     _at_most("rounds", request.round + 1, policy.max_rounds, "max_rounds")
     if request.verb == "evaluate" and request.fields.get("items") and not policy.per_item_scores:
         raise Forbidden("this silo's policy does not allow scores of single rows (per_item_scores: false)")
+    if request.verb == "evaluate" and request.fields.get("rows_of", "own") != "own":
+        raise Forbidden("this silo measures models on its own rows alone")
 
 
 def local_model(policy: Policy, spec: ModelSpec) -> ModelSpec:
