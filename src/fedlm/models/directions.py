@@ -15,7 +15,9 @@ never held: `BLOCK` numbers at a time exist.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -44,7 +46,7 @@ def direction(seed: int, number: int) -> torch.Generator:
 def move(weights: Mapping[str, Tensor], drawn: torch.Generator, alpha: float) -> None:
     """w += alpha z in place, z [d] standard normal from a generator at its start."""
     numbers = torch.empty(BLOCK)
-    for part in _parts(weights):
+    for part in _EndToEnd(weights).parts():
         z = numbers[: len(part)].normal_(generator=drawn)
         part.add_(z.to(part.device), alpha=alpha)
 
@@ -73,13 +75,12 @@ def project(delta: Mapping[str, Tensor], seed: int, number: int, blocks: int, pe
     Raises:
         ModelError: there are more blocks than weights.
     """
-    found = torch.zeros(blocks, per_block)
-    numbers = torch.empty(BLOCK)
-    for block, (start, stop) in enumerate(_blocks(delta, blocks)):
+    found, numbers, whole = torch.zeros(blocks, per_block), torch.empty(BLOCK), _EndToEnd(delta)
+    for block, (start, stop) in enumerate(whole.blocks(blocks)):
         drawn, bound = _basis(seed, number, block), (stop - start) ** -0.5
         for j in range(per_block):
             inner = 0.0
-            for part in _parts(delta, start, stop):
+            for part in whole.parts(start, stop):
                 v = numbers[: len(part)].uniform_(-bound, bound, generator=drawn)
                 inner += float(torch.dot(part, v.to(part.device)))
             found[block, j] = inner * 3 * (stop - start) / per_block
@@ -87,11 +88,11 @@ def project(delta: Mapping[str, Tensor], seed: int, number: int, blocks: int, pe
 
 
 def _add_coordinates(weights: Mapping[str, Tensor], coordinates: Tensor, seed: int, number: int) -> None:
-    numbers = torch.empty(BLOCK)
-    for block, (start, stop) in enumerate(_blocks(weights, len(coordinates))):
+    numbers, whole = torch.empty(BLOCK), _EndToEnd(weights)
+    for block, (start, stop) in enumerate(whole.blocks(len(coordinates))):
         drawn, bound = _basis(seed, number, block), (stop - start) ** -0.5
         for coordinate in coordinates[block].tolist():
-            for part in _parts(weights, start, stop):
+            for part in whole.parts(start, stop):
                 v = numbers[: len(part)].uniform_(-bound, bound, generator=drawn)
                 part.add_(v.to(part.device), alpha=coordinate)
 
@@ -101,22 +102,27 @@ def _basis(seed: int, number: int, block: int) -> torch.Generator:
     return torch_generator(seed, "basis", number, block)
 
 
-def _blocks(weights: Mapping[str, Tensor], count: int) -> Iterator[tuple[int, int]]:
-    """Where `count` blocks of the weights laid end to end begin and end; their sizes differ by one at most."""
-    size = sum(tensor.numel() for tensor in weights.values())
-    if count > size:
-        raise ModelError(f"{size} weights cannot be cut into {count} blocks")
-    for block in range(count):
-        yield block * size // count, (block + 1) * size // count
+class _EndToEnd:
+    """All weights as one vector that is never made."""
 
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self._flat = [tensor.detach().view(-1) for tensor in weights.values()]
+        self._starts = list(accumulate((len(flat) for flat in self._flat), initial=0))
 
-def _parts(weights: Mapping[str, Tensor], start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
-    """Views of at most `BLOCK` weights, from `start` to `stop` of all laid end to end, each within one tensor."""
-    end = sum(tensor.numel() for tensor in weights.values()) if stop is None else stop
-    at = 0
-    for tensor in weights.values():
-        flat = tensor.detach().view(-1)
-        low, high = max(start - at, 0), min(end - at, len(flat))
-        for first in range(low, high, BLOCK):
-            yield flat[first : min(first + BLOCK, high)]
-        at += len(flat)
+    def parts(self, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        """Views of at most `BLOCK` weights, from `start` to `stop`, each within one tensor."""
+        end = self._starts[-1] if stop is None else stop
+        for i in range(bisect_right(self._starts, start) - 1, len(self._flat)):
+            low, high = max(start - self._starts[i], 0), min(end - self._starts[i], len(self._flat[i]))
+            if high <= 0:
+                return
+            for first in range(low, high, BLOCK):
+                yield self._flat[i][first : min(first + BLOCK, high)]
+
+    def blocks(self, count: int) -> Iterator[tuple[int, int]]:
+        """Where each of `count` blocks begins and ends; their sizes differ by one at most."""
+        size = self._starts[-1]
+        if count > size:
+            raise ModelError(f"{size} weights cannot be cut into {count} blocks")
+        for block in range(count):
+            yield block * size // count, (block + 1) * size // count
