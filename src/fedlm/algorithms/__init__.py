@@ -6,8 +6,10 @@ from fedlm.algorithms.base import Algorithm
 from fedlm.algorithms.ditto import Ditto
 from fedlm.algorithms.fedadagrad import FedAdagrad
 from fedlm.algorithms.fedadam import FedAdam
+from fedlm.algorithms.fedasync import FedAsync
 from fedlm.algorithms.fedavg import FedAvg
 from fedlm.algorithms.fedavgm import FedAvgM
+from fedlm.algorithms.fedbuff import FedBuff
 from fedlm.algorithms.feddpa import FedDPA
 from fedlm.algorithms.feddyn import FedDyn
 from fedlm.algorithms.fedit import FedIT
@@ -45,6 +47,8 @@ CLASSES: dict[str, type[Algorithm]] = {
     "fedkseed": FedKSeed,
     "feedsign": FeedSign,
     "ferret": Ferret,
+    "fedasync": FedAsync,
+    "fedbuff": FedBuff,
     "feddyn": FedDyn,
     "ditto": Ditto,
     "feddpa": FedDPA,

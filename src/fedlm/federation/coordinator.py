@@ -22,7 +22,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedlm.algorithms import get_algorithm
+from fedlm.algorithms.base import Accumulator
+from fedlm.algorithms.fedbuff import FedBuff
 from fedlm.errors import RunError
+from fedlm.federation.asynchronous import Flight, checkpoints_needed
 from fedlm.federation.conversations import Conversations
 from fedlm.federation.disk import disk_errors
 from fedlm.federation.folding import FoldResult
@@ -111,6 +114,8 @@ class Federation:
         self.recipe, self.spec, self.engine, self.dir = recipe, recipe.federation, engine, run_dir
         self.algorithm = get_algorithm(self.spec.algorithm, recipe.adapter)
         self.personal = ALGORITHMS[self.spec.algorithm.name].personal
+        self.flight: Flight | None = None
+        """What is under way in an asynchronous federation."""
         self.names = sorted(engine.silos() if silos is None else silos)
         self.silos = Conversations(recipe, engine, run_dir, self.algorithm, self.names, observe)
 
@@ -123,12 +128,18 @@ class Federation:
             {"kind": "run_started", "rounds": self.spec.rounds, "silos": self.names, "run_dir": str(self.dir.path)}
         )
         self.silos.enrol()
+        if isinstance(self.algorithm, FedBuff):
+            self.flight = Flight(self.recipe, self.silos, self.dir, self.algorithm)
         state = self.restore() if resume else None
         self.mark("running")
         if state is None:
             state = self.begin()
-        while state.progress.round + 1 < self.spec.rounds and not self.stale(state.progress):
-            state = self.one_round(state)
+        try:
+            while state.progress.round + 1 < self.spec.rounds and not self.stale(state.progress):
+                state = self.one_round(state)
+        finally:
+            if self.flight is not None:
+                self.flight.close()
         evaluation = self.finish(state, final_test)
         result = self.result("finished", evaluation=evaluation)
         self.silos.tell(
@@ -142,7 +153,7 @@ class Federation:
         started = time.monotonic()
         traffic = Traffic()
         validation = self.silos.validate(self.evaluated(state), -1, traffic, {})
-        self.record_round(-1, [], FoldResult(), validation, traffic, started, commit=self.dir.append_round)
+        self.record_round(-1, FoldResult(), validation, traffic, started, commit=self.dir.append_round)
         return state
 
     def one_round(self, state: _State) -> _State:
@@ -153,16 +164,63 @@ class Federation:
         """
         number, started, traffic = state.progress.round + 1, time.monotonic(), Traffic()
 
-        # 1. Sample: who takes part is keyed by the seed and the round alone.
+        # 1 and 2. Sample, exchange, fold. (In an asynchronous federation silos are at work across rounds.)
         self.silos.greet_again()
+        accumulator = self.algorithm.accumulator(self.dir.spool)
+        if self.flight is None:
+            folded = self.collect(state, number, accumulator, traffic)
+        else:
+            folded = self.flight.collect(number, state.parameters, accumulator, traffic)
+
+        # 3. Server step: the folded updates become the next global model.
+        stepping = time.monotonic()
+        parameters, server = self.algorithm.server_step(
+            state.parameters, accumulator, state.server, silos_total=len(self.silos.trainers), round_=number
+        )
+        figures: Fields = {"server_seconds": time.monotonic() - stepping, **folded.figures}
+        before = (state.parameters, state.server)
+        figures["aggregation"] = self.algorithm.measure(before, accumulator, (parameters, server), number)
+        del accumulator
+
+        # 4. Validate and checkpoint: from here on the round is done, whatever happens to this process.
+        last = number + 1 == self.spec.rounds
+        due = last or (number + 1) % self.recipe.evaluation.every == 0
+        accepted = {**state.progress.accepted, **dict.fromkeys(folded.replied, number)}
+        evaluated = self.algorithm.evaluated(parameters, server)
+        validation = self.silos.validate(evaluated, number, traffic, accepted) if due else None
+        progress = _advance(state.progress, number, accepted, validation, last=self.personal)
+        following = _State(parameters, server, progress)
+        if self.flight is not None:
+            progress.flight = self.flight.dump()
+
+        def commit(record: dict[str, Any]) -> None:
+            progress.record = record
+            self.dir.save_checkpoint(Checkpoint(parameters, server, progress))
+            self.dir.append_round(record)
+            if self.spec.keep == "best-and-last":
+                # The previous round stays until the end: it is the way back when the last one is damaged.
+                before = state.progress
+                started_from = checkpoints_needed(progress.flight) | checkpoints_needed(before.flight)
+                self.dir.prune({number, number - 1, progress.best_round, before.best_round} | started_from)
+            self.dir.update_meta(rounds_done=number + 1, best_round=_round_or_none(progress.best_round))
+
+        self.record_round(number, folded, validation, traffic, started, commit, figures)
+        return following
+
+    def collect(self, state: _State, number: int, accumulator: Accumulator, traffic: Traffic) -> FoldResult:
+        """A round's updates, folded.
+
+        Raises:
+            RunError: fewer good ones than the quorum.
+        """
+        # Sample: who takes part is keyed by the seed and the round alone.
         trainers = self.silos.trainers
         want = wanted(self.spec, len(trainers))
         sampled = sample(trainers, invited(self.spec, len(trainers)), self.recipe.seed, "sample", number)
         self.silos.tell({"kind": "round_started", "round": number, "sampled": sampled})
 
-        # 2. Exchange and fold: every silo gets the same tensors; updates are folded in canonical order as they arrive.
+        # Exchange and fold: every silo gets the same tensors; updates are folded in canonical order as they arrive.
         broadcast = self.algorithm.broadcast(state.parameters, state.server, number)
-        accumulator = self.algorithm.accumulator(self.dir.spool)
         folded = self.silos.train(
             number,
             sampled,
@@ -181,38 +239,7 @@ class Federation:
                 where=str(self.dir.path),
                 fix="mend the silos and continue with --resume, or lower federation.quorum in a new run",
             )
-
-        # 3. Server step: the folded updates become the next global model.
-        stepping = time.monotonic()
-        parameters, server = self.algorithm.server_step(
-            state.parameters, accumulator, state.server, silos_total=len(trainers), round_=number
-        )
-        figures: Fields = {"server_seconds": time.monotonic() - stepping}
-        before = (state.parameters, state.server)
-        figures["aggregation"] = self.algorithm.measure(before, accumulator, (parameters, server), number)
-        del accumulator
-
-        # 4. Validate and checkpoint: from here on the round is done, whatever happens to this process.
-        last = number + 1 == self.spec.rounds
-        due = last or (number + 1) % self.recipe.evaluation.every == 0
-        accepted = {**state.progress.accepted, **dict.fromkeys(folded.replied, number)}
-        evaluated = self.algorithm.evaluated(parameters, server)
-        validation = self.silos.validate(evaluated, number, traffic, accepted) if due else None
-        progress = _advance(state.progress, number, accepted, validation, last=self.personal)
-        following = _State(parameters, server, progress)
-
-        def commit(record: dict[str, Any]) -> None:
-            progress.record = record
-            self.dir.save_checkpoint(Checkpoint(parameters, server, progress))
-            self.dir.append_round(record)
-            if self.spec.keep == "best-and-last":
-                # The previous round stays until the end: it is the way back when the last one is damaged.
-                before = state.progress
-                self.dir.prune({number, number - 1, progress.best_round, before.best_round})
-            self.dir.update_meta(rounds_done=number + 1, best_round=_round_or_none(progress.best_round))
-
-        self.record_round(number, sampled, folded, validation, traffic, started, commit, figures)
-        return following
+        return folded
 
     def finish(self, state: _State, final_test: bool) -> dict[str, Any] | None:
         """Measure the best model on the test rows, save it as an adapter, tidy up."""
@@ -272,8 +299,10 @@ class Federation:
         """
         checkpoint = self.dir.load_checkpoint()
         progress = checkpoint.progress if checkpoint else None
-        if any(r["round"] > (progress.round if progress else -1) for r in self.dir.iterate_rounds()):
-            # Put back to an earlier round: silos may be asked other things than before, so the attempt is a new one.
+        back = any(r["round"] > (progress.round if progress else -1) for r in self.dir.iterate_rounds())
+        if back or self.flight is not None:
+            # Put back to an earlier round, or to answers that may come in another order: silos may be asked other
+            # things than before, so the attempt is a new one.
             # Counted before the lines are dropped, so that a kill in between cannot lose it.
             self.dir.update_meta(restarts=int(self.dir.meta.get("restarts", 0)) + 1)
         self.dir.repair_rounds(progress)
@@ -284,7 +313,10 @@ class Federation:
         if checkpoint is None:
             return None
         self.silos.phase(f"continuing after round {checkpoint.progress.round}")
-        return _State(checkpoint.parameters, checkpoint.server_state, checkpoint.progress)
+        state = _State(checkpoint.parameters, checkpoint.server_state, checkpoint.progress)
+        if self.flight is not None:
+            self.flight.load(state.progress.flight, lambda: self.fresh().parameters)
+        return state
 
     def stale(self, progress: Progress) -> bool:
         """Early stopping: `patience` validated rounds without a better one."""
@@ -298,7 +330,6 @@ class Federation:
     def record_round(
         self,
         number: int,
-        sampled: list[str],
         folded: FoldResult,
         validation: Fields | None,
         traffic: Traffic,
@@ -310,7 +341,7 @@ class Federation:
         absent, self.silos.not_greeted = self.silos.not_greeted, []
         record = {
             "round": number,
-            "sampled": sampled,
+            "sampled": folded.asked,
             "replied": folded.replied,
             "failures": failure_lines([*absent, *folded.failures]),
             "loss": training_loss(folded),

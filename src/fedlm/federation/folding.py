@@ -37,6 +37,7 @@ class Verdict:
 class FoldResult:
     """What became of every silo of the round; lists are in canonical order."""
 
+    asked: list[str] = field(default_factory=list)
     replied: list[str] = field(default_factory=list)
     """Silos whose update is in the sum."""
     failures: list[Failure] = field(default_factory=list)
@@ -47,6 +48,8 @@ class FoldResult:
     """The replies' fields of the silos in `replied`."""
     weights: dict[str, float] = field(default_factory=dict)
     """What each silo in `replied` counted for."""
+    figures: Fields = field(default_factory=dict)
+    """More about the round for rounds.jsonl."""
 
 
 def fold_in_order(
@@ -77,7 +80,7 @@ def fold_in_order(
         RunError: the engine delivered a silo twice or one that was not asked, or the spool cannot be written.
     """
     waiting = Waiting(spool, held_bytes)
-    result = FoldResult()
+    result = FoldResult(list(order))
     turn = {silo: position for position, silo in enumerate(order)}
     settled: dict[str, Failure | Verdict] = {}  # what is known of each silo
     next_turn = accepted = 0

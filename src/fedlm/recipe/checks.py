@@ -15,7 +15,7 @@ from fedlm.recipe.methods import ALGORITHMS, FACTORS
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from fedlm.recipe.schema import Columns, DataSpec, Recipe, SourceSpec
+    from fedlm.recipe.schema import Columns, DataSpec, FederationSpec, Recipe, SourceSpec
 
 Path = tuple[str | int, ...]
 Problem = tuple[Path, str]
@@ -64,6 +64,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _task(recipe)
     yield from _federation(recipe)
     yield from _method(recipe)
+    yield from _asynchronous(recipe)
     yield from _without_effect(recipe)
 
 
@@ -310,6 +311,66 @@ def _method(recipe: Recipe) -> Iterator[Problem]:
             ("federation", "algorithm", "per_block"),
             f"must divide `seeds`: {algorithm.seeds} bases do not fill blocks of {algorithm.per_block}",
         )
+
+
+def _asynchronous(recipe: Recipe) -> Iterator[Problem]:
+    """What only an asynchronous federation has, and what it cannot have."""
+    spec, here, algorithm = recipe.federation, ("federation",), recipe.federation.algorithm
+    if not ALGORITHMS[algorithm.name].asynchronous:
+        able = ", ".join(sorted(name for name, method in ALGORITHMS.items() if method.asynchronous))
+        for field in ("concurrency", "speeds"):
+            if _changed(spec, field):
+                yield (
+                    (*here, field),
+                    f"has no effect with '{algorithm.name}' (it belongs to {able})",
+                )
+        return
+    for field in ("sample", "oversample"):
+        if _changed(spec, field):
+            yield (*here, field), f"has no effect with '{algorithm.name}': say in `concurrency` how many work at once"
+    if recipe.training.keep_optimizer:
+        yield (
+            ("training", "keep_optimizer"),
+            f"not with '{algorithm.name}': a silo begins anew before it is known which of its trainings count",
+        )
+    if algorithm.name == "fedasync" and algorithm.server_lr is not None and algorithm.server_lr > 1:
+        yield (*here, "algorithm", "server_lr"), "alpha mixes two models, so it is at most 1"
+    if algorithm.staleness == "constant" and algorithm.staleness_a is not None:
+        yield (*here, "algorithm", "staleness_a"), "has no effect with `staleness: constant`"
+    if algorithm.staleness != "hinge" and _changed(algorithm, "staleness_b"):
+        yield (*here, "algorithm", "staleness_b"), "has no effect without `staleness: hinge`"
+    silos = len(recipe.data.silos) or (recipe.data.partition.silos if recipe.data.partition else None)
+    if isinstance(spec.concurrency, int) and silos is not None and spec.concurrency > silos:
+        yield (*here, "concurrency"), f"{spec.concurrency} silos cannot work at once where there are {silos}"
+    elif silos is not None and (problem := too_stale(spec, silos)):
+        yield (*here, "algorithm", "max_staleness"), problem
+    speeds, uses = spec.speeds, {"lognormal": "sigma", "pareto": "shape", "recorded": "log"}
+    for kind, field in uses.items():
+        if speeds.kind != kind and _changed(speeds, field):
+            yield (*here, "speeds", field), f"has no effect with '{speeds.kind}' (it belongs to {kind})"
+    if speeds.kind == "recorded":
+        if speeds.log is None:
+            yield (*here, "speeds", "log"), "name the rounds.jsonl whose order of answers counts"
+        for field in ("seconds", "silos"):
+            if _changed(speeds, field):
+                yield (*here, "speeds", field), "has no effect with 'recorded'"
+    if recipe.data.at_silos and _changed(spec, "speeds"):
+        yield (*here, "speeds"), "has no effect over a network, where answers come when they come"
+
+
+def too_stale(spec: FederationSpec, silos: int) -> str | None:
+    """Why even equally fast silos could never keep within `max_staleness`; None where they can.
+
+    Between a silo's start and its answer every other one at work answers once.
+    """
+    others = (silos if spec.concurrency == "all" else min(spec.concurrency, silos)) - 1
+    per_step = 1 if spec.algorithm.name == "fedasync" else spec.algorithm.buffer
+    if others // per_step <= spec.algorithm.max_staleness:
+        return None
+    return (
+        f"with {others + 1} silos at work at once and a server step for every {per_step} updates, even equally fast "
+        f"ones are {others // per_step} steps late, and {spec.algorithm.max_staleness} are allowed"
+    )
 
 
 def _changed(spec: BaseModel, field: str) -> bool:

@@ -44,6 +44,8 @@ class Method:
     """Silos measure losses and no gradients; full weights are moved in place, in fp32."""
     same_steps: bool = False
     """All silos take the same number of local steps, which the recipe says."""
+    asynchronous: bool = False
+    """Silos get new work as soon as they have answered; a round is a server step."""
 
 
 _ADAPTIVE = ("server_momentum", "beta2", "tau")
@@ -58,6 +60,7 @@ _BACKWARD = (
     "keep_optimizer",
 )
 """Fields of `training` that belong to gradients."""
+_STALENESS = ("staleness", "staleness_a", "staleness_b", "max_staleness")
 
 ALGORITHMS: dict[str, Method] = {
     "fedavg": Method("McMahan et al., AISTATS 2017", linear=True),
@@ -136,4 +139,12 @@ ALGORITHMS: dict[str, Method] = {
     "fedrot-lora": Method("Zhang et al., ICML 2026", linear=True, options=("rotation",), adapters=("lora",)),
     "fedsvd": Method("Lee et al., NeurIPS 2025", linear=True, adapters=("lora",), without=("keep_optimizer",)),
     "fed-sb": Method("Singhal et al., 2025", linear=True, adapters=("lora-sb",), min_rounds=2, setup_rounds=1),
+    "fedasync": Method(
+        "Xie et al., 2019",
+        linear=False,  # each update's weight is known when it arrives, and not where it would be masked
+        asynchronous=True,
+        equal_weights=True,
+        options=("mu", *_STALENESS),
+    ),
+    "fedbuff": Method("Nguyen et al., AISTATS 2022", linear=False, asynchronous=True, options=("buffer", *_STALENESS)),
 }

@@ -9,21 +9,17 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from fedlm.errors import nearest
 from fedlm.recipe.checks import problems
 from fedlm.recipe.methods import ALGORITHMS
+from fedlm.recipe.speeds import SpeedSpec
+from fedlm.recipe.strict import Strict
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-
-
-class Strict(BaseModel):
-    """Unknown keys, quoted numbers, yes/no for a count, NaN and infinities are errors, never guesses."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True, allow_inf_nan=False)
 
 
 class ModelSpec(Strict):
@@ -236,11 +232,12 @@ class AlgorithmSpec(Strict):
     weights: Literal["tokens", "examples", "equal"] | None = Field(
         None,
         description="What a silo counts for in the mean: the examples it holds, their target tokens, or equal. "
-        "Defaults: examples; scaffold, feedsign: always equal.",
+        "Defaults: examples; scaffold, feedsign, fedasync: always equal.",
     )
-    mu: Annotated[float, Field(ge=0.0)] = Field(0.01, description="fedprox: strength of the proximal term.")
+    mu: Annotated[float, Field(ge=0.0)] = Field(0.01, description="fedprox, fedasync: strength of the proximal term.")
     server_lr: PositiveFloat | None = Field(
-        None, description="Defaults: 1.0; adaptive rules 1e-3; task-arithmetic 0.3; feedsign 1e-4."
+        None,
+        description="Defaults: 1.0; adaptive rules 1e-3; task-arithmetic 0.3; feedsign 1e-4; fedasync 0.6 (alpha).",
     )
     server_momentum: Fraction = Field(0.9, description="fedavgm; beta1 of the adaptive rules.")
     beta2: Fraction = 0.99
@@ -283,6 +280,18 @@ class AlgorithmSpec(Strict):
         0.2, description="ties: share of an update's values, the largest, that is kept."
     )
 
+    buffer: PositiveInt = Field(10, description="fedbuff: K, the updates that a server step takes.")
+    staleness: Literal["constant", "polynomial", "hinge"] = Field(
+        "polynomial",
+        description="fedasync, fedbuff: how an update from a model of tau server steps ago is damped: not at all, by "
+        "(tau + 1)^-a, or beyond tau = b by 1 / (a (tau - b) + 1).",
+    )
+    staleness_a: PositiveFloat | None = Field(None, description="a; defaults: polynomial 0.5, hinge 10.")
+    staleness_b: Annotated[int, Field(ge=0)] = Field(4, description="b of the hinge.")
+    max_staleness: Annotated[int, Field(ge=0)] = Field(
+        50, description="fedasync, fedbuff: server steps after which a silo's work no longer counts and it gets new."
+    )
+
     @field_validator("name")
     @classmethod
     def _known(cls, name: str) -> str:
@@ -320,6 +329,10 @@ class FederationSpec(Strict):
     )
     workers: PositiveInt | Literal["auto"] = Field("auto", description="Processes that train silos side by side.")
     threads: PositiveInt = Field(1, description="Torch threads per worker; part of what makes runs repeatable.")
+    concurrency: Literal["all"] | PositiveInt = Field(
+        "all", description="fedasync, fedbuff: silos at work at once, drawn from all; there are no samples of a round."
+    )
+    speeds: SpeedSpec = SpeedSpec()
     patience: PositiveInt | None = Field(
         None, description="Stop after this many rounds without a better validation loss."
     )

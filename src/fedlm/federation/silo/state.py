@@ -101,7 +101,7 @@ class StateStore:
         keep = {self._file(run, r) for r in rounds}
         for file in self._file(run, 0).parent.glob("round-*.safetensors"):
             if file not in keep:
-                file.unlink()
+                file.unlink(missing_ok=True)  # this silo may be at work in two processes, in one of them in vain
 
     def _file(self, run: str, round_: int) -> Path:
         return self.folder / run / f"round-{round_:04d}.safetensors"
