@@ -28,9 +28,32 @@ from fedlm.recipe.schema import AdapterSpec
 _NAME = re.compile(r"(?P<layer>.+)\.delta_(?P<part>[ABW])\.(?P<piece>[^.]+)")
 
 
+Pieces = dict[str, dict[str, tuple[Tensor, ...]]]
+"""By layer and piece: factors (B, A), or a dense matrix (W,)."""
+
+
 def is_delta(name: str) -> bool:
     """Whether a tensor of this name is a part of a delta."""
     return _NAME.fullmatch(name) is not None
+
+
+def pieces_of(tensors: Mapping[str, Tensor]) -> Pieces:
+    """The pieces of all deltas among these tensors."""
+    found: Pieces = {}
+    for name, tensor in tensors.items():
+        if (match := _NAME.fullmatch(name)) and match["part"] != "B":
+            piece = (
+                (tensor,)
+                if match["part"] == "W"
+                else (tensors[piece_name(match["layer"], "B", match["piece"])], tensor)
+            )
+            found.setdefault(match["layer"], {})[match["piece"]] = piece
+    return found
+
+
+def piece_name(layer: str, part: str, piece: str) -> str:
+    """The name of a tensor of a piece; `part` is A, B or W."""
+    return f"{layer}.delta_{part}.{piece}"
 
 
 @dataclass(frozen=True)
