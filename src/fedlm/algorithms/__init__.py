@@ -12,6 +12,7 @@ from fedlm.algorithms.fedavgm import FedAvgM
 from fedlm.algorithms.fedbuff import FedBuff
 from fedlm.algorithms.feddpa import FedDPA
 from fedlm.algorithms.feddyn import FedDyn
+from fedlm.algorithms.fedex_lora import FedExLoRA
 from fedlm.algorithms.fedit import FedIT
 from fedlm.algorithms.fedkseed import FedKSeed
 from fedlm.algorithms.fedmezo import FedMeZO
@@ -25,7 +26,10 @@ from fedlm.algorithms.fedyogi import FedYogi
 from fedlm.algorithms.feedsign import FeedSign
 from fedlm.algorithms.ferret import Ferret
 from fedlm.algorithms.ffa_lora import FFALoRA
+from fedlm.algorithms.flexlora import FlexLoRA
+from fedlm.algorithms.flora import FLoRA
 from fedlm.algorithms.frlora import FRLoRA
+from fedlm.algorithms.hetlora import HetLoRA
 from fedlm.algorithms.ifca import IFCA
 from fedlm.algorithms.lorm import LoRM
 from fedlm.algorithms.rolora import RoLoRA
@@ -65,6 +69,10 @@ CLASSES: dict[str, type[Algorithm]] = {
     "fedrot-lora": FedRotLoRA,
     "fedsvd": FedSVD,
     "fed-sb": FedSB,
+    "fedex-lora": FedExLoRA,
+    "flora": FLoRA,
+    "flexlora": FlexLoRA,
+    "hetlora": HetLoRA,
 }
 
 

@@ -139,6 +139,38 @@ ALGORITHMS: dict[str, Method] = {
     "fedrot-lora": Method("Zhang et al., ICML 2026", linear=True, options=("rotation",), adapters=("lora",)),
     "fedsvd": Method("Lee et al., NeurIPS 2025", linear=True, adapters=("lora",), without=("keep_optimizer",)),
     "fed-sb": Method("Singhal et al., 2025", linear=True, adapters=("lora-sb",), min_rounds=2, setup_rounds=1),
+    "fedex-lora": Method(
+        "Singhal et al., ACL 2025", linear=False, options=("recompress",), adapters=("lora",), server_rate=False
+    ),
+    "flora": Method(
+        "Wang et al., NeurIPS 2024",
+        linear=False,
+        options=("recompress",),
+        adapters=("lora",),
+        mixed_ranks=True,
+        without=("keep_optimizer",),
+        server_rate=False,
+    ),
+    "flexlora": Method(
+        "Bai et al., NeurIPS 2024",
+        linear=False,
+        options=("svd",),
+        adapters=("lora",),
+        mixed_ranks=True,
+        without=("keep_optimizer",),
+        server_rate=False,
+    ),
+    "hetlora": Method(
+        "Cho et al., EMNLP 2024",
+        linear=False,
+        silo_state=True,
+        equal_weights=True,
+        options=("rank_decay", "rank_penalty"),
+        adapters=("lora",),
+        mixed_ranks=True,
+        without=("keep_optimizer",),
+        server_rate=False,
+    ),
     "fedasync": Method(
         "Xie et al., 2019",
         linear=False,  # each update's weight is known when it arrives, and not where it would be masked

@@ -276,6 +276,19 @@ class AlgorithmSpec(Strict):
     rotation: Fraction = Field(
         1.0, description="fedrot-lora: how far a silo turns its factors towards the global ones; 0 is fedit."
     )
+    recompress: PositiveInt | None = Field(
+        None,
+        description="fedex-lora, flora: cut what is merged into a layer to this rank; it grows from round to round.",
+    )
+    svd: Literal["exact", "randomised"] = Field(
+        "exact", description="flexlora: 'randomised' takes less time, with at most about 1.01 times the error."
+    )
+    rank_decay: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        0.99, description="hetlora: gamma, the share of its rank that a silo keeps when it prunes; 1 never prunes."
+    )
+    rank_penalty: Annotated[float, Field(ge=0.0)] = Field(
+        0.01, description="hetlora: lambda, strength of the penalty on the ranks beyond that share."
+    )
     density: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         0.2, description="ties: share of an update's values, the largest, that is kept."
     )

@@ -1,0 +1,47 @@
+"""FedEx-LoRA: A and B are averaged, and what their product misses goes into the frozen weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fedlm.algorithms.base import Accumulator
+from fedlm.algorithms.fedit import FedIT
+from fedlm.algorithms.lora import Trained, factors_of
+from fedlm.algorithms.lowrank import Matrix, Term, add_up
+from fedlm.algorithms.merged import dense_from, merged
+from fedlm.algorithms.stored import Stored
+from fedlm.messages import Tensors
+
+
+class FedExLoRA(FedIT):
+    """A = sum p_i A_i, B = sum p_i B_i, W <- W + s (sum p_i B_i A_i - B A) (Singhal et al., ACL 2025).
+
+    The silos' next model is W + s B A = W_before + s sum p_i B_i A_i: aggregation is exact. The residual is the
+    covariance of the factors, which is written here without a difference of large terms and with k - 1 terms for k
+    silos (the paper's has rank (k + 1) r):
+
+        sum_i p_i B_i A_i - B A = sum_{i > 1} p_i (B_i - B) (A_i - A_1),   since sum_i p_i (B_i - B) = 0
+
+    It stays beside W as fp32 factors of rank (k - 1) r, or as a dense matrix where that is smaller (see `merged`): the
+    way down grows in every round; `recompress` cuts it. The paper weights silos alike; here p_i are the recipe's.
+    """
+
+    def server_step(
+        self, parameters: Tensors, accumulator: Accumulator, state: Tensors, *, silos_total: int, round_: int
+    ) -> tuple[Tensors, Tensors]:
+        assert isinstance(accumulator, Stored)
+        trained = Trained(self, (parameters, state), accumulator, round_)
+        stepped, state = super().server_step(parameters, accumulator, state, silos_total=silos_total, round_=round_)
+
+        def residuals() -> Iterator[tuple[str, Matrix]]:
+            for layer, shape in trained.layers.items():
+                yield layer, add_up(centred(layer), *shape, limit=dense_from(*shape))
+
+        def centred(layer: str) -> Iterator[Term]:
+            _, b = factors_of(layer)
+            terms = trained.terms(layer)
+            first = next(terms)
+            for term in terms:
+                yield Term(term.c, term.B - stepped[b], term.A - first.A)
+
+        return merged(stepped, residuals(), str(round_), self.spec.recompress), state
