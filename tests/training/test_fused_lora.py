@@ -163,3 +163,33 @@ def test_a_norm_that_scales_differently_keeps_its_own() -> None:
 
     with fused_norms(torch.nn.Sequential(ShiftedRMSNorm())) as count:
         assert count == 0
+
+
+@pytest.mark.parametrize("frozen", ["lora_A", "lora_B", "mlp", "layers.0."])
+def test_untrained_factors_get_no_gradient_and_cost_no_memory(
+    adapted: Any, sequences: list[Encoded], frozen: str
+) -> None:
+    """The trained ones' gradients stay the same bits; what only the others would need is not kept."""
+
+    def kept_bytes() -> tuple[int, dict[str, Tensor]]:
+        seen: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        adapted.zero_grad()
+        with packed(adapted), fused_lora(adapted):
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                nll = target_nll(adapted, pack(sequences))
+            nll.sum().backward()
+        return sum(seen.values()), {n: p.grad.clone() for n, p in learnt(adapted).items()}
+
+    everything, truth = kept_bytes()
+    for name, parameter in learnt(adapted).items():
+        parameter.requires_grad_(frozen not in name)
+    less, found = kept_bytes()
+    assert 0 < len(found) < len(truth)
+    assert all(torch.equal(found[name], truth[name]) for name in found)
+    assert less < everything

@@ -28,7 +28,10 @@ SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class _Linears(torch.autograd.Function):
-    """y_i = x W_i' + b_i + s_i (x A_i') B_i' for layers i that share x [T, in]."""
+    """y_i = x W_i' + b_i + s_i (x A_i') B_i' for layers i that share x [T, in].
+
+    Of factors that are not trained nothing is kept: neither x for A nor x A' for B.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scales: tuple[float, ...], *tensors: Any) -> tuple[Tensor, ...]:
@@ -40,7 +43,8 @@ class _Linears(torch.autograd.Function):
         for part, w, bias, bb in zip(torch.split(h, [len(m) for m in a_s], 1), weights, biases, b, strict=True):
             y = x @ w.t() if bias is None else torch.addmm(bias.to(x.dtype), x, w.t())
             outs.append(y.addmm_(part, bb.t()))
-        ctx.save_for_backward(x, h, a, *b, *weights)
+        ctx.trains_a, ctx.trains_b = (any(ctx.needs_input_grad[first::4]) for first in (4, 5))
+        ctx.save_for_backward(x if ctx.trains_a else None, h if ctx.trains_b else None, a, *b, *weights)
         ctx.scales = scales
         return tuple(outs)
 
@@ -51,15 +55,16 @@ class _Linears(torch.autograd.Function):
         b, weights = rest[:n], rest[n:]
         dh = torch.cat([dy @ bb for dy, bb in zip(dys, b, strict=True)], 1)
         ranks = [bb.shape[1] for bb in b]
-        da = torch.split((dh.t() @ x).float(), ranks)
+        da = torch.split((dh.t() @ x).float(), ranks) if ctx.trains_a else [None] * n
         dx = None
         if ctx.needs_input_grad[0]:
             dx = dh @ a
             for dy, w in zip(dys, weights, strict=True):
                 dx.addmm_(dy, w)
         grads: list[Tensor | None] = []
-        for i, part in enumerate(torch.split(h, ranks, 1)):
-            db = (part.t() @ dys[i]).t().float().mul_(ctx.scales[i])
+        parts = torch.split(h, ranks, 1) if ctx.trains_b else [None] * n
+        for i, part in enumerate(parts):
+            db = None if part is None else (part.t() @ dys[i]).t().float().mul_(ctx.scales[i])
             grads += [None, None, da[i], db]
         return dx, None, *grads
 
