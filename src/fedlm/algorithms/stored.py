@@ -63,7 +63,6 @@ class Stored(Accumulator):
 
         Raises:
             RunError: the disk is full or the folder cannot be written.
-            UpdateRefused: it cannot be added to the sum that is kept as well.
         """
         if self._summed:
             self.add(update, weight)
