@@ -33,11 +33,14 @@ def observed(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Obse
 def test_the_aggregate_is_the_mean_of_what_the_silos_trained(observed: tuple[Observed, RunDir]) -> None:
     engine, run = observed
     assert len(set(engine.weights[1].values())) == 4, "unequal weights"
+    lines = run.rounds()
     for round_ in range(1, ROUNDS):
         assert engine.error(round_) < 1e-6
+        assert lines[round_ + 1]["aggregation"]["aggregation_error"] < 1e-6
         models = list(engine.trained[round_].values())
         assert distance(models[0], models[1]) > 0.1, "the silos learnt different things"
-    losses = [line["validation"]["loss"] for line in run.rounds()]
+    assert lines[1]["aggregation"] == {"aggregation_error": None}
+    losses = [line["validation"]["loss"] for line in lines]
     assert losses[1] == losses[0], "after round 0 the model is the base"
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[1] - 0.1
 

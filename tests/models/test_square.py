@@ -98,7 +98,8 @@ def test_the_gradient_of_r_is_that_of_the_weight_between_b_and_a(tiny_model_dir:
             assert error < (1e-5 if dtype == "float32" else 0.05), (name, fused, error)
 
 
-def test_a_rank_above_a_layers_size_is_refused(tiny_model_dir: Path) -> None:
-    of = recipe(tiny_model_dir, {**ADAPTER, "rank": 40})
+@pytest.mark.parametrize("kind", ["lora", "lora-sb"])
+def test_a_rank_above_a_layers_size_is_refused(tiny_model_dir: Path, kind: str) -> None:
+    of = recipe(tiny_model_dir, {**ADAPTER, "kind": kind, "rank": 40})
     with pytest.raises(ModelError, match=r"rank 40 is above the size of .*k_proj, 64 x 32"):
         attach(load_base(of.model), of.adapter, of.seed)

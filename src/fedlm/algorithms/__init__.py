@@ -31,6 +31,7 @@ from fedlm.algorithms.flora import FLoRA
 from fedlm.algorithms.frlora import FRLoRA
 from fedlm.algorithms.hetlora import HetLoRA
 from fedlm.algorithms.ifca import IFCA
+from fedlm.algorithms.lora_fair import LoRAFAIR
 from fedlm.algorithms.lorm import LoRM
 from fedlm.algorithms.rolora import RoLoRA
 from fedlm.algorithms.scaffold import Scaffold
@@ -67,6 +68,7 @@ CLASSES: dict[str, type[Algorithm]] = {
     "rolora": RoLoRA,
     "fedsa-lora": FedSALoRA,
     "fedrot-lora": FedRotLoRA,
+    "lora-fair": LoRAFAIR,
     "fedsvd": FedSVD,
     "fed-sb": FedSB,
     "fedex-lora": FedExLoRA,

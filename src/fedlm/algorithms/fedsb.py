@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
 import torch
+from torch import Tensor
 
 from fedlm.algorithms.base import Accumulator, Algorithm, LocalRule, Outcome, Place, Session
-from fedlm.messages import Tensors
+from fedlm.algorithms.lowrank import LowRank, squared_norm
+from fedlm.algorithms.stored import Stored
+from fedlm.messages import Fields, Tensors
 from fedlm.training.sketch import LEFT, RIGHT, factors, sketch_gradient, width
 
 SQUARES = "lora_R.weight"
@@ -53,6 +60,16 @@ class FedSB(Algorithm):
             shapes[f"{layer}.{RIGHT}"] = torch.Size((width(r, d_out), d_in))
         return shapes
 
+    def accumulator(self, spool: Path) -> Accumulator:
+        return Stored(spool, summed=True)
+
+    def fold(self, accumulator: Accumulator, update: Mapping[str, Tensor], weight: float, place: Place) -> None:
+        assert isinstance(accumulator, Stored)
+        if place.round:
+            accumulator.keep(update, weight, place)
+        else:
+            accumulator.add(update, weight)  # of sketches the mean is all that matters
+
     def server_step(
         self,
         parameters: Tensors,
@@ -72,6 +89,24 @@ class FedSB(Algorithm):
             y, z = mean[f"{layer}.{LEFT}"], mean[f"{layer}.{RIGHT}"]
             stepped[name.format("B")], stepped[name.format("A")] = factors(y, z, self.adapter.rank)
         return stepped, state
+
+    def measure(
+        self, before: tuple[Tensors, Tensors], accumulator: Accumulator, after: tuple[Tensors, Tensors], round_: int
+    ) -> Fields:
+        """`aggregation_error`: |s B (R - mean(R_i)) A|_F / |s B mean(R_i) A|_F over all layers; None in round 0."""
+        assert isinstance(accumulator, Stored)
+        if round_ == 0:
+            return {"aggregation_error": None}
+        (old, _), (new, _), layers = before, after, layers_of(before[0])
+        mean = torch.stack([old[f"{layer}.lora_R.weight"] for layer in layers]).double()
+        for kept, update in accumulator.read([SQUARES]):
+            mean.add_(update[SQUARES], alpha=kept.weight / accumulator.weight)
+        missed = whole = 0.0
+        for layer, square in zip(layers, mean, strict=True):
+            a, b, r = (new[f"{layer}.lora_{part}.weight"].double() for part in "ABR")
+            missed += squared_norm(LowRank(b @ (r - square), a))
+            whole += squared_norm(LowRank(b @ square, a))
+        return {"aggregation_error": math.sqrt(missed / whole) if whole else None}
 
 
 class Sketching(LocalRule):

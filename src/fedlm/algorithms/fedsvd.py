@@ -22,8 +22,9 @@ class FedSVD(FedIT):
     def local(self, received: Tensors, silo_state: Tensors, place: Place) -> LocalRule:
         return OneFactor(received, silo_state, place, "B")
 
-    def expected_update(self, parameters: Tensors, place: Place) -> dict[str, torch.Size]:  # noqa: ARG002
-        return {name: value.shape for name, value in parameters.items() if ".lora_B." in name}
+    def expected_update(self, parameters: Tensors, place: Place) -> dict[str, torch.Size]:
+        both = super().expected_update(parameters, place)
+        return {name: shape for name, shape in both.items() if ".lora_B." in name}
 
     def server_step(
         self, parameters: Tensors, accumulator: Accumulator, state: Tensors, *, silos_total: int, round_: int

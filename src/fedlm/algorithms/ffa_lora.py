@@ -30,5 +30,7 @@ class FFALoRA(FedIT):
     def evaluated(self, parameters: Tensors, state: Tensors) -> Tensors:  # noqa: ARG002
         return {name: value for name, value in parameters.items() if self.trainable(name)}
 
-    def expected_update(self, parameters: Tensors, place: Place) -> dict[str, torch.Size]:  # noqa: ARG002
-        return {name: value.shape for name, value in parameters.items() if self.trainable(name)}
+    def expected_update(self, parameters: Tensors, place: Place) -> dict[str, torch.Size]:
+        return {
+            name: shape for name, shape in super().expected_update(parameters, place).items() if self.trainable(name)
+        }

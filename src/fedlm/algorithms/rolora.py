@@ -24,7 +24,8 @@ class RoLoRA(FedIT):
         return OneFactor(received, silo_state, place, turn(place.round))
 
     def expected_update(self, parameters: Tensors, place: Place) -> dict[str, torch.Size]:
-        return {n: value.shape for n, value in parameters.items() if f".lora_{turn(place.round)}." in n}
+        both = super().expected_update(parameters, place)
+        return {name: shape for name, shape in both.items() if f".lora_{turn(place.round)}." in name}
 
 
 def turn(round_: int) -> Factor:

@@ -28,6 +28,7 @@ from fedlm.models.folders import quiet
 from fedlm.models.load import load_base, resolve, unloadable
 from fedlm.models.square import insert_squares
 from fedlm.randomness import key, torch_generator
+from fedlm.recipe.methods import FACTORS
 from fedlm.recipe.schema import AdapterSpec, Recipe
 
 # PEFT reads a property that transformers renamed. For the whole process: `catch_warnings` does not hold across threads.
@@ -53,7 +54,7 @@ def attach(model: PreTrainedModel, spec: AdapterSpec, seed: int) -> nn.Module:
 
     Raises:
         ModelError: a target matches no linear module (those that exist are listed), is tied to the embeddings, IA3 has
-            no default for the architecture, or a layer is smaller than LoRA-SB's rank.
+            no default for the architecture, or the LoRA rank is above a layer's smaller side.
     """
     if spec.kind == "full":
         unfrozen: nn.Module = _unfreeze(model)
@@ -66,6 +67,8 @@ def attach(model: PreTrainedModel, spec: AdapterSpec, seed: int) -> nn.Module:
         warnings.simplefilter("ignore", UserWarning)
         torch.manual_seed(key(seed, "adapter"))
         wrapped: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=True)
+    if spec.kind in FACTORS:
+        _check_rank(lora_layers(wrapped), spec.rank)
     if spec.kind == "lora-sb":
         insert_squares(lora_layers(wrapped))
     with torch.no_grad():
@@ -74,6 +77,17 @@ def attach(model: PreTrainedModel, spec: AdapterSpec, seed: int) -> nn.Module:
             if not parameter.is_meta:
                 parameter.copy_(first_value(name, parameter.shape, seed))
     return wrapped
+
+
+def _check_rank(layers: dict[str, Any], rank: int) -> None:
+    """Refuse a rank that says more than a dense matrix, and for which no factor can be orthonormal."""
+    for name, layer in layers.items():
+        if rank > min(layer.in_features, layer.out_features):
+            raise ModelError(
+                f"rank {rank} is above the size of {name}, {layer.in_features} x {layer.out_features}",
+                where="adapter.rank",
+                fix="choose a smaller rank, or other `adapter.targets`",
+            )
 
 
 def first_value(name: str, shape: torch.Size, seed: int) -> torch.Tensor:

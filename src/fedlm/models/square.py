@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from fedlm.errors import ModelError
 from fedlm.messages import Tensors
 
 
@@ -37,18 +36,9 @@ class Square(nn.Module):
 
 
 def insert_squares(layers: dict[str, Any]) -> None:
-    """Put R between B and A of these PEFT LoRA layers.
-
-    Raises:
-        ModelError: a layer has fewer inputs or outputs than the rank, so that no r of them are orthogonal.
-    """
-    for name, layer in layers.items():
+    """Put R between B and A of these PEFT LoRA layers."""
+    for layer in layers.values():
         for adapter, b in layer.lora_B.items():
-            if b.in_features > min(layer.in_features, layer.out_features):
-                raise ModelError(
-                    f"rank {b.in_features} is above the size of {name}, {layer.in_features} x {layer.out_features}",
-                    where="adapter.rank",
-                )
             layer.lora_B[adapter] = Square(b)
 
 

@@ -137,6 +137,9 @@ ALGORITHMS: dict[str, Method] = {
     ),
     "fedsa-lora": Method("Guo et al., ICLR 2025", linear=True, silo_state=True, adapters=("lora",), personal=True),
     "fedrot-lora": Method("Zhang et al., ICML 2026", linear=True, options=("rotation",), adapters=("lora",)),
+    "lora-fair": Method(
+        "Bian et al., ICCV 2025", linear=False, options=("fair_lambda",), adapters=("lora",), server_rate=False
+    ),
     "fedsvd": Method("Lee et al., NeurIPS 2025", linear=True, adapters=("lora",), without=("keep_optimizer",)),
     "fed-sb": Method("Singhal et al., 2025", linear=True, adapters=("lora-sb",), min_rounds=2, setup_rounds=1),
     "fedex-lora": Method(

@@ -289,6 +289,9 @@ class AlgorithmSpec(Strict):
     rank_penalty: Annotated[float, Field(ge=0.0)] = Field(
         0.01, description="hetlora: lambda, strength of the penalty on the ranks beyond that share."
     )
+    fair_lambda: PositiveFloat = Field(
+        0.01, description="lora-fair: how much the server's correction of B is held back; large values are fedit."
+    )
     density: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         0.2, description="ties: share of an update's values, the largest, that is kept."
     )
