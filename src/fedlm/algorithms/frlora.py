@@ -6,7 +6,11 @@ import torch
 
 from fedlm.algorithms.base import Accumulator, LocalRule, Place
 from fedlm.algorithms.fedavg import FedAvg
-from fedlm.messages import Tensors
+from fedlm.algorithms.lora import factors_of, grown, layers_of
+from fedlm.algorithms.lowrank import LowRank
+from fedlm.algorithms.merged import merged
+from fedlm.messages import Fields, Tensors
+from fedlm.models.deltas import pieces_of
 
 
 class FRLoRA(FedAvg):
@@ -18,9 +22,10 @@ class FRLoRA(FedAvg):
     So the sum over the rounds can have any rank, and local training begins at the same well-conditioned factors every
     time. s B_0 A_0 = U_r S_r V_r' with S_r's root in each factor.
 
-    The changes are kept beside the frozen weight as fp32 deltas of rank 2 r for each round, written as
+    The changes are kept beside the frozen weight as fp32 factors of rank 2 r for each round, written as
     s ((B - B_0) A + B_0 (A - A_0)), which loses no digits to the large common part. They travel to the silos: the way
-    down, and the adapter at the end, grow with the rounds.
+    down, and the adapter at the end, grow with the rounds, until a dense matrix is smaller (see `merged`);
+    `recompress` cuts them.
     """
 
     def local(self, received: Tensors, silo_state: Tensors, place: Place) -> LocalRule:
@@ -42,15 +47,24 @@ class FRLoRA(FedAvg):
         silos_total: int,  # noqa: ARG002
         round_: int,
     ) -> tuple[Tensors, Tensors]:
-        s, stepped = self.adapter.scale(self.adapter.rank), dict(parameters)
-        means = dict(accumulator.mean())
-        for a, u_a in means.items():
-            if ".lora_A." in a:
-                b = a.replace(".lora_A.", ".lora_B.")
-                a_0, b_0, u_b = parameters[a], parameters[b], means[b]
-                stepped[piece_of(a, str(round_))] = torch.cat([a_0 + u_a, u_a])
-                stepped[piece_of(b, str(round_))] = torch.cat([u_b, b_0], dim=1) * (s * self.server_lr)
-        return stepped, state
+        s, means = self.adapter.scale(self.adapter.rank) * self.server_lr, dict(accumulator.mean())
+        changes = []
+        for layer in layers_of(means):
+            a, b = factors_of(layer)
+            u_a, u_b = means[a], means[b]
+            factors = LowRank(torch.cat([u_b, parameters[b]], dim=1) * s, torch.cat([parameters[a] + u_a, u_a]))
+            changes.append((layer, factors))
+        return merged(parameters, changes, str(round_), self.spec.recompress), state
+
+    def measure(
+        self,
+        before: tuple[Tensors, Tensors],  # noqa: ARG002
+        accumulator: Accumulator,  # noqa: ARG002
+        after: tuple[Tensors, Tensors],
+        round_: int,  # noqa: ARG002
+    ) -> Fields:
+        """How far the deltas have grown. (The mean of the silos' changes is not known: updates are averaged.)"""
+        return {"deltas": grown(pieces_of(after[0]))}
 
 
 class Residual(LocalRule):
@@ -63,11 +77,8 @@ class Residual(LocalRule):
     def start(self) -> Tensors:
         values = dict(self.received)
         for name, value in self.received.items():
-            if ".lora_" in name:
-                values[piece_of(name, "principal")] = value * -self.s if ".lora_B." in name else value
+            if ".lora_A." in name:
+                values[name.replace(".lora_A.weight", ".delta_A.principal")] = value
+            elif ".lora_B." in name:
+                values[name.replace(".lora_B.weight", ".delta_B.principal")] = value * -self.s
         return values
-
-
-def piece_of(name: str, piece: str) -> str:
-    """The name of a factor's piece in its layer's delta."""
-    return name.replace(".lora_", ".delta_").replace(".weight", f".{piece}")

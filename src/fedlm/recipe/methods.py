@@ -127,7 +127,9 @@ ALGORITHMS: dict[str, Method] = {
     "lorm": Method(
         "Salami et al., ICLR 2025", linear=True, options=("gram_off_diagonal",), adapters=("lora",), min_rounds=2
     ),
-    "frlora": Method("Yan et al., ICLR 2025", linear=True, adapters=("lora",), principal=True),
+    "frlora": Method(
+        "Yan et al., ICLR 2025", linear=True, options=("recompress",), adapters=("lora",), principal=True
+    ),
     "task-arithmetic": Method("Ilharco et al., ICLR 2023", linear=True, equal_weights=True),
     "ties": Method("Yadav et al., NeurIPS 2023", linear=False, equal_weights=True, options=("density",)),
     "fedit": Method("Zhang et al., ICASSP 2024", linear=True, adapters=("lora",)),

@@ -278,7 +278,7 @@ class AlgorithmSpec(Strict):
     )
     recompress: PositiveInt | None = Field(
         None,
-        description="fedex-lora, flora: cut what is merged into a layer to this rank; it grows from round to round.",
+        description="fedex-lora, flora, frlora: cut what is merged into a layer to this rank; it grows round by round.",
     )
     svd: Literal["exact", "randomised"] = Field(
         "exact", description="flexlora: 'randomised' takes less time, with at most about 1.01 times the error."
