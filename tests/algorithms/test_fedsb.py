@@ -14,6 +14,7 @@ from fedlm.models.export import load_adapter
 from fedlm.models.load import load_base
 from fedlm.training.batches import batches
 from fedlm.training.forward import padded_nll
+from fedlm.training.sketch import LEFT, RIGHT, factors
 from tests.algorithms.observed import Observed, distance, effective, federate, final
 from tests.federation.conftest import Tiny
 
@@ -51,6 +52,13 @@ def test_a_and_b_stay_what_round_0_made_of_the_mean_gradient(observed: tuple[Obs
     recipe, sent = engine.bench.recipe, engine.tensors[ROUNDS - 1]
     assert all(torch.equal(sent[n], t) for n, t in engine.tensors[0].items() if ".lora_R." not in n)
     total = sum(engine.weights[0].values())
+    name = next(n.removesuffix(".lora_A.weight") for n in sent if n.endswith(".lora_A.weight"))
+    y, z = (
+        sum(rows / total * engine.updates[0][silo][f"{name}.{part}"] for silo, rows in engine.weights[0].items())
+        for part in (LEFT, RIGHT)
+    )
+    for part, basis in zip("BA", factors(y, z, RANK), strict=True):
+        torch.testing.assert_close(sent[f"{name}.lora_{part}.weight"], basis, rtol=0, atol=1e-4)
     mean: dict[str, Tensor] = {}
     for silo, rows in engine.weights[0].items():
         model, data = load_base(recipe.model), engine.bench.training_tokens(silo)

@@ -31,6 +31,5 @@ class FFALoRA(FedIT):
         return {name: value for name, value in parameters.items() if self.trainable(name)}
 
     def expected_update(self, parameters: Tensors, place: Place) -> dict[str, torch.Size]:
-        return {
-            name: shape for name, shape in super().expected_update(parameters, place).items() if self.trainable(name)
-        }
+        both = super().expected_update(parameters, place)
+        return {name: shape for name, shape in both.items() if self.trainable(name)}

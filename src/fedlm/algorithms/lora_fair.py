@@ -36,8 +36,9 @@ class LoRAFAIR(FedIT):
         for layer in trained.layers:
             b, mean = f"{layer}.lora_B.weight", stepped[f"{layer}.lora_A.weight"].double()
             seen = torch.zeros(stepped[b].shape, dtype=torch.float64)  # sum p_i B_i A_i A_m'
+            weight = accumulator.weight_of((f"{layer}.lora_A.weight", b))
             for kept, b_i, a_i in trained.silos(layer):
-                seen.addmm_(b_i.double(), a_i.double() @ mean.t(), alpha=kept.weight / accumulator.weight)
+                seen.addmm_(b_i.double(), a_i.double() @ mean.t(), alpha=kept.weight / weight)
             stepped[b] = corrected(stepped[b].double(), mean, seen, self.spec.fair_lambda).float()
         return stepped, state
 
