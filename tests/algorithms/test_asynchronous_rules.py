@@ -37,7 +37,7 @@ def test_weights_of_staleness(fields: dict[str, Any], wanted: list[float]) -> No
 def models(spec: AlgorithmSpec, per_round: int) -> tuple[list[torch.Tensor], list[list[tuple[torch.Tensor, int]]]]:
     """The global models of four rounds, and each round's silo models with their staleness, as vectors."""
     algorithm = get_algorithm(spec)
-    assert isinstance(algorithm, FedBuff) and algorithm.updates_per_step == per_round
+    assert isinstance(algorithm, FedBuff) and spec.updates_per_step() == per_round
     generator = torch.Generator().manual_seed(1)
     history = [to_tensors(torch.randn(6, generator=generator)) for _ in range(8)]
     told: list[list[tuple[torch.Tensor, int]]] = []

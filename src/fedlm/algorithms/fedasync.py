@@ -21,10 +21,6 @@ class FedAsync(FedBuff):
 
     default_server_lr = 0.6
 
-    @property
-    def updates_per_step(self) -> int:
-        return 1
-
     def local(self, received: Tensors, silo_state: Tensors, place: Place) -> LocalRule:
         return Proximal(received, silo_state, place, self.spec.mu)
 

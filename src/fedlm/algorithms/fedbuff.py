@@ -40,11 +40,6 @@ class FedBuff(FedAvg):
     as in FedAvg. A silo is in a buffer as often as it answers: fast ones count for more, which no weight here undoes.
     """
 
-    @property
-    def updates_per_step(self) -> int:
-        """Updates that a server step takes."""
-        return self.spec.buffer
-
     def counted(
         self,
         update: Mapping[str, Tensor],

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedlm.errors import RunError, nearest
-from fedlm.federation.sampling import wanted
+from fedlm.federation.sampling import updates_per_round
 from fedlm.federation.silo.workbench import POOLED
 from fedlm.recipe.methods import ALGORITHMS
 from fedlm.recipe.schema import AlgorithmSpec, Recipe
@@ -82,12 +82,14 @@ def plan_arms(
 def alone_rounds(recipe: Recipe, silos: int) -> int:
     """Rounds that a silo takes part in, on average."""
     setup = setup_rounds(recipe)
-    return setup + max(1, round((recipe.federation.rounds - setup) * wanted(recipe.federation, silos) / silos))
+    return setup + max(
+        1, round((recipe.federation.rounds - setup) * updates_per_round(recipe.federation, silos) / silos)
+    )
 
 
 def compute_rounds(recipe: Recipe, rows: Mapping[str, int], silo: str) -> int:
     """Rounds of one silo that make as many optimiser steps (or examples) as all silos in all rounds."""
-    share = wanted(recipe.federation, len(rows)) / len(rows)
+    share = updates_per_round(recipe.federation, len(rows)) / len(rows)
     per_round = len(rows) if recipe.training.steps is not None else sum(rows.values()) / rows[silo]
     setup = setup_rounds(recipe)
     return setup + max(1, round((recipe.federation.rounds - setup) * share * per_round))
@@ -98,7 +100,7 @@ def pooled_rounds(recipe: Recipe, silos: int) -> int:
     if recipe.training.steps is None:  # an epoch of the pooled rows is an epoch of every silo
         return alone_rounds(recipe, silos)
     setup = setup_rounds(recipe)
-    return setup + max(1, (recipe.federation.rounds - setup) * wanted(recipe.federation, silos))
+    return setup + max(1, (recipe.federation.rounds - setup) * updates_per_round(recipe.federation, silos))
 
 
 def setup_rounds(recipe: Recipe) -> int:

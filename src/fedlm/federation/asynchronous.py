@@ -29,7 +29,7 @@ from fedlm.federation.conversations import Conversations
 from fedlm.federation.folding import FoldResult, Verdict, Waiting, judge
 from fedlm.federation.records import Traffic, reasons
 from fedlm.federation.rundir import RunDir
-from fedlm.federation.sampling import quorum
+from fedlm.federation.sampling import invited, quorum
 from fedlm.messages import Failure, FailureKind, Fields, Reply, Request, Stop, Tensors
 from fedlm.recipe.checks import too_stale
 from fedlm.recipe.schema import Recipe
@@ -87,7 +87,8 @@ class Flight:
         Raises:
             RunError: fewer silos are alive than the quorum; or the engine, the disk or the clock fail.
         """
-        self.silos.tell({"kind": "round_started", "round": number, "wanted": self.algorithm.updates_per_step})
+        wanted = self.spec.algorithm.updates_per_step()
+        self.silos.tell({"kind": "round_started", "round": number, "wanted": wanted})
         result, arrivals = FoldResult(), list[Fields]()
 
         def note(work: Work, failure: Failure | None) -> None:
@@ -110,7 +111,7 @@ class Flight:
         self._aside.clear()
         for asked in self._beyond(number):
             note(asked.work, self._give_up(asked, number))
-        while accumulator.count < self.algorithm.updates_per_step:
+        while accumulator.count < wanted:
             self._give_out(number, parameters)
             asked, answer = self._next()
             work = asked.work
@@ -137,7 +138,7 @@ class Flight:
     def _give_out(self, number: int, parameters: Tensors) -> None:
         """Give work to silos until as many are at work as may be."""
         trainers = self.silos.trainers
-        most = len(trainers) if self.spec.concurrency == "all" else self.spec.concurrency
+        most = invited(self.spec, len(trainers))
         while True:
             busy = {asked.work.silo for asked in self._asked.values()}
             work = self.clock.assign(number, trainers, busy | self._aside, room=len(self._asked) < most)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from fedlm.randomness import numpy_generator
+from fedlm.recipe.methods import ALGORITHMS
 from fedlm.recipe.schema import FederationSpec
 
 
@@ -18,8 +19,16 @@ def wanted(spec: FederationSpec, total: int) -> int:
     return max(1, round(spec.sample * total))
 
 
+def updates_per_round(spec: FederationSpec, total: int) -> int:
+    """How many updates a round's server step is made of."""
+    asynchronous = ALGORITHMS[spec.algorithm.name].asynchronous
+    return spec.algorithm.updates_per_step() if asynchronous else wanted(spec, total)
+
+
 def invited(spec: FederationSpec, total: int) -> int:
-    """How many silos are asked, over-sampling included; never more than there are."""
+    """How many silos are asked at once, over-sampling included; never more than there are."""
+    if ALGORITHMS[spec.algorithm.name].asynchronous:
+        return total if spec.concurrency == "all" else min(spec.concurrency, total)
     return min(total, math.ceil(wanted(spec, total) * (1.0 + spec.oversample) - 1e-9))
 
 

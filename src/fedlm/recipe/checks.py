@@ -364,7 +364,7 @@ def too_stale(spec: FederationSpec, silos: int) -> str | None:
     Between a silo's start and its answer every other one at work answers once.
     """
     others = (silos if spec.concurrency == "all" else min(spec.concurrency, silos)) - 1
-    per_step = 1 if spec.algorithm.name == "fedasync" else spec.algorithm.buffer
+    per_step = spec.algorithm.updates_per_step()
     if others // per_step <= spec.algorithm.max_staleness:
         return None
     return (

@@ -308,6 +308,10 @@ class AlgorithmSpec(Strict):
         50, description="fedasync, fedbuff: server steps after which a silo's work no longer counts and it gets new."
     )
 
+    def updates_per_step(self) -> int:
+        """Updates that a server step of an asynchronous federation takes."""
+        return 1 if self.name == "fedasync" else self.buffer
+
     @field_validator("name")
     @classmethod
     def _known(cls, name: str) -> str:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -72,7 +71,7 @@ class Tally:
         elif kind == "phase":
             self.phase = str(event.get("text", ""))
         elif kind == "round_started":
-            self._start_round(int(event["round"]), event.get("sampled", []), now)
+            self._start_round(int(event["round"]), int(event.get("wanted", len(event.get("sampled", [])))), now)
         elif kind == "silo_started" and self.rounds and not self.finished:
             self.phase = ""
             self.active[silo] = ActiveSilo(str(event.get("verb", "")))
@@ -86,9 +85,9 @@ class Tally:
             self.finished, self.phase = True, ""
             self.active.clear()
 
-    def _start_round(self, index: int, sampled: Any, now: float) -> None:
+    def _start_round(self, index: int, sampled: int, now: float) -> None:
         self.round, self.phase, self.answered, self.failures = index, "", 0, 0
-        self.sampled = len(sampled)
+        self.sampled = sampled
         self.active.clear()
         if index >= 0 and self.first_round is None:
             self.first_round, self.started = index, now
