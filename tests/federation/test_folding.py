@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlm.algorithms import get_algorithm
-from fedlm.algorithms.base import Place, weight_of
+from fedlm.algorithms.base import Accumulator, Place, weight_of
 from fedlm.errors import RunError, UpdateRefused
 from fedlm.federation.folding import FoldResult, Verdict, fold_in_order
 from fedlm.federation.updates import check_update
@@ -209,7 +209,7 @@ PEAK = """
     import resource, sys, torch
     from pathlib import Path
     from fedlm.algorithms import get_algorithm
-    from fedlm.algorithms.base import Place, weight_of
+    from fedlm.algorithms.base import Accumulator, Place, weight_of
     from fedlm.federation.folding import Verdict, fold_in_order
     from fedlm.messages import Reply
     from fedlm.recipe.schema import AlgorithmSpec
@@ -242,8 +242,10 @@ def test_peak_memory_does_not_grow_with_the_number_of_silos(tmp_path: Path) -> N
 
 def test_refusals_raised_by_folding_itself_are_not_swallowed(tmp_path: Path) -> None:
     """Half-folded sums must never look like a good round."""
-    algorithm = get_algorithm(SPEC)
-    accumulator = algorithm.accumulator(Path())
-    accumulator.add({"other": torch.ones(1)}, 1.0)
+
+    class Refusing(Accumulator):
+        def add(self, update: Mapping[str, torch.Tensor], weight: float) -> None:  # noqa: ARG002
+            raise UpdateRefused("half of it is in the sum")
+
     with pytest.raises(UpdateRefused):
-        fold_in_order(algorithm, accumulator, NAMES, iter([reply(NAMES[0])]), tmp_path, check)
+        fold_in_order(get_algorithm(SPEC), Refusing(), NAMES, iter([reply(NAMES[0])]), tmp_path, check)

@@ -74,22 +74,24 @@ class Accumulator:
 
     `total` maps names to views of one buffer, in sorted order of names, so that an update laid out the same way is
     added in one sweep. Every element is one fused multiply-add, whatever the layout: the bits do not depend on it.
+
+    A silo may have trained a part of the model. It does not count for a tensor that its update lacks: a tensor's mean
+    is over those that trained it, as in HeteroFL (Diao et al., ICLR 2021).
     """
 
     total: Tensors = field(default_factory=dict)
     weight: float = 0.0
     count: int = 0
+    lacking: dict[str, tuple[float, int]] = field(default_factory=dict)
+    """By tensor, of the updates without it: their weights together, and their number."""
 
     def add(self, update: Mapping[str, Tensor], weight: float) -> None:
-        """total += weight * update, in fp32. Silos must be folded in canonical order: float sums depend on it.
-
-        Raises:
-            UpdateRefused: the names are not those of the updates before.
-        """
+        """total += weight * update, in fp32. Silos must be folded in canonical order: float sums depend on it."""
         if not self.total:
             self._lay_out(update)
         if update.keys() != self.total.keys():
-            raise UpdateRefused("the update's tensors are not those of the other silos")
+            self._add_part(update, weight)
+            return
         totals = list(self.total.values())
         if not isinstance(update, dict):  # read from a file: one tensor in memory at a time
             for name, total in self.total.items():
@@ -118,7 +120,25 @@ class Accumulator:
         if not self.count:
             raise RunError("no silo's update was accepted, so there is no mean")
         for name, tensor in self.total.items():
-            yield name, tensor.div_(self.weight)
+            yield name, tensor.div_(self.weight - self.lacking.get(name, (0.0, 0))[0])
+
+    def counted(self, name: str) -> int:
+        """How many updates have this tensor."""
+        return self.count - self.lacking.get(name, (0.0, 0))[1] if name in self.total else 0
+
+    def _add_part(self, update: Mapping[str, Tensor], weight: float) -> None:
+        """Add an update that has other tensors than those before."""
+        for name in sorted(update.keys() - self.total.keys()):
+            self.total[name] = torch.zeros(update[name].shape)
+            self.lacking[name] = (self.weight, self.count)
+        for name, total in self.total.items():
+            if name in update:
+                _add_weighted(total.view(-1), update[name].reshape(-1), weight)
+            else:
+                missed, count = self.lacking.get(name, (0.0, 0))
+                self.lacking[name] = (missed + weight, count + 1)
+        self.weight += weight
+        self.count += 1
 
     def _lay_out(self, update: Mapping[str, Tensor]) -> None:
         shapes = {name: update[name].shape for name in sorted(update)}

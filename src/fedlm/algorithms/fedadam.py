@@ -57,7 +57,7 @@ class FedAdam(FedAvg):
         round_: int,  # noqa: ARG002
     ) -> tuple[Tensors, Tensors]:
         beta1, tau = self.spec.server_momentum, self.spec.tau
-        stepped: Tensors = {}
+        stepped = dict(parameters)  # what no silo trained stays
         for name, delta in accumulator.mean():
             m = state[f"m/{name}"].mul_(beta1).add_(delta, alpha=1 - beta1)
             v = state[f"v/{name}"] = self.second_moment(state[f"v/{name}"], delta)

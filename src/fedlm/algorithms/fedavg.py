@@ -23,5 +23,5 @@ class FedAvg(Algorithm):
         silos_total: int,  # noqa: ARG002
         round_: int,  # noqa: ARG002
     ) -> tuple[Tensors, Tensors]:
-        stepped = {name: torch.add(parameters[name], u, alpha=self.server_lr) for name, u in accumulator.mean()}
-        return stepped, state
+        moved = {name: torch.add(parameters[name], u, alpha=self.server_lr) for name, u in accumulator.mean()}
+        return parameters | moved, state  # what no silo trained stays

@@ -27,7 +27,7 @@ class FedAvgM(FedAvg):
         silos_total: int,  # noqa: ARG002
         round_: int,  # noqa: ARG002
     ) -> tuple[Tensors, Tensors]:
-        stepped: Tensors = {}
+        stepped = dict(parameters)  # what no silo trained stays
         for name, u in accumulator.mean():
             v = state[f"v/{name}"].mul_(self.spec.server_momentum).add_(u)
             stepped[name] = torch.add(parameters[name], v, alpha=self.server_lr)

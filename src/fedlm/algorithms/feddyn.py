@@ -43,9 +43,9 @@ class FedDyn(FedAvg):
         silos_total: int,
         round_: int,  # noqa: ARG002
     ) -> tuple[Tensors, Tensors]:
-        alpha, share = self.spec.dyn_alpha, accumulator.count / silos_total  # |S| / N
-        stepped, following = {}, {}
+        alpha, stepped, following = self.spec.dyn_alpha, dict(parameters), dict(state)
         for name, mean in accumulator.mean():
+            share = accumulator.counted(name) / silos_total  # |S| / N
             h = following[f"h/{name}"] = torch.add(state[f"h/{name}"], mean, alpha=-alpha * share)
             stepped[name] = parameters[name] + mean - h / alpha
         return stepped, following
@@ -72,4 +72,5 @@ class DynamicallyRegularised(LocalRule):
 
     def finish(self, trained: Tensors) -> tuple[Tensors, Tensors]:
         update, _ = super().finish(trained)
-        return update, {DUAL + name: torch.sub(self.g[name], u, alpha=self.alpha) for name, u in update.items()}
+        moved = {name: torch.sub(self.g[name], u, alpha=self.alpha) for name, u in update.items()}
+        return update, {DUAL + name: g for name, g in (self.g | moved).items()}

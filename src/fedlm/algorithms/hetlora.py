@@ -105,7 +105,7 @@ class SelfPruning(LocalRule):
                 b.grad[:, self.pruned :] += self.spec.rank_penalty * norm_a / norm_b * tail_b
 
     def finish(self, trained: Tensors) -> tuple[Tensors, Tensors]:
-        if self.tail(trained) < self.tail(self.values):
+        if self.tail(trained) < self.tail({name: self.values[name] for name in trained}):
             trained = cut(trained, self.pruned, self.adapter.scale(self.rank) / self.adapter.scale(self.pruned))
             self.rank = self.pruned
         start = self.at_rank(self.rank)

@@ -45,10 +45,10 @@ class Scaffold(FedAvg):
         silos_total: int,
         round_: int,  # noqa: ARG002
     ) -> tuple[Tensors, Tensors]:
-        share = accumulator.count / silos_total  # |S| / N
         stepped, variates = dict(parameters), dict(state)
         for name, mean in accumulator.mean():
             if name.startswith(VARIATE):
+                share = accumulator.counted(name) / silos_total  # |S| / N
                 variates[name] = torch.add(state[name], mean, alpha=share)
             else:
                 stepped[name] = torch.add(parameters[name], mean, alpha=self.server_lr)
@@ -83,8 +83,9 @@ class ControlVariates(LocalRule):
         update, _ = super().finish(trained)
         state: Tensors = {}
         for name, c_i in self.c_i.items():
-            # A round without a step says nothing new about the silo's gradient.
-            renewed = self.gradient_sum[name].div(self.steps).cpu() if self.steps else c_i
-            update[VARIATE + name] = renewed - c_i
+            # A round without a step says nothing new about the silo's gradient, nor does any of what is not trained.
+            renewed = self.gradient_sum[name].div(self.steps).cpu() if name in self.gradient_sum else c_i
             state[VARIATE + name] = renewed
+            if name in trained:
+                update[VARIATE + name] = renewed - c_i
         return update, state

@@ -28,6 +28,7 @@ class TaskArithmetic(FedAvg):
         silos_total: int,  # noqa: ARG002
         round_: int,  # noqa: ARG002
     ) -> tuple[Tensors, Tensors]:
-        scale = self.server_lr * accumulator.count
-        stepped = {name: torch.add(parameters[name], mean, alpha=scale) for name, mean in accumulator.mean()}
+        stepped = dict(parameters)  # what no silo trained stays
+        for name, mean in accumulator.mean():
+            stepped[name] = torch.add(parameters[name], mean, alpha=self.server_lr * accumulator.counted(name))
         return stepped, state

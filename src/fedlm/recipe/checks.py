@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from fedlm.recipe.capacity import capacity_problems
 from fedlm.recipe.expressions import is_template, parse_template
 from fedlm.recipe.methods import ALGORITHMS, FACTORS
 
@@ -65,6 +66,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _federation(recipe)
     yield from _method(recipe)
     yield from _asynchronous(recipe)
+    yield from capacity_problems(recipe)
     yield from _without_effect(recipe)
 
 
@@ -318,7 +320,8 @@ def _asynchronous(recipe: Recipe) -> Iterator[Problem]:
     spec, here, algorithm = recipe.federation, ("federation",), recipe.federation.algorithm
     if not ALGORITHMS[algorithm.name].asynchronous:
         able = ", ".join(sorted(name for name, method in ALGORITHMS.items() if method.asynchronous))
-        for field in ("concurrency", "speeds"):
+        timed = any(capacity.seconds is not None for capacity in spec.capacity.all)
+        for field in ("concurrency", *(() if timed else ("speeds",))):
             if _changed(spec, field):
                 yield (
                     (*here, field),

@@ -26,6 +26,8 @@ class Method:
     """Kinds of adapter that it trains."""
     mixed_ranks: bool = False
     """Silos may have LoRA factors of different ranks."""
+    partial: bool = False
+    """Silos may train a part of the adapter: a tensor's mean is over the silos that trained it."""
     personal: bool = False
     """A silo is measured with a model of its own, part of which never leaves it."""
     min_rounds: int = 1
@@ -63,13 +65,13 @@ _BACKWARD = (
 _STALENESS = ("staleness", "staleness_a", "staleness_b", "max_staleness")
 
 ALGORITHMS: dict[str, Method] = {
-    "fedavg": Method("McMahan et al., AISTATS 2017", linear=True),
-    "fedprox": Method("Li et al., MLSys 2020", linear=True, options=("mu",)),
-    "scaffold": Method("Karimireddy et al., ICML 2020", linear=True, silo_state=True, equal_weights=True),
-    "fedavgm": Method("Hsu et al., 2019", linear=True, options=("server_momentum",)),
-    "fedadam": Method("Reddi et al., ICLR 2021", linear=True, options=_ADAPTIVE),
-    "fedyogi": Method("Reddi et al., ICLR 2021", linear=True, options=_ADAPTIVE),
-    "fedadagrad": Method("Reddi et al., ICLR 2021", linear=True, options=_ADAPTIVE),
+    "fedavg": Method("McMahan et al., AISTATS 2017", linear=True, partial=True),
+    "fedprox": Method("Li et al., MLSys 2020", linear=True, partial=True, options=("mu",)),
+    "scaffold": Method("Karimireddy et al., ICML 2020", linear=True, partial=True, silo_state=True, equal_weights=True),
+    "fedavgm": Method("Hsu et al., 2019", linear=True, partial=True, options=("server_momentum",)),
+    "fedadam": Method("Reddi et al., ICLR 2021", linear=True, partial=True, options=_ADAPTIVE),
+    "fedyogi": Method("Reddi et al., ICLR 2021", linear=True, partial=True, options=_ADAPTIVE),
+    "fedadagrad": Method("Reddi et al., ICLR 2021", linear=True, partial=True, options=_ADAPTIVE),
     "fedmezo": Method("Ling et al., KDD 2024", linear=True, options=("zo_eps",), without=_BACKWARD, zeroth_order=True),
     "fedkseed": Method(
         "Qin et al., ICML 2024",
@@ -93,6 +95,7 @@ ALGORITHMS: dict[str, Method] = {
     "feddyn": Method(
         "Acar et al., ICLR 2021",
         linear=True,
+        partial=True,
         silo_state=True,
         equal_weights=True,
         options=("dyn_alpha",),
@@ -130,26 +133,39 @@ ALGORITHMS: dict[str, Method] = {
     "frlora": Method(
         "Yan et al., ICLR 2025", linear=True, options=("recompress",), adapters=("lora",), principal=True
     ),
-    "task-arithmetic": Method("Ilharco et al., ICLR 2023", linear=True, equal_weights=True),
+    "task-arithmetic": Method("Ilharco et al., ICLR 2023", linear=True, partial=True, equal_weights=True),
     "ties": Method("Yadav et al., NeurIPS 2023", linear=False, equal_weights=True, options=("density",)),
-    "fedit": Method("Zhang et al., ICASSP 2024", linear=True, adapters=("lora",)),
-    "ffa-lora": Method("Sun et al., ICLR 2024", linear=True, adapters=("lora",)),
+    "fedit": Method("Zhang et al., ICASSP 2024", linear=True, partial=True, adapters=("lora",)),
+    "ffa-lora": Method("Sun et al., ICLR 2024", linear=True, partial=True, adapters=("lora",)),
     "rolora": Method(
-        "Chen et al., NeurIPS 2025", linear=True, adapters=("lora",), min_rounds=2, without=("keep_optimizer",)
+        "Chen et al., NeurIPS 2025",
+        linear=True,
+        partial=True,
+        adapters=("lora",),
+        min_rounds=2,
+        without=("keep_optimizer",),
     ),
     "fedsa-lora": Method("Guo et al., ICLR 2025", linear=True, silo_state=True, adapters=("lora",), personal=True),
-    "fedrot-lora": Method("Zhang et al., ICML 2026", linear=True, options=("rotation",), adapters=("lora",)),
+    "fedrot-lora": Method(
+        "Zhang et al., ICML 2026", linear=True, partial=True, options=("rotation",), adapters=("lora",)
+    ),
     "lora-fair": Method(
         "Bian et al., ICCV 2025", linear=False, options=("fair_lambda",), adapters=("lora",), server_rate=False
     ),
     "fedsvd": Method("Lee et al., NeurIPS 2025", linear=True, adapters=("lora",), without=("keep_optimizer",)),
     "fed-sb": Method("Singhal et al., 2025", linear=True, adapters=("lora-sb",), min_rounds=2, setup_rounds=1),
     "fedex-lora": Method(
-        "Singhal et al., ACL 2025", linear=False, options=("recompress",), adapters=("lora",), server_rate=False
+        "Singhal et al., ACL 2025",
+        linear=False,
+        partial=True,
+        options=("recompress",),
+        adapters=("lora",),
+        server_rate=False,
     ),
     "flora": Method(
         "Wang et al., NeurIPS 2024",
         linear=False,
+        partial=True,
         options=("recompress",),
         adapters=("lora",),
         mixed_ranks=True,
@@ -159,6 +175,7 @@ ALGORITHMS: dict[str, Method] = {
     "flexlora": Method(
         "Bai et al., NeurIPS 2024",
         linear=False,
+        partial=True,
         options=("svd",),
         adapters=("lora",),
         mixed_ranks=True,
@@ -168,6 +185,7 @@ ALGORITHMS: dict[str, Method] = {
     "hetlora": Method(
         "Cho et al., EMNLP 2024",
         linear=False,
+        partial=True,
         silo_state=True,
         equal_weights=True,
         options=("rank_decay", "rank_penalty"),

@@ -13,6 +13,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 from pydantic_core import PydanticCustomError
 
 from fedlm.errors import nearest
+from fedlm.recipe.capacity import CapacitySpec
 from fedlm.recipe.checks import problems
 from fedlm.recipe.methods import ALGORITHMS
 from fedlm.recipe.speeds import SpeedSpec
@@ -35,6 +36,9 @@ class ModelSpec(Strict):
     )
     revision: str | None = Field(None, description="Commit of a hub model, 40 hex digits; required for 'hub:'.")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Storage type of the frozen base weights.")
+    quantise: Literal["4bit"] | None = Field(
+        None, description="Frozen base weights in 4 bits (NF4); needs an NVIDIA GPU and the extra [gpu4bit]."
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     chat_template: str | None = Field(
         None, description="Chat template used in place of the tokenizer's own: 'chatml' or a Jinja file."
@@ -276,6 +280,9 @@ class AlgorithmSpec(Strict):
     rotation: Fraction = Field(
         1.0, description="fedrot-lora: how far a silo turns its factors towards the global ones; 0 is fedit."
     )
+    fair_lambda: PositiveFloat = Field(
+        0.01, description="lora-fair: how much the server's correction of B is held back; large values are fedit."
+    )
     recompress: PositiveInt | None = Field(
         None,
         description="fedex-lora, flora, frlora: cut what is merged into a layer to this rank; it grows round by round.",
@@ -288,9 +295,6 @@ class AlgorithmSpec(Strict):
     )
     rank_penalty: Annotated[float, Field(ge=0.0)] = Field(
         0.01, description="hetlora: lambda, strength of the penalty on the ranks beyond that share."
-    )
-    fair_lambda: PositiveFloat = Field(
-        0.01, description="lora-fair: how much the server's correction of B is held back; large values are fedit."
     )
     density: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         0.2, description="ties: share of an update's values, the largest, that is kept."
@@ -353,6 +357,7 @@ class FederationSpec(Strict):
         "all", description="fedasync, fedbuff: silos at work at once, drawn from all; there are no samples of a round."
     )
     speeds: SpeedSpec = SpeedSpec()
+    capacity: CapacitySpec = CapacitySpec()
     patience: PositiveInt | None = Field(
         None, description="Stop after this many rounds without a better validation loss."
     )
