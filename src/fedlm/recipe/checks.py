@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedlm.recipe.capacity import capacity_problems
 from fedlm.recipe.expressions import is_template, parse_template
+from fedlm.recipe.guards import guard_problems
 from fedlm.recipe.methods import ALGORITHMS, FACTORS
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _federation(recipe)
     yield from _method(recipe)
     yield from _asynchronous(recipe)
+    yield from guard_problems(recipe)
     yield from capacity_problems(recipe)
     yield from _without_effect(recipe)
 

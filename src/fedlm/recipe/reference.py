@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from fedlm.recipe.fields import models_in, parts
+from fedlm.recipe.guards import GUARDS
 from fedlm.recipe.methods import ALGORITHMS
 from fedlm.recipe.schema import Recipe
 
@@ -38,6 +39,7 @@ def write_reference() -> str:
     for prefix, model in _sections(Recipe, "", set()):
         pages.append(_section(prefix, model))
     pages.append(_algorithms())
+    pages.append(_guards())
     return "\n".join(pages)
 
 
@@ -63,6 +65,12 @@ def _section(prefix: str, model: type[BaseModel]) -> str:
 def _algorithms() -> str:
     lines = ["## Algorithms", "", "| `federation.algorithm.name` | paper | keeps state in the silo |", "|---|---|---|"]
     lines += [f"| `{name}` | {m.paper} | {'yes' if m.silo_state else 'no'} |" for name, m in ALGORITHMS.items()]
+    return "\n".join([*lines, ""])
+
+
+def _guards() -> str:
+    lines = ["## Guards", "", "| `name` of a guard | what is sent | paper |", "|---|---|---|"]
+    lines += [f"| `{name}` | {facts.does} | {facts.paper} |" for name, facts in GUARDS.items()]
     return "\n".join([*lines, ""])
 
 

@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 from fedlm.errors import nearest
 from fedlm.recipe.capacity import CapacitySpec
 from fedlm.recipe.checks import problems
+from fedlm.recipe.guards import DownlinkSpec, GuardSpec
 from fedlm.recipe.methods import ALGORITHMS
 from fedlm.recipe.speeds import SpeedSpec
 from fedlm.recipe.strict import Strict
@@ -357,6 +358,7 @@ class FederationSpec(Strict):
         "all", description="fedasync, fedbuff: silos at work at once, drawn from all; there are no samples of a round."
     )
     speeds: SpeedSpec = SpeedSpec()
+    downlink: DownlinkSpec = DownlinkSpec()
     capacity: CapacitySpec = CapacitySpec()
     patience: PositiveInt | None = Field(
         None, description="Stop after this many rounds without a better validation loss."
@@ -393,6 +395,9 @@ class Recipe(Strict):
     data: DataSpec
     training: TrainingSpec
     federation: FederationSpec = FederationSpec()
+    guards: list[GuardSpec] = Field(
+        default_factory=list, description="What happens to an update before it leaves its silo, in this order."
+    )
     evaluation: EvaluationSpec = EvaluationSpec()
     trackers: list[Literal["tensorboard", "mlflow"]] = Field(default_factory=list)
 

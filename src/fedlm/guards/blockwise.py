@@ -1,0 +1,96 @@
+"""Numbers in 8 or 4 bits, rounded at random so that they are right on average."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fedlm.errors import UpdateRefused
+from fedlm.guards.base import Guard, Parts, Shapes, size_of
+from fedlm.guards.cast import checked_peak, power_above
+from fedlm.messages import Tensors
+
+
+class Int8(Guard):
+    """x = s c, with whole numbers c in -L..L and a scale s for each block of `block` values.
+
+    s L is the block's largest magnitude, rounded up to an fp16 share of the update's own peak (a power of two), since
+    an update's values are too small for fp16 itself. c is x / s rounded up or down at random so that E[s c] = x
+    (stochastic rounding; QSGD, Alistarh et al., NeurIPS 2017, with the block's maximum in place of a norm, as in
+    Dettmers et al., ICLR 2022). The error of a value is below s and its variance at most s^2 / 4.
+
+    Whether to round up is decided by 16 random bits, so that a mean is off by less than s 2^-16. L = 127.
+    """
+
+    levels = 127
+
+    def parts(self, shapes: Shapes) -> Parts:
+        size = size_of(shapes)
+        return {"peak": (torch.float32, 1), "scales": (torch.float16, self._blocks(size)), **self._codes(size)}
+
+    def encode(self, values: Tensor, shapes: Shapes, random: np.random.Generator) -> tuple[Tensor, Tensors]:  # noqa: ARG002
+        peak, block = power_above(values), self.spec.block
+        blocks = pad(values, (0, -len(values) % block)).view(-1, block)
+        scales = rounded_up(blocks.abs().amax(1) / peak)
+        inverse = torch.where(scales > 0, self.levels / (scales.float() * peak), 0.0)
+        codes = (blocks * inverse[:, None]).view(-1)[: len(values)]
+        codes.add_(coins(len(values), random)).floor_().clamp_(-self.levels, self.levels)
+        return values[:0], {"peak": peak, "scales": scales, "codes": self._pack(codes)}
+
+    def decode(self, left: Tensor, parts: Tensors, shapes: Shapes, random: np.random.Generator) -> Tensor:  # noqa: ARG002
+        scales = parts["scales"].float().mul_(checked_peak(parts["peak"]))
+        if len(scales) and not 0 <= float(scales.amin()) <= float(scales.amax()) < math.inf:
+            raise UpdateRefused("the payload's scales are negative or not finite")
+        block, size = self.spec.block, size_of(shapes)
+        values = pad(self._unpack(parts["codes"], size), (0, -size % block)).view(-1, block)
+        values.mul_(scales.div_(self.levels)[:, None])
+        return values.view(-1)[:size]
+
+    def _blocks(self, size: int) -> int:
+        return -(-size // self.spec.block)
+
+    def _codes(self, size: int) -> Parts:
+        return {"codes": (torch.int8, size)}
+
+    def _pack(self, codes: Tensor) -> Tensor:
+        return codes.to(torch.int8)
+
+    def _unpack(self, packed: Tensor, size: int) -> Tensor:  # noqa: ARG002
+        return packed.float()
+
+
+class Int4(Int8):
+    """As `Int8` with L = 7: two values in a byte, the first one in its high half. 4.25 bits a value with blocks of 64.
+
+    A half byte has a sixteenth value that no encoder uses; it decodes to 8 s and is as harmless as 7 s.
+    """
+
+    levels = 7
+
+    def _codes(self, size: int) -> Parts:
+        return {"codes": (torch.uint8, -(-size // 2))}
+
+    def _pack(self, codes: Tensor) -> Tensor:
+        halves = pad(codes.add_(self.levels).to(torch.uint8), (0, len(codes) % 2))
+        return (halves[0::2] << 4).bitwise_or_(halves[1::2])
+
+    def _unpack(self, packed: Tensor, size: int) -> Tensor:
+        halves = torch.empty(len(packed), 2)
+        halves[:, 0], halves[:, 1] = packed >> 4, packed & 15
+        return halves.view(-1)[:size].sub_(self.levels)
+
+
+def rounded_up(shares: Tensor) -> Tensor:
+    """The smallest fp16 that is not below each share (in 0..1), so that no value of a block lies beyond its scale."""
+    near = shares.to(torch.float16)
+    return torch.where(near.float() < shares, (near.view(torch.int16) + 1).view(torch.float16), near)
+
+
+def coins(count: int, random: np.random.Generator) -> Tensor:
+    """Uniform numbers in (0, 1) from 16 random bits each, fp32 [count]."""
+    words = random.bit_generator.random_raw(-(-count // 4))
+    return torch.from_numpy(words.view(np.uint16)[:count].astype(np.float32)).add_(0.5).mul_(2.0**-16)

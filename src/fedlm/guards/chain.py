@@ -1,0 +1,133 @@
+"""Guards in a row, and error feedback over them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedlm.errors import UpdateRefused
+from fedlm.guards.base import Guard, Shapes, flat, parted, size_of
+from fedlm.messages import Tensors
+from fedlm.randomness import numpy_generator
+
+Key = tuple[int, *tuple[str | int, ...]]
+"""The run's seed, and for what the chain draws: silo, round ..."""
+
+REST = "values"
+"""The part with the numbers that the last guard leaves, fp32."""
+
+
+class Chain:
+    """An ordered chain of guards.
+
+    A payload has the guards' parts, under '<position>.<part>', and what the last one leaves as 'values': a handful of
+    flat tensors, since each tensor of a message costs some 80 bytes beside its numbers.
+    """
+
+    def __init__(self, guards: Sequence[Guard]) -> None:
+        self.guards = tuple(guards)
+
+    def encode(self, update: Mapping[str, Tensor], key: Key) -> Tensors:
+        """The payload for an update.
+
+        Raises:
+            UpdateRefused: a tensor holds whole numbers or values that are not finite, or a guard does not fit its size.
+        """
+        return self._encode(*flat(update), key)
+
+    def encode_with_feedback(self, update: Mapping[str, Tensor], errors: Tensors, key: Key) -> tuple[Tensors, Tensors]:
+        """The payload for an update with what was lost before, and what is lost now.
+
+            p_t = u_t + e_t;  send C(p_t);  e_t+1 = p_t - C(p_t)
+
+        (Seide et al., 2014; Karimireddy et al., ICML 2019, which calls it EF-SGD.) All that was ever lost is in e, so
+        the sum of what was sent is the sum of the updates but for one e, which stays bounded where |p - C(p)| <=
+        sqrt(1 - delta) |p|.
+
+        Args:
+            errors: e_t by name; tensors that are not part of this update wait. What was never sent before has none.
+
+        Raises:
+            UpdateRefused: as `encode`, or an error has another shape than its tensor.
+        """
+        values, shapes = flat(update)
+        for name in errors.keys() & shapes.keys():
+            if errors[name].shape != shapes[name]:
+                raise UpdateRefused(
+                    f"'{name}' has shape {list(shapes[name])}, and the error kept of it {list(errors[name].shape)}"
+                )
+        for name, part in parted(values, shapes).items():
+            if name in errors:
+                part.add_(errors[name])
+        payload = self._encode(values, shapes, key)
+        lost = values - self._decode(payload, shapes, key)
+        return payload, {**errors, **parted(lost, shapes)}
+
+    def decode(self, payload: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], key: Key) -> Tensors:
+        """The update that a payload stands for: views of one fp32 buffer, in sorted order of their names.
+
+        Args:
+            payload: comes from outside; nothing of it is believed.
+            shapes: of the update, as it must be.
+
+        Raises:
+            UpdateRefused: the payload is no encoding of such an update.
+        """
+        ordered = {name: shapes[name] for name in sorted(shapes)}
+        return parted(self._decode(payload, ordered, key), ordered)
+
+    def layouts(self, shapes: Shapes) -> list[Shapes]:
+        """What each guard works on, and at the end what the last one leaves.
+
+        Raises:
+            UpdateRefused: a guard does not fit numbers of these shapes.
+        """
+        found = [shapes]
+        for guard in self.guards:
+            found.append(guard.left(found[-1]))
+        return found
+
+    def _encode(self, values: Tensor, shapes: Shapes, key: Key) -> Tensors:
+        payload: Tensors = {}
+        for i, (guard, layout) in enumerate(zip(self.guards, self.layouts(shapes), strict=False)):
+            values, parts = guard.encode(values, layout, _random(key, i))
+            payload |= {f"{i}.{name}": part for name, part in parts.items()}
+        if len(values):
+            payload[REST] = values
+        return payload
+
+    def _decode(self, payload: Mapping[str, Tensor], shapes: Shapes, key: Key) -> Tensor:
+        layouts = self.layouts(shapes)
+        self._check(payload, layouts)
+        values = payload[REST].to(torch.float32) if REST in payload else torch.zeros(0)
+        for i, guard in reversed(list(enumerate(self.guards))):
+            parts = {name: payload[f"{i}.{name}"] for name in guard.parts(layouts[i])}
+            values = guard.decode(values, parts, layouts[i], _random(key, i))
+        return values
+
+    def _check(self, payload: Mapping[str, Tensor], layouts: list[Shapes]) -> None:
+        """Exactly these parts, of exactly these types and lengths."""
+        expected = {
+            f"{i}.{name}": about
+            for i, guard in enumerate(self.guards)
+            for name, about in guard.parts(layouts[i]).items()
+        }
+        if rest := size_of(layouts[-1]):
+            expected[REST] = (torch.float32, rest)
+        if payload.keys() != expected.keys():
+            listed = ", ".join(repr(name[:40]) for name in sorted(payload)[:5])
+            raise UpdateRefused(f"the payload has the parts {listed}, not {', '.join(map(repr, expected))}")
+        for name, (dtype, length) in expected.items():
+            part = payload[name]
+            if part.dtype is not dtype or part.shape != (length,) or part.layout is not torch.strided:
+                raise UpdateRefused(
+                    f"the payload's '{name}' is {part.dtype} {list(part.shape)[:4]}, not {dtype} [{length}]"
+                )
+
+
+def _random(key: Key, position: int) -> np.random.Generator:
+    seed, *purpose = key
+    return numpy_generator(seed, "guard", *purpose, position)

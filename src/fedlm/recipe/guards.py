@@ -1,0 +1,176 @@
+"""Guards in a recipe: what happens to an update on its way up, and to the model on its way down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, PositiveInt, field_validator
+
+from fedlm.errors import nearest
+from fedlm.recipe.methods import ALGORITHMS
+from fedlm.recipe.strict import Strict
+
+if TYPE_CHECKING:
+    from fedlm.recipe.schema import Recipe
+
+Path = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a recipe must know of a guard."""
+
+    does: str
+    paper: str
+    stage: int
+    """Guards of a chain come in this order, at most one of each: 0 needs matrices, 1 drops values, 2 ends the chain."""
+    options: tuple[str, ...] = ()
+    same_bits: bool = True
+    """Decoding gives the same bits on every machine: it takes no sum of products."""
+
+
+GUARDS: dict[str, Facts] = {
+    "bf16": Facts("16 bits a value, fp32's range", "-", 2),
+    "fp16": Facts("16 bits a value, scaled by the update's peak", "-", 2),
+    "int8": Facts("8 bits a value, blockwise stochastic rounding", "Alistarh et al., NeurIPS 2017", 2, ("block",)),
+    "int4": Facts("4 bits a value, blockwise stochastic rounding", "Alistarh et al., NeurIPS 2017", 2, ("block",)),
+    "topk": Facts("the largest values and their places", "Stich et al., NeurIPS 2018", 1, ("density", "k")),
+    "randk": Facts("values at places drawn from a shared seed", "Konečný et al., 2016", 1, ("density", "k")),
+    "lowrank": Facts(
+        "each matrix as a product of thin ones", "Halko, Martinsson and Tropp, 2011", 0, ("rank",), same_bits=False
+    ),
+}
+
+
+_FEW = "an update is a few numbers that have no smaller form"
+_DRIFT = "without it what the silos keep and the server's sum of it drift apart"
+_TURNED = "a round's factors are written in a basis that no other round has"
+_NO_STATE = "a silo begins anew before it is known which of its updates count, so it keeps nothing"
+
+NO_GUARDS = {
+    "fedkseed": _FEW,
+    "feedsign": _FEW,
+    "ifca": "an update also says which model it belongs to, and is not for the same one in every round",
+    "lorm": "its server divides by Gram matrices of the updates, which rounding makes worthless",
+}
+"""Algorithms whose updates cannot be compressed, and why."""
+
+NO_FEEDBACK = {
+    "ferret": "a round's coordinates belong to bases that no other round has",
+    "fedsvd": _TURNED,
+    "flexlora": _TURNED,
+    "flora": _TURNED,
+    "hetlora": "a silo's rank, and with it the shape of what it sends, may shrink",
+    "fedasync": _NO_STATE,
+    "fedbuff": _NO_STATE,
+}
+"""Algorithms where what compression lost in one round cannot be added to a later update, and why."""
+
+NEEDS_FEEDBACK = {"scaffold": _DRIFT, "feddyn": _DRIFT}
+"""Algorithms where it has to be added, and why."""
+
+ROUNDED_DOWN = frozenset(
+    "fedavg fedprox fedavgm fedadam fedyogi fedadagrad feddyn fedmezo ties task-arithmetic ditto feddpa fedrep "
+    "fedit ffa-lora rolora fedsa-lora fedrot-lora lora-fair".split()
+)
+"""Algorithms that send down their parameters under their own names and nothing else, so that the way down may round
+them."""
+
+
+class GuardSpec(Strict):
+    """One guard of a chain."""
+
+    name: str
+    block: Annotated[int, Field(ge=64, le=65536)] = Field(
+        64, description="int8, int4: values that share an fp16 scale. 64 costs 0.25 bits a value."
+    )
+    density: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.01, description="topk, randk: share of the update's values that travels."
+    )
+    k: PositiveInt | None = Field(None, description="topk, randk: number of values, in place of `density`.")
+    rank: PositiveInt = Field(4, description="lowrank: of each matrix's sketch.")
+    error_feedback: bool = Field(
+        False,
+        description="What this guard and those after it lose stays in the silo and is added to its next update. Only "
+        "for the first guard.",
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in GUARDS:
+            raise ValueError(f"unknown guard '{name}', {nearest(name, GUARDS)}")
+        return name
+
+
+class DownlinkSpec(Strict):
+    """What a silo receives of the global model."""
+
+    send: Literal["full", "changed"] = Field(
+        "full", description="'changed': silos keep what they received last, and get only the tensors that differ."
+    )
+    guards: list[GuardSpec] = Field(
+        default_factory=list,
+        description="For `send: changed`: the difference to the model before goes through this chain, and silos and "
+        "coordinator all work on what is decoded. What is lost stays at the coordinator for the next round.",
+    )
+
+
+def guard_problems(recipe: Recipe) -> Iterator[tuple[Path, str]]:
+    """Chains that cannot work, or that the algorithm cannot have."""
+    name = recipe.federation.algorithm.name
+    down, here = recipe.federation.downlink, ("federation", "downlink")
+    yield from _chain(recipe.guards, ("guards",))
+    yield from _chain(down.guards, (*here, "guards"))
+    if recipe.guards and name in NO_GUARDS:
+        yield ("guards",), f"not with '{name}': {NO_GUARDS[name]}"
+    for i, spec in enumerate(recipe.guards):
+        if i and spec.error_feedback:
+            yield (
+                ("guards", i, "error_feedback"),
+                "belongs to the chain's first guard: it gives back what all of them lose together, and after "
+                f"'{recipe.guards[0].name}' a value's place is another one every round",
+            )
+    feedback = bool(recipe.guards) and recipe.guards[0].error_feedback
+    if feedback and name in NO_FEEDBACK:
+        yield ("guards", 0, "error_feedback"), f"not with '{name}': {NO_FEEDBACK[name]}"
+    if recipe.guards and not feedback and name in NEEDS_FEEDBACK:
+        yield ("guards", 0, "error_feedback"), f"must be true with '{name}': {NEEDS_FEEDBACK[name]}"
+    if down.send == "full":
+        if down.guards:
+            yield (*here, "guards"), "have no effect with `send: full`: silos that keep nothing need all of the model"
+        return
+    if ALGORITHMS[name].asynchronous:
+        yield (*here, "send"), f"not with '{name}': its silos are at work on models of different rounds"
+    if down.guards and name not in ROUNDED_DOWN:
+        yield (
+            (*here, "guards"),
+            f"not with '{name}': what it sends down is more than averaged values, and is not rounded",
+        )
+    for i, spec in enumerate(down.guards):
+        if spec.error_feedback:
+            yield (*here, "guards", i, "error_feedback"), "has no effect: the way down always gives back what it lost"
+        if not GUARDS[spec.name].same_bits:
+            yield (
+                (*here, "guards", i, "name"),
+                f"'{spec.name}' decodes to other bits on other processors, where silos and coordinator must agree",
+            )
+
+
+def _chain(specs: Sequence[GuardSpec], path: Path) -> Iterator[tuple[Path, str]]:
+    """Each guard's options, and their order."""
+    for i, spec in enumerate(specs):
+        facts = GUARDS[spec.name]
+        for field in ("block", "density", "k", "rank"):
+            if field not in facts.options and getattr(spec, field) != GuardSpec.model_fields[field].default:
+                owners = ", ".join(sorted(n for n, other in GUARDS.items() if field in other.options))
+                yield (*path, i, field), f"has no effect with '{spec.name}' (it belongs to {owners})"
+        if spec.k is not None and spec.density != GuardSpec.model_fields["density"].default:
+            yield (*path, i, "k"), "give either `k` or `density`"
+        before = GUARDS[specs[i - 1].name].stage if i else -1
+        if before == 2:
+            yield (*path, i, "name"), f"'{specs[i - 1].name}' leaves nothing to the guards after it: put it last"
+        elif before >= facts.stage:
+            yield (*path, i, "name"), f"'{spec.name}' cannot work on what '{specs[i - 1].name}' leaves: put it before"
