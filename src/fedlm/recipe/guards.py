@@ -44,41 +44,6 @@ GUARDS: dict[str, Facts] = {
 }
 
 
-_FEW = "an update is a few numbers that have no smaller form"
-_DRIFT = "without it what the silos keep and the server's sum of it drift apart"
-_TURNED = "a round's factors are written in a basis that no other round has"
-_NO_STATE = "a silo begins anew before it is known which of its updates count, so it keeps nothing"
-
-NO_GUARDS = {
-    "fedkseed": _FEW,
-    "feedsign": _FEW,
-    "ifca": "an update also says which model it belongs to, and is not for the same one in every round",
-    "lorm": "its server divides by Gram matrices of the updates, which rounding makes worthless",
-}
-"""Algorithms whose updates cannot be compressed, and why."""
-
-NO_FEEDBACK = {
-    "ferret": "a round's coordinates belong to bases that no other round has",
-    "fedsvd": _TURNED,
-    "flexlora": _TURNED,
-    "flora": _TURNED,
-    "hetlora": "a silo's rank, and with it the shape of what it sends, may shrink",
-    "fedasync": _NO_STATE,
-    "fedbuff": _NO_STATE,
-}
-"""Algorithms where what compression lost in one round cannot be added to a later update, and why."""
-
-NEEDS_FEEDBACK = {"scaffold": _DRIFT, "feddyn": _DRIFT}
-"""Algorithms where it has to be added, and why."""
-
-ROUNDED_DOWN = frozenset(
-    "fedavg fedprox fedavgm fedadam fedyogi fedadagrad feddyn fedmezo ties task-arithmetic ditto feddpa fedrep "
-    "fedit ffa-lora rolora fedsa-lora fedrot-lora lora-fair".split()
-)
-"""Algorithms that send down their parameters under their own names and nothing else, so that the way down may round
-them."""
-
-
 class GuardSpec(Strict):
     """One guard of a chain."""
 
@@ -120,12 +85,12 @@ class DownlinkSpec(Strict):
 
 def guard_problems(recipe: Recipe) -> Iterator[tuple[Path, str]]:
     """Chains that cannot work, or that the algorithm cannot have."""
-    name = recipe.federation.algorithm.name
+    name, method = recipe.federation.algorithm.name, ALGORITHMS[recipe.federation.algorithm.name]
     down, here = recipe.federation.downlink, ("federation", "downlink")
     yield from _chain(recipe.guards, ("guards",))
     yield from _chain(down.guards, (*here, "guards"))
-    if recipe.guards and name in NO_GUARDS:
-        yield ("guards",), f"not with '{name}': {NO_GUARDS[name]}"
+    if recipe.guards and method.no_guards:
+        yield ("guards",), f"not with '{name}': {method.no_guards}"
     for i, spec in enumerate(recipe.guards):
         if i and spec.error_feedback:
             yield (
@@ -134,17 +99,17 @@ def guard_problems(recipe: Recipe) -> Iterator[tuple[Path, str]]:
                 f"'{recipe.guards[0].name}' a value's place is another one every round",
             )
     feedback = bool(recipe.guards) and recipe.guards[0].error_feedback
-    if feedback and name in NO_FEEDBACK:
-        yield ("guards", 0, "error_feedback"), f"not with '{name}': {NO_FEEDBACK[name]}"
-    if recipe.guards and not feedback and name in NEEDS_FEEDBACK:
-        yield ("guards", 0, "error_feedback"), f"must be true with '{name}': {NEEDS_FEEDBACK[name]}"
+    if feedback and method.no_feedback:
+        yield ("guards", 0, "error_feedback"), f"not with '{name}': {method.no_feedback}"
+    if recipe.guards and not feedback and method.needs_feedback:
+        yield ("guards", 0, "error_feedback"), f"must be true with '{name}': {method.needs_feedback}"
     if down.send == "full":
         if down.guards:
             yield (*here, "guards"), "have no effect with `send: full`: silos that keep nothing need all of the model"
         return
-    if ALGORITHMS[name].asynchronous:
+    if method.asynchronous:
         yield (*here, "send"), f"not with '{name}': its silos are at work on models of different rounds"
-    if down.guards and name not in ROUNDED_DOWN:
+    if down.guards and not method.plain_broadcast:
         yield (
             (*here, "guards"),
             f"not with '{name}': what it sends down is more than averaged values, and is not rounded",

@@ -48,6 +48,14 @@ class Method:
     """All silos take the same number of local steps, which the recipe says."""
     asynchronous: bool = False
     """Silos get new work as soon as they have answered; a round is a server step."""
+    plain_broadcast: bool = False
+    """All that travels down are the averaged parameters by their own names: the way down may round them."""
+    no_guards: str = ""
+    """Why updates cannot be compressed; empty where they can."""
+    no_feedback: str = ""
+    """Why what compression lost in one round cannot be added to a later update; empty where it can."""
+    needs_feedback: str = ""
+    """Why it has to be added; empty where it need not."""
 
 
 _ADAPTIVE = ("server_momentum", "beta2", "tau")
@@ -62,17 +70,38 @@ _BACKWARD = (
     "keep_optimizer",
 )
 """Fields of `training` that belong to gradients."""
+_FEW = "an update is a few numbers that have no smaller form"
+_DRIFT = "without it what the silos keep and the server's sum of it drift apart"
+_TURNED = "a round's factors are written in a basis that no other round has"
+_NO_STATE = "a silo begins anew before it is known which of its updates count, so it keeps nothing"
+
 _STALENESS = ("staleness", "staleness_a", "staleness_b", "max_staleness")
 
 ALGORITHMS: dict[str, Method] = {
-    "fedavg": Method("McMahan et al., AISTATS 2017", linear=True, partial=True),
-    "fedprox": Method("Li et al., MLSys 2020", linear=True, partial=True, options=("mu",)),
-    "scaffold": Method("Karimireddy et al., ICML 2020", linear=True, partial=True, silo_state=True, equal_weights=True),
-    "fedavgm": Method("Hsu et al., 2019", linear=True, partial=True, options=("server_momentum",)),
-    "fedadam": Method("Reddi et al., ICLR 2021", linear=True, partial=True, options=_ADAPTIVE),
-    "fedyogi": Method("Reddi et al., ICLR 2021", linear=True, partial=True, options=_ADAPTIVE),
-    "fedadagrad": Method("Reddi et al., ICLR 2021", linear=True, partial=True, options=_ADAPTIVE),
-    "fedmezo": Method("Ling et al., KDD 2024", linear=True, options=("zo_eps",), without=_BACKWARD, zeroth_order=True),
+    "fedavg": Method("McMahan et al., AISTATS 2017", linear=True, partial=True, plain_broadcast=True),
+    "fedprox": Method("Li et al., MLSys 2020", linear=True, partial=True, options=("mu",), plain_broadcast=True),
+    "scaffold": Method(
+        "Karimireddy et al., ICML 2020",
+        linear=True,
+        partial=True,
+        silo_state=True,
+        equal_weights=True,
+        needs_feedback=_DRIFT,
+    ),
+    "fedavgm": Method(
+        "Hsu et al., 2019", linear=True, partial=True, options=("server_momentum",), plain_broadcast=True
+    ),
+    "fedadam": Method("Reddi et al., ICLR 2021", linear=True, partial=True, options=_ADAPTIVE, plain_broadcast=True),
+    "fedyogi": Method("Reddi et al., ICLR 2021", linear=True, partial=True, options=_ADAPTIVE, plain_broadcast=True),
+    "fedadagrad": Method("Reddi et al., ICLR 2021", linear=True, partial=True, options=_ADAPTIVE, plain_broadcast=True),
+    "fedmezo": Method(
+        "Ling et al., KDD 2024",
+        linear=True,
+        options=("zo_eps",),
+        without=_BACKWARD,
+        zeroth_order=True,
+        plain_broadcast=True,
+    ),
     "fedkseed": Method(
         "Qin et al., ICML 2024",
         linear=False,  # an update's scalars belong to other directions in each silo
@@ -80,6 +109,7 @@ ALGORITHMS: dict[str, Method] = {
         adapters=("full",),
         without=_BACKWARD,
         zeroth_order=True,
+        no_guards=_FEW,
     ),
     "feedsign": Method(
         "Cai et al., 2025",
@@ -90,8 +120,15 @@ ALGORITHMS: dict[str, Method] = {
         without=(*_BACKWARD, "lr", "schedule", "warmup", "final_lr"),
         zeroth_order=True,
         same_steps=True,
+        no_guards=_FEW,
     ),
-    "ferret": Method("Shu et al., ICML 2025", linear=True, options=("seeds", "per_block"), adapters=("full",)),
+    "ferret": Method(
+        "Shu et al., ICML 2025",
+        linear=True,
+        options=("seeds", "per_block"),
+        adapters=("full",),
+        no_feedback="a round's coordinates belong to bases that no other round has",
+    ),
     "feddyn": Method(
         "Acar et al., ICLR 2021",
         linear=True,
@@ -100,8 +137,17 @@ ALGORITHMS: dict[str, Method] = {
         equal_weights=True,
         options=("dyn_alpha",),
         server_rate=False,
+        plain_broadcast=True,
+        needs_feedback=_DRIFT,
     ),
-    "ditto": Method("Li et al., ICML 2021", linear=True, silo_state=True, options=("ditto_lambda",), personal=True),
+    "ditto": Method(
+        "Li et al., ICML 2021",
+        linear=True,
+        silo_state=True,
+        options=("ditto_lambda",),
+        personal=True,
+        plain_broadcast=True,
+    ),
     "feddpa": Method(
         "Yang et al., NeurIPS 2024",
         linear=True,
@@ -109,6 +155,7 @@ ALGORITHMS: dict[str, Method] = {
         options=("local_weight",),
         adapters=("lora",),
         personal=True,
+        plain_broadcast=True,
     ),
     "fedrep": Method(
         "Collins et al., ICML 2021",
@@ -118,6 +165,7 @@ ALGORITHMS: dict[str, Method] = {
         adapters=("lora", "ia3"),
         personal=True,
         min_steps=2,
+        plain_broadcast=True,
     ),
     "ifca": Method(
         "Ghosh et al., NeurIPS 2020",
@@ -126,17 +174,25 @@ ALGORITHMS: dict[str, Method] = {
         options=("clusters", "cluster_noise"),
         adapters=("lora", "ia3"),
         personal=True,
+        no_guards="an update also says which model it belongs to, and is not for the same one in every round",
     ),
     "lorm": Method(
-        "Salami et al., ICLR 2025", linear=True, options=("gram_off_diagonal",), adapters=("lora",), min_rounds=2
+        "Salami et al., ICLR 2025",
+        linear=True,
+        options=("gram_off_diagonal",),
+        adapters=("lora",),
+        min_rounds=2,
+        no_guards="its server divides by Gram matrices of the updates, which rounding makes worthless",
     ),
-    "frlora": Method(
-        "Yan et al., ICLR 2025", linear=True, options=("recompress",), adapters=("lora",), principal=True
+    "frlora": Method("Yan et al., ICLR 2025", linear=True, options=("recompress",), adapters=("lora",), principal=True),
+    "task-arithmetic": Method(
+        "Ilharco et al., ICLR 2023", linear=True, partial=True, equal_weights=True, plain_broadcast=True
     ),
-    "task-arithmetic": Method("Ilharco et al., ICLR 2023", linear=True, partial=True, equal_weights=True),
-    "ties": Method("Yadav et al., NeurIPS 2023", linear=False, equal_weights=True, options=("density",)),
-    "fedit": Method("Zhang et al., ICASSP 2024", linear=True, partial=True, adapters=("lora",)),
-    "ffa-lora": Method("Sun et al., ICLR 2024", linear=True, partial=True, adapters=("lora",)),
+    "ties": Method(
+        "Yadav et al., NeurIPS 2023", linear=False, equal_weights=True, options=("density",), plain_broadcast=True
+    ),
+    "fedit": Method("Zhang et al., ICASSP 2024", linear=True, partial=True, adapters=("lora",), plain_broadcast=True),
+    "ffa-lora": Method("Sun et al., ICLR 2024", linear=True, partial=True, adapters=("lora",), plain_broadcast=True),
     "rolora": Method(
         "Chen et al., NeurIPS 2025",
         linear=True,
@@ -144,15 +200,30 @@ ALGORITHMS: dict[str, Method] = {
         adapters=("lora",),
         min_rounds=2,
         without=("keep_optimizer",),
+        plain_broadcast=True,
     ),
-    "fedsa-lora": Method("Guo et al., ICLR 2025", linear=True, silo_state=True, adapters=("lora",), personal=True),
+    "fedsa-lora": Method(
+        "Guo et al., ICLR 2025", linear=True, silo_state=True, adapters=("lora",), personal=True, plain_broadcast=True
+    ),
     "fedrot-lora": Method(
-        "Zhang et al., ICML 2026", linear=True, partial=True, options=("rotation",), adapters=("lora",)
+        "Zhang et al., ICML 2026",
+        linear=True,
+        partial=True,
+        options=("rotation",),
+        adapters=("lora",),
+        plain_broadcast=True,
     ),
     "lora-fair": Method(
-        "Bian et al., ICCV 2025", linear=False, options=("fair_lambda",), adapters=("lora",), server_rate=False
+        "Bian et al., ICCV 2025",
+        linear=False,
+        options=("fair_lambda",),
+        adapters=("lora",),
+        server_rate=False,
+        plain_broadcast=True,
     ),
-    "fedsvd": Method("Lee et al., NeurIPS 2025", linear=True, adapters=("lora",), without=("keep_optimizer",)),
+    "fedsvd": Method(
+        "Lee et al., NeurIPS 2025", linear=True, adapters=("lora",), without=("keep_optimizer",), no_feedback=_TURNED
+    ),
     "fed-sb": Method("Singhal et al., 2025", linear=True, adapters=("lora-sb",), min_rounds=2, setup_rounds=1),
     "fedex-lora": Method(
         "Singhal et al., ACL 2025",
@@ -171,6 +242,7 @@ ALGORITHMS: dict[str, Method] = {
         mixed_ranks=True,
         without=("keep_optimizer",),
         server_rate=False,
+        no_feedback=_TURNED,
     ),
     "flexlora": Method(
         "Bai et al., NeurIPS 2024",
@@ -181,6 +253,7 @@ ALGORITHMS: dict[str, Method] = {
         mixed_ranks=True,
         without=("keep_optimizer",),
         server_rate=False,
+        no_feedback=_TURNED,
     ),
     "hetlora": Method(
         "Cho et al., EMNLP 2024",
@@ -193,6 +266,7 @@ ALGORITHMS: dict[str, Method] = {
         mixed_ranks=True,
         without=("keep_optimizer",),
         server_rate=False,
+        no_feedback="a silo's rank, and with it the shape of what it sends, may shrink",
     ),
     "fedasync": Method(
         "Xie et al., 2019",
@@ -200,6 +274,13 @@ ALGORITHMS: dict[str, Method] = {
         asynchronous=True,
         equal_weights=True,
         options=("mu", *_STALENESS),
+        no_feedback=_NO_STATE,
     ),
-    "fedbuff": Method("Nguyen et al., AISTATS 2022", linear=False, asynchronous=True, options=("buffer", *_STALENESS)),
+    "fedbuff": Method(
+        "Nguyen et al., AISTATS 2022",
+        linear=False,
+        asynchronous=True,
+        options=("buffer", *_STALENESS),
+        no_feedback=_NO_STATE,
+    ),
 }
