@@ -72,6 +72,7 @@ class LayerFederation:
     Attributes:
         trained: by silo, what its layers had added to them after the last round's training.
         changes: by silo, the part of that which its A and B make up.
+        values: by silo, what it had after the last round's training.
         updates, places: by silo, what left it and what the coordinator knows of where it was made.
         figures: what was measured of the last round.
     """
@@ -117,6 +118,7 @@ class LayerFederation:
         self.reported: dict[int, int] = {}
         self.updates: dict[int, Tensors] = {}
         self.places: dict[int, Place] = {}
+        self.values: dict[int, Tensors] = {}
         for i in range(len(self.ranks)) if among is None else among:
             place = Place(f"silo-{i}", self.done, 9, seed=1, rank=self.ranks[i])
             received = self.algorithm.for_rank(broadcast, place.rank)
@@ -125,6 +127,7 @@ class LayerFederation:
             outcome = rule.run(session)  # type: ignore[arg-type]
             self.states[i], self.updates[i] = outcome.state, outcome.update
             self.reported[i] = outcome.fields.get("rank", place.rank)
+            self.values[i] = session.values
             self.trained[i] = effective(session.values, self.adapter)
             factors = {n: v for n, v in session.values.items() if ".lora_" in n}
             self.changes[i] = effective(factors, self.adapter)
