@@ -181,3 +181,28 @@ def test_the_correction_is_at_least_as_good_as_the_papers_sgd(tmp_path: Path) ->
 
 def cosine(one: Tensor, other: Tensor) -> Tensor:
     return torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0)
+
+
+@pytest.mark.parametrize("name", ["fedit", "ffa-lora", "fedrot-lora", "lora-fair", "fedsvd"])
+def test_a_layer_is_the_mean_of_the_silos_that_trained_it(name: str, tmp_path: Path) -> None:
+    """Silo 0 trains the first of two layers, the others both: as the first layer of all, and the second of two."""
+    theta, silos = apart()
+    second = {n: n.replace("layer.", "other.") for n in theta}
+    both = theta | {second[n]: t for n, t in theta.items()}
+    algorithm = get_algorithm(AlgorithmSpec(name=name))
+    accumulator = algorithm.accumulator(tmp_path)
+    for i, (factors, weight) in enumerate(zip(silos, WEIGHTS, strict=True)):
+        trained = factors | ({} if i == 0 else {second[n]: t for n, t in factors.items()})
+        update, _ = algorithm.local(both, {}, Place(round=1, rank=R)).finish(trained)
+        expected = algorithm.expected_update(both, Place(round=1, rank=R))
+        algorithm.fold(accumulator, {n: u for n, u in update.items() if n in expected}, weight, Place(rank=R))
+    stepped, _ = algorithm.server_step(both, accumulator, {}, silos_total=3, round_=1)
+    sent = set(algorithm.expected_update(theta, Place(round=1, rank=R)))
+    for layer, names, of in (("layer", {n: n for n in theta}, slice(0, 3)), ("other", second, slice(1, 3))):
+        alone = algorithm.accumulator(tmp_path)
+        for factors, weight in zip(silos[of], WEIGHTS[of], strict=True):
+            update, _ = algorithm.local(theta, {}, Place(round=1, rank=R)).finish(factors)
+            algorithm.fold(alone, {n: u for n, u in update.items() if n in sent}, weight, Place(rank=R))
+        wanted, _ = algorithm.server_step(theta, alone, {}, silos_total=3, round_=1)
+        for n in theta:
+            torch.testing.assert_close(stepped[names[n]], wanted[n], rtol=0, atol=1e-5, msg=f"{layer} {n}")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from fedlm.algorithms.base import Accumulator
 from fedlm.algorithms.fedavg import FedAvg
 from fedlm.algorithms.lora import LoRAMethod
-from fedlm.messages import Tensors
 
 
 class FedIT(LoRAMethod, FedAvg):
@@ -14,9 +12,3 @@ class FedIT(LoRAMethod, FedAvg):
     The silos' mean change is sum p_i B_i A_i, and mean(B_i) mean(A_i) differs from it by the covariance of the silos'
     factors: 0 for one silo, growing with the local steps and with what sets the silos apart.
     """
-
-    def server_step(
-        self, parameters: Tensors, accumulator: Accumulator, state: Tensors, *, silos_total: int, round_: int
-    ) -> tuple[Tensors, Tensors]:
-        stepped, state = super().server_step(parameters, accumulator, state, silos_total=silos_total, round_=round_)
-        return parameters | stepped, state  # some methods exchange one factor alone

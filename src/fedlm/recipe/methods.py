@@ -216,13 +216,19 @@ ALGORITHMS: dict[str, Method] = {
     "lora-fair": Method(
         "Bian et al., ICCV 2025",
         linear=False,
+        partial=True,
         options=("fair_lambda",),
         adapters=("lora",),
         server_rate=False,
         plain_broadcast=True,
     ),
     "fedsvd": Method(
-        "Lee et al., NeurIPS 2025", linear=True, adapters=("lora",), without=("keep_optimizer",), no_feedback=_TURNED
+        "Lee et al., NeurIPS 2025",
+        linear=True,
+        partial=True,
+        adapters=("lora",),
+        without=("keep_optimizer",),
+        no_feedback=_TURNED,
     ),
     "fed-sb": Method("Singhal et al., 2025", linear=True, adapters=("lora-sb",), min_rounds=2, setup_rounds=1),
     "fedex-lora": Method(
