@@ -9,7 +9,8 @@
 | centralised          | all rows in one place| as many as all silos of the federation take together   |
 
 Batch size, learning rate, schedule (over the arm's own length), adapter and initial values are equal. The arms that
-train in one place do so without interruption: the optimiser's moments are kept between rounds, as without a federation.
+train in one place do so without interruption: the optimiser's moments are kept between rounds, as without a federation;
+and they train the whole adapter, whatever `federation.capacity` says of silos.
 Every arm is measured as it is after its last step: nothing is chosen by looking at held-out text.
 """
 
@@ -21,6 +22,8 @@ from dataclasses import dataclass
 from fedlm.errors import RunError, nearest
 from fedlm.federation.sampling import updates_per_round
 from fedlm.federation.silo.workbench import POOLED
+from fedlm.recipe.capacity import CapacitySpec
+from fedlm.recipe.guards import DownlinkSpec
 from fedlm.recipe.methods import ALGORITHMS
 from fedlm.recipe.schema import AlgorithmSpec, Recipe
 
@@ -128,11 +131,14 @@ def local_recipe(recipe: Recipe, rounds: int = 1) -> Recipe:
             "deadline": None,
             "patience": None,
             "keep": "best-and-last",
+            "downlink": DownlinkSpec(),
+            "capacity": CapacitySpec(),
         }
     )
     return recipe.model_copy(
         update={
             "federation": federation,
+            "guards": [],
             "training": recipe.training.model_copy(update={"keep_optimizer": True}),
             "evaluation": recipe.evaluation.model_copy(update={"every": rounds}),
             "trackers": [],

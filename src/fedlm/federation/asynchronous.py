@@ -115,10 +115,11 @@ class Flight:
             self._give_out(number, parameters)
             asked, answer = self._next()
             work = asked.work
-            verdict = judge(answer, check)
             if isinstance(answer, Reply):
                 traffic.add(answer)
                 self.silos.done(number, answer)
+                answer = self.silos.opened(answer, parameters, work.dispatch)
+            verdict = judge(answer, check)
             if isinstance(verdict, Failure):
                 note(work, verdict)
                 self._set_aside(number, verdict)

@@ -6,8 +6,11 @@ import queue
 import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from fedlm.algorithms.base import Accumulator, Algorithm, Place, weight_of
 from fedlm.errors import RunError, UpdateRefused
@@ -22,6 +25,7 @@ from fedlm.federation.sampling import quorum, sample, wanted
 from fedlm.federation.silo import PROTOCOL
 from fedlm.federation.updates import check_update, largest_weight
 from fedlm.files import read_json, write_json
+from fedlm.guards import get_chain, update_key
 from fedlm.messages import Engine, Event, Failure, FailureKind, Fields, Observe, Reply, Request, Tensors
 from fedlm.recipe.schema import Recipe
 
@@ -47,7 +51,7 @@ class Conversations:
         observe: Observe | None,
     ) -> None:
         self.recipe, self.spec, self.engine, self.dir = recipe, recipe.federation, engine, run_dir
-        self.algorithm, self.names = algorithm, names
+        self.algorithm, self.names, self.chain = algorithm, names, get_chain(recipe.guards)
         self.training_rows: dict[str, int] = {}
         self.trainers: list[str] = []
         self.measured_rows: dict[str, dict[str, int]] = {}
@@ -197,6 +201,7 @@ class Conversations:
                     if isinstance(answer, Reply):
                         traffic.add(answer)
                         self.done(number, answer)
+                        answer = self.opened(answer, parameters)
                     yield answer
                     del answer
 
@@ -218,14 +223,38 @@ class Conversations:
         Raises:
             UpdateRefused: it cannot be averaged, or the reply's figures cannot be written down.
         """
-        check_training(reply)
+        place, expected = self._expected(reply, parameters)
         weight = weight_of(self.spec.algorithm, reply.fields)
         most = largest_weight(self.recipe, self.training_rows[reply.silo])
-        place = self._place(reply)
-        expected = self.algorithm.expected_update(parameters, place)
         dtypes = self.algorithm.update_dtypes
         check_update(reply.silo, reply.tensors, expected, weight, max_weight=most, dtypes=dtypes)
         return Verdict(weight, place)
+
+    def opened(self, reply: Reply, parameters: Tensors, dispatch: int | None = None) -> Reply | Failure:
+        """The reply with its update as it was before the guards; a failure where no honest silo sent this.
+
+        Args:
+            parameters: the global model, which says what an update must look like.
+            dispatch: of the training, in an asynchronous federation.
+        """
+        if self.chain is None:
+            return reply
+        try:
+            _, expected = self._expected(reply, parameters)
+            key = update_key(self.recipe.seed, reply.silo, reply.round, dispatch)
+            return replace(reply, tensors=self.chain.decode(reply.tensors, expected, key))
+        except UpdateRefused as refusal:
+            return Failure(reply.silo, FailureKind.BAD_UPDATE, refusal.what)
+
+    def _expected(self, reply: Reply, parameters: Tensors) -> tuple[Place, dict[str, torch.Size]]:
+        """Where an update was made, and the names and shapes that it must have.
+
+        Raises:
+            UpdateRefused: the reply's figures cannot be written down.
+        """
+        check_training(reply)
+        place = self._place(reply)
+        return place, self.algorithm.expected_update(parameters, place)
 
     def _place(self, reply: Reply) -> Place:
         """Where an update was made; a silo may have worked with a smaller rank than its own, and says so."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fedlm.guards.base import Guard
 from fedlm.guards.blockwise import Int4, Int8
 from fedlm.guards.cast import BFloat16, Float16
-from fedlm.guards.chain import Chain
+from fedlm.guards.chain import Chain, update_key
 from fedlm.guards.lowrank import LowRank
 from fedlm.guards.randomk import RandomK
 from fedlm.guards.topk import TopK
@@ -34,7 +34,7 @@ def get_chain(specs: Sequence[GuardSpec], *, feedback: bool | None = None) -> Ch
         return None
     if feedback is None:
         feedback = any(spec.error_feedback for spec in specs)
-    return Chain([CLASSES[spec.name](spec, unbiased=not feedback) for spec in specs])
+    return Chain([CLASSES[spec.name](spec, unbiased=not feedback) for spec in specs], feedback=feedback)
 
 
-__all__ = ["CLASSES", "Chain", "Guard", "get_chain"]
+__all__ = ["CLASSES", "Chain", "Guard", "get_chain", "update_key"]

@@ -20,15 +20,23 @@ REST = "values"
 """The part with the numbers that the last guard leaves, fp32."""
 
 
+def update_key(seed: int, silo: str, round_: int, dispatch: int | None = None) -> Key:
+    """The key of a silo's update; a `dispatch` tells the updates of one round apart in an asynchronous federation."""
+    return (seed, silo, round_) if dispatch is None else (seed, silo, round_, dispatch)
+
+
 class Chain:
     """An ordered chain of guards.
 
     A payload has the guards' parts, under '<position>.<part>', and what the last one leaves as 'values': a handful of
     flat tensors, since each tensor of a message costs some 80 bytes beside its numbers.
+
+    Attributes:
+        feedback: what it loses is to come back: `encode_with_feedback` is the way to use it.
     """
 
-    def __init__(self, guards: Sequence[Guard]) -> None:
-        self.guards = tuple(guards)
+    def __init__(self, guards: Sequence[Guard], *, feedback: bool = False) -> None:
+        self.guards, self.feedback = tuple(guards), feedback
 
     def encode(self, update: Mapping[str, Tensor], key: Key) -> Tensors:
         """The payload for an update.

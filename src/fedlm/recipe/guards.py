@@ -98,6 +98,11 @@ def guard_problems(recipe: Recipe) -> Iterator[tuple[Path, str]]:
                 "belongs to the chain's first guard: it gives back what all of them lose together, and after "
                 f"'{recipe.guards[0].name}' a value's place is another one every round",
             )
+        if method.setup_rounds and GUARDS[spec.name].stage < 2:
+            yield (
+                ("guards", i, "name"),
+                f"'{spec.name}' not with '{name}': its first round sends sketches, of which no part can be left out",
+            )
     feedback = bool(recipe.guards) and recipe.guards[0].error_feedback
     if feedback and method.no_feedback:
         yield ("guards", 0, "error_feedback"), f"not with '{name}': {method.no_feedback}"

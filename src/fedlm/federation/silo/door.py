@@ -21,12 +21,13 @@ import torch
 
 import fedlm
 from fedlm.algorithms.base import Place
-from fedlm.errors import DataError, FedlmError
+from fedlm.errors import DataError, FedlmError, RunError
 from fedlm.federation.disk import disk_errors
 from fedlm.federation.memory import peak_rss
 from fedlm.federation.silo.session import SiloSession
 from fedlm.federation.silo.state import StateStore, Trained, request_digest, request_key
 from fedlm.federation.silo.workbench import POOLED, Workbench
+from fedlm.guards import update_key
 from fedlm.messages import Failure, FailureKind, Fields, Observe, Reply, Request, Tensors
 from fedlm.recipe.methods import ALGORITHMS
 
@@ -139,8 +140,9 @@ class Silo:
     @property
     def _keeps_state(self) -> bool:
         """Whether a round's training depends on what this silo kept of an earlier one."""
-        recipe = self.bench.recipe
-        return recipe.training.keep_optimizer or ALGORITHMS[recipe.federation.algorithm.name].silo_state
+        recipe, chain = self.bench.recipe, self.bench.chain
+        feedback = chain is not None and chain.feedback
+        return recipe.training.keep_optimizer or feedback or ALGORITHMS[recipe.federation.algorithm.name].silo_state
 
     def _train_round(self, request: Request, before: Trained | None, key: str, digest: str) -> Trained:
         recipe, bench = self.bench.recipe, self.bench
@@ -171,7 +173,34 @@ class Silo:
             "cut": tokens.cut,
             **outcome.fields,
         }
-        return Trained(key, digest, outcome.state, session.optimizer, outcome.update, fields)
+        accepted = int(request.fields["accepted"])
+        sent, lost = self._guarded(outcome.update, place, before.guard if before else {}, accepted)
+        return Trained(key, digest, outcome.state, session.optimizer, lost, sent, fields)
+
+    def _guarded(self, update: Tensors, place: Place, errors: Tensors, accepted: int) -> tuple[Tensors, Tensors]:
+        """The update as it leaves the silo, and what it loses by that, for the next round.
+
+        Args:
+            errors: what was lost until the round `accepted`, the last one that counts.
+
+        Raises:
+            RunError: the state of the round before lacks what that round has lost.
+        """
+        chain = self.bench.chain
+        if chain is None:
+            return update, {}
+        key = update_key(place.seed, place.silo, place.round, place.dispatch)
+        recipe = self.bench.recipe
+        setup = ALGORITHMS[recipe.federation.algorithm.name].setup_rounds
+        if not chain.feedback or place.round < setup:  # what a setup round sends is sent once: nothing follows it
+            return chain.encode(update, key), {}
+        if accepted >= setup and not errors:
+            raise RunError(
+                "the error feedback of the round before is missing from this silo's state",
+                where=str(self._store.folder),
+                fix="restore the silo's state, or start a new run",
+            )
+        return chain.encode_with_feedback(update, errors, key)
 
     def _place(self, request: Request) -> Place:
         recipe = self.bench.recipe

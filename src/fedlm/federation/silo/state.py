@@ -1,4 +1,5 @@
-"""A silo's private state between rounds: algorithm variates, optimiser moments, and the replies it has already given.
+"""A silo's private state between rounds: algorithm variates, optimiser moments, what guards have yet to make up for,
+and the replies it has already given.
 
 Each round of a run is one file, `<root>/<silo>/<run>/round-NNNN.safetensors`, written atomically before the reply
 leaves: the state after training and the reply commit together or not at all. Two rounds are kept, the one just trained
@@ -21,7 +22,7 @@ from fedlm.errors import RunError
 from fedlm.files import write_tensors
 from fedlm.messages import Fields, Request, Tensors
 
-RULE, OPTIMIZER, REPLY = "rule/", "optimizer/", "reply/"
+RULE, OPTIMIZER, GUARD, REPLY = "rule/", "optimizer/", "guard/", "reply/"
 
 
 @dataclass
@@ -34,6 +35,8 @@ class Trained:
     """SHA-256 of the request's content."""
     rule: Tensors
     optimizer: Tensors
+    guard: Tensors
+    """Error feedback: what was lost on the way so far."""
     reply: Tensors
     fields: Fields
 
@@ -68,7 +71,7 @@ class StateStore:
         file = self._file(run, round_)
         if not file.exists():
             return None
-        parts: dict[str, Tensors] = {RULE: {}, OPTIMIZER: {}, REPLY: {}}
+        parts: dict[str, Tensors] = {RULE: {}, OPTIMIZER: {}, GUARD: {}, REPLY: {}}
         try:
             with safe_open(file, framework="pt") as handle:
                 note = json.loads((handle.metadata() or {})["note"])
@@ -77,7 +80,7 @@ class StateStore:
                     parts[prefix][name.removeprefix(prefix)] = handle.get_tensor(name)
         except Exception as error:
             raise RunError("the silo's stored state is corrupt", where=str(file)) from error
-        return Trained(note["key"], note["digest"], parts[RULE], parts[OPTIMIZER], parts[REPLY], note["fields"])
+        return Trained(note["key"], note["digest"], *parts.values(), note["fields"])
 
     def save(self, run: str, round_: int, trained: Trained) -> None:
         """Store a round's state and reply, readable by the owner only."""
@@ -86,7 +89,8 @@ class StateStore:
         file.parent.mkdir(mode=0o700, exist_ok=True)
         tensors: Tensors = {}
         held: set[int] = set()
-        for prefix, part in ((RULE, trained.rule), (OPTIMIZER, trained.optimizer), (REPLY, trained.reply)):
+        parts = {RULE: trained.rule, OPTIMIZER: trained.optimizer, GUARD: trained.guard, REPLY: trained.reply}
+        for prefix, part in parts.items():
             for name, tensor in part.items():
                 # A state may be the very tensor that is sent; the file format wants each memory once.
                 shared = tensor.data_ptr() in held

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fedlm.algorithms.base import Algorithm
     from fedlm.data.federated import FederatedData, SiloData
     from fedlm.federation.silo.rebuilt import Rebuilt
+    from fedlm.guards import Chain
     from fedlm.training.encode import TokenSet
 
 POOLED = "_pooled"
@@ -82,6 +83,13 @@ class Workbench:
         from fedlm.algorithms import get_algorithm
 
         return get_algorithm(self.recipe.federation.algorithm, self.recipe.adapter)
+
+    @cached_property
+    def chain(self) -> Chain | None:
+        """What happens to an update before it leaves; None where it leaves as it is."""
+        from fedlm.guards import get_chain
+
+        return get_chain(self.recipe.guards)
 
     def choose(self, parameters: dict[str, Parameter], trains: Callable[[str], bool]) -> dict[str, Parameter]:
         """Of the adapter's parameters, train those that the algorithm and the round's rule train."""
