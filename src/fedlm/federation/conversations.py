@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from fedlm.algorithms.base import Accumulator, Algorithm, Place, weight_of
-from fedlm.errors import RunError, UpdateRefused
+from fedlm.errors import RecipeError, RunError, UpdateRefused
 from fedlm.evaluation import summarise
 from fedlm.federation.disk import disk_errors
 from fedlm.federation.figures import check_card, check_counts, check_training
@@ -229,6 +229,21 @@ class Conversations:
         dtypes = self.algorithm.update_dtypes
         check_update(reply.silo, reply.tensors, expected, weight, max_weight=most, dtypes=dtypes)
         return Verdict(weight, place)
+
+    def check_guards(self, parameters: Tensors) -> None:
+        """Before anything is trained: whether the guards fit updates of this model.
+
+        Raises:
+            RecipeError: they do not.
+        """
+        if self.chain is None:
+            return
+        rounds, seed = self.spec.rounds, self.recipe.seed
+        place = Place(self.trainers[0], 0, rounds, seed, self.rank(self.trainers[0]))
+        try:
+            self.chain.layouts(self.algorithm.expected_update(parameters, place))
+        except UpdateRefused as refusal:
+            raise RecipeError(refusal.what, where="guards", fix=refusal.fix) from None
 
     def opened(self, reply: Reply, parameters: Tensors, dispatch: int | None = None) -> Reply | Failure:
         """The reply with its update as it was before the guards; a failure where no honest silo sent this.

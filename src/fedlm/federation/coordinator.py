@@ -150,6 +150,7 @@ class Federation:
     def begin(self) -> _State:
         """The first global model, measured before anything is trained (round -1 in rounds.jsonl)."""
         state = self.fresh()
+        self.silos.check_guards(state.parameters)
         started = time.monotonic()
         traffic = Traffic()
         validation = self.silos.validate(self.evaluated(state), -1, traffic, {})
