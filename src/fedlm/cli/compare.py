@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedlm.cli.lists import listed, seeds_in
 from fedlm.cli.output import print_json
 from fedlm.errors import FedlmError, RunError
 
@@ -80,9 +81,9 @@ def compare(
                 base=recipe.parent,
                 run_dir=folder,
                 observe=progress,
-                seeds=_seeds(seeds),
-                budgets=_listed(budgets),
-                silos=None if silos is None else _listed(silos),
+                seeds=None if seeds is None else seeds_in(seeds, "--seeds"),
+                budgets=listed(budgets),
+                silos=None if silos is None else listed(silos),
                 workers=workers,
                 resume=resume,
                 force=force,
@@ -188,19 +189,3 @@ def _with_interval(name: str, row: dict[str, Any]) -> str:
     if name == "loss":
         return f"{text} [{interval[0]:.3f}, {interval[1]:.3f}]"
     return f"{text} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
-
-
-def _listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _seeds(text: str | None) -> list[int] | None:
-    """Raises:
-    RunError: not whole numbers of at least 0.
-    """
-    if text is None:
-        return None
-    parts = _listed(text)
-    if not parts or not all(part.isdecimal() for part in parts):
-        raise RunError("seeds are whole numbers with commas between them", where="--seeds", fix="e.g. --seeds 0,1,2")
-    return [int(part) for part in parts]

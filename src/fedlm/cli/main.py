@@ -41,6 +41,7 @@ COMMANDS: dict[str, Entry] = {
     "models": Entry("models", "List known models, and fetch them ahead of time."),
     "run": Entry("run", "Run the federation that a recipe describes, or resume one."),
     "compare": Entry("compare", "Federated against each silo alone and all data in one place."),
+    "bench": Entry("bench", "Every algorithm on the same work, in one table."),
     "eval": Entry("evaluate", "Measure a model or a run's adapter on held-out text."),
     "chat": Entry("chat", "Talk to the base model with a run's adapter."),
     "report": Entry("report", "Write report.html of a run."),

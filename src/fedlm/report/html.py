@@ -64,16 +64,21 @@ def page(facts: RunFacts) -> str:
         _failures(facts),
         _reproduce(facts),
     ]
-    title = e(f"{facts.name} · fedlm report")
+    return document(f"{facts.name} · fedlm report", "".join(sections))
+
+
+def document(title: str, body: str, *scripts: str) -> str:
+    """A whole page around a body of escaped HTML, with the figures' library and these scripts in it."""
     policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+    run = "".join(f"<script>{script}</script>" for script in (_plotly(), asset("report.js"), *scripts))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width,initial-scale=1"><title>{title}</title>
-<style>{_asset("report.css")}</style></head><body><main>
-{"".join(sections)}
+<meta name="viewport" content="width=device-width,initial-scale=1"><title>{e(title)}</title>
+<style>{asset("report.css")}</style></head><body><main>
+{body}
 <footer>Written by fedlm {e(__version__)}. This file is complete in itself and loads nothing from the network.</footer>
-</main><script>{_plotly()}</script><script>{_asset("report.js")}</script></body></html>
+</main>{run}</body></html>
 """
 
 
@@ -82,7 +87,8 @@ def e(value: object) -> str:
     return html.escape(str(value))
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """The text of a file of `assets/`."""
     return (resources.files("fedlm.report") / "assets" / name).read_text(encoding="utf-8")
 
 

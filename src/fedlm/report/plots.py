@@ -313,6 +313,36 @@ def fairness_bars(base: dict[str, Any], final: dict[str, Any], key: str) -> Figu
     return _figure(data, y=title, barmode="group", xaxis={"type": "category"}, yaxis={"rangemode": "tozero"})
 
 
+def loss_over_bytes(rows: list[dict[str, Any]], front: list[Any], base: dict[str, Any] | None) -> Figure | None:
+    """Each row's loss after its rounds over the bytes of all silos so far, and the frontier of all rows.
+
+    Args:
+        rows: of a bench, with "name", "group" and "curve".
+        front: the frontier's [bytes, loss, name] each.
+        base: the base model's figures, drawn as a level.
+    """
+    if not rows:
+        return None
+    groups = list(dict.fromkeys(row["group"] for row in rows))
+    data: list[dict[str, Any]] = []
+    for row in rows:
+        index = groups.index(row["group"])
+        number = sum(other["group"] == row["group"] for other in rows[: rows.index(row)])
+        spent, losses = zip(*row["curve"][1:], strict=True)
+        line = _line(safe(row["name"]), list(spent), list(losses), index)
+        line["line"]["dash"] = DASHES[number % len(DASHES)]
+        data.append({**line, "marker": {"symbol": number % 8, "size": 6}, "legendgroup": safe(row["group"])})
+    steps = {"type": "scatter", "mode": "lines", "name": "frontier", "x": [p[0] for p in front], "opacity": 0.5}
+    steps |= {"y": [p[1] for p in front], "line": {"shape": "hv", "width": 6, "color": "#999999"}}
+    layout: dict[str, Any] = {}
+    if base is not None:
+        level = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": base["loss"], "y1": base["loss"]}
+        layout["shapes"] = [{**level, "line": {"dash": "dot"}}]
+    axis = {"type": "log", "exponentformat": "SI"}
+    title = "bytes up and down, all silos"
+    return _figure([steps, *data], x=title, y="test loss (nats per token)", height=620, xaxis=axis, **layout)
+
+
 def _of(line: dict[str, Any], silo: str, key: str) -> Any:
     return ((line.get("silos") or {}).get(silo) or {}).get(key)
 

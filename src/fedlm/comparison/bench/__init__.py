@@ -1,0 +1,1 @@
+"""Every algorithm on the same work: one table of quality, aggregation error, bytes, memory and seconds."""

@@ -1,0 +1,134 @@
+"""From a row to the recipes of its trainings: the same work for every method, the same tuning budget.
+
+What differs between rows is the method, the kind of adapter that it trains, and what `rows` says. What differs between
+the trainings of a row is the learning rate and the seed. Split and partition keep the recipe's own seed, so that all
+trainings have the same silos; the seed of a training decides first values, batches and sampling.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedlm.comparison.bench.rows import Row
+from fedlm.federation.sampling import wanted
+from fedlm.recipe.load import load_recipe, recipe_hash
+from fedlm.recipe.schema import Recipe, TrainingSpec
+
+TUNING, REPORTING = "validation", "test"
+"""Rows that the two kinds of training are measured on."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """The work that all rows do."""
+
+    file: Path
+    overrides: tuple[str, ...]
+    recipe: Recipe
+    silos: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: a row with a learning rate and a seed."""
+
+    row: Row
+    lr: float
+    seed: int
+    role: str
+    recipe: Recipe
+
+    @property
+    def label(self) -> str:
+        return f"{self.row.name} lr {self.lr:.3g} seed {self.seed}" + (" (tuning)" if self.role == TUNING else "")
+
+    @property
+    def name(self) -> str:
+        """Of its files; another recipe is another job."""
+        digest = hashlib.sha256(f"{self.role} {recipe_hash(self.recipe)}".encode()).hexdigest()
+        return f"{self.row.name}-{digest[:16]}"
+
+
+def rates(base: Base, row: Row, count: int) -> list[float]:
+    """The row's learning rates: around its own middle, each `row.spacing` times the one before."""
+    middle = row.lr * (1.0 if tunes(row) == SERVER_LR else base.recipe.training.lr)
+    found = [middle * row.spacing ** (i - (count - 1) / 2) for i in range(count)]
+    return [float(f"{rate:.3g}") for rate in found]
+
+
+SERVER_LR = "federation.algorithm.server_lr"
+
+
+def tunes(row: Row) -> str:
+    """The field that holds the rate: the server's where silos have none."""
+    return SERVER_LR if "lr" in row.facts.without else "training.lr"
+
+
+def job(base: Base, row: Row, lr: float, seed: int, role: str) -> Job:
+    """Raises:
+    RecipeError: the recipe and the row exclude each other, with the reason.
+    """
+    return Job(row, lr, seed, role, load_recipe(base.file, [*base.overrides, *changes(base, row, lr, seed, role)]))
+
+
+def changes(base: Base, row: Row, lr: float, seed: int, role: str) -> list[str]:
+    """What `--set` would make of the base recipe for this training."""
+    recipe, facts = base.recipe, row.facts
+    weights = recipe.federation.algorithm.weights
+    algorithm = row.method if weights is None or facts.equal_weights else f"{row.method}, weights: {weights}"
+    found = [f"federation.algorithm={{name: {algorithm}}}", *_adapter(base, row), *_training(recipe.training, row)]
+    found += [f"federation.rounds={_rounds(base, row)}", *row.change, f"{tunes(row)}={lr!r}"]
+    data_seed = recipe.seed if recipe.data.seed is None else recipe.data.seed
+    found += [f"seed={seed}", f"data.seed={data_seed}", "federation.patience=null", "federation.workers=1"]
+    found += ["federation.keep=best-and-last", "trackers=[]"]
+    if role == TUNING:  # one look at the end decides
+        found.append(f"evaluation.every={2**31 - 1}")
+    else:
+        found.append("evaluation.every=1")
+    return found
+
+
+def _adapter(base: Base, row: Row) -> list[str]:
+    kinds = row.facts.adapters
+    if base.recipe.adapter.kind in kinds:
+        return []
+    if kinds[0] == "full":
+        return ["adapter={kind: full}", *(["model.dtype=float32"] if row.facts.zeroth_order else [])]
+    return [f"adapter.kind={kinds[0]}"]
+
+
+def _training(spec: TrainingSpec, row: Row) -> list[str]:
+    """Settings that the method never reads go back to their defaults; steps are multiplied."""
+    fields = TrainingSpec.model_fields
+    found = [
+        f"training.{name}={_written(fields[name].get_default(call_default_factory=True))}"
+        for name in row.facts.without
+        if name != "lr" or spec.lr != fields["lr"].default
+    ]
+    if row.steps > 1:
+        length = "steps" if spec.steps is not None else "epochs"
+        found.append(f"training.{length}={row.steps * getattr(spec, length)}")
+    return found
+
+
+def _written(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else str(list(value) if isinstance(value, tuple) else value)
+
+
+def _rounds(base: Base, row: Row) -> int:
+    """As many local trainings as in the recipe: set-up rounds come on top, and server steps of another number of
+    updates are more or fewer."""
+    federation = base.recipe.federation
+    if not row.facts.asynchronous:
+        return federation.rounds + row.facts.setup_rounds
+    trainings = federation.rounds * wanted(federation, base.silos)
+    return max(1, trainings // row.buffer)
+
+
+def jobs_of(base: Base, row: Row, lrs: Sequence[float], seeds: Sequence[int], role: str) -> list[Job]:
+    return [job(base, row, lr, seed, role) for lr in lrs for seed in seeds]

@@ -1,0 +1,98 @@
+"""The rows of the table as data: which methods, in which groups, and what each needs that differs from the recipe.
+
+A method of the registry without a row of its own here gets one by its name, so none is ever left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedlm.errors import RunError, nearest
+from fedlm.recipe.methods import ALGORITHMS, Method
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: a method as it is run here."""
+
+    name: str
+    method: str
+    """Its name in the registry."""
+    group: str
+    lr: float = 1.0
+    """The middle of its learning rates as a multiple of the recipe's."""
+    spacing: float = 3.0
+    """Between neighbouring learning rates."""
+    steps: int = 1
+    """Local steps as a multiple of the recipe's; above 1 for methods whose steps are no gradient steps."""
+    buffer: int = 1
+    """Updates of a server step, for asynchronous methods."""
+    change: tuple[str, ...] = ()
+    """Further changes of the recipe, as `--set` takes them."""
+    note: str = ""
+
+    @property
+    def facts(self) -> Method:
+        return ALGORITHMS[self.method]
+
+
+GROUPS = {
+    "lora": "Aggregation of LoRA factors",
+    "optimiser": "Rules for any adapter",
+    "personal": "A model for every silo",
+    "merge": "Merging once or in closed form",
+    "asynchronous": "Without waiting for the slowest",
+    "full": "All weights",
+    "zeroth": "All weights without gradients",
+}
+"""In the order that they are shown in."""
+
+_MERGES = ("lorm", "task-arithmetic", "ties")
+_BUFFER = 3
+
+ROWS = (
+    Row("fedit", "fedit", "lora"),
+    Row("fedbuff", "fedbuff", "asynchronous", buffer=_BUFFER, change=(f"federation.algorithm.buffer={_BUFFER}",)),
+    Row("fedavg-full", "fedavg", "full", lr=0.1, change=("adapter={kind: full}",), note="every weight travels"),
+)
+
+
+def all_rows() -> list[Row]:
+    """Every row: those above, and one for each method that is not among them by its own name."""
+    named = {row.name for row in ROWS}
+    found = [*ROWS, *(Row(name, name, group_of(name)) for name in ALGORITHMS if name not in named)]
+    return sorted(found, key=lambda row: list(GROUPS).index(row.group))  # the rest of the order stays
+
+
+def group_of(method: str) -> str:
+    """The group that a method belongs to by its facts."""
+    facts = ALGORITHMS[method]
+    if facts.asynchronous:
+        return "asynchronous"
+    if facts.personal:
+        return "personal"
+    if method in _MERGES:
+        return "merge"
+    if "lora" not in facts.adapters and "lora-sb" not in facts.adapters:
+        return "zeroth" if facts.zeroth_order else "full"
+    if facts.zeroth_order:
+        return "zeroth"
+    return "optimiser" if "full" in facts.adapters else "lora"
+
+
+def choose(names: Sequence[str] | None, groups: Sequence[str] | None) -> list[Row]:
+    """The rows of these names, or of these groups; all of them by default.
+
+    Raises:
+        RunError: an unknown name or group.
+    """
+    rows = all_rows()
+    for wanted, known, option in (
+        (names or (), [row.name for row in rows], "--methods"),
+        (groups or (), list(GROUPS), "--groups"),
+    ):
+        for name in wanted:
+            if name not in known:
+                raise RunError(f"there is no '{name}'", where=option, fix=f"{nearest(name, known)} (fedlm bench rows)")
+    return [row for row in rows if (names is None or row.name in names) and (groups is None or row.group in groups)]
