@@ -139,3 +139,14 @@ def test_a_has_orthonormal_rows_after_every_svd(runs: dict[str, Run]) -> None:
             if ".lora_A." in name:
                 torch.testing.assert_close(a @ a.t(), torch.eye(RANK), rtol=0, atol=1e-5)
                 assert not torch.equal(a, engine.tensors[round_ - 1][name])
+
+
+def test_rank_stabilised_scaling(tiny: Tiny, tmp_path: Path) -> None:
+    """rsLoRA's alpha / sqrt(r), in what silos load and in what the error is measured on."""
+    recipe = tiny.recipe(*changes("fedit", "adapter.rslora=true", "federation.rounds=2", "training.lr=0.01"))
+    engine, run = federate(recipe, tiny.base, tmp_path / "run")
+    sent = engine.tensors[1]
+    for name, change in next(iter(engine.loaded[1].values())).items():
+        product = sent[f"{name}.lora_B.weight"].double() @ sent[f"{name}.lora_A.weight"].double()
+        torch.testing.assert_close(change, 12.0 / RANK**0.5 * product, rtol=1e-6, atol=0)
+    assert reported(run, 1) == pytest.approx(engine.error(1), rel=1e-4)
