@@ -372,8 +372,9 @@ def too_stale(spec: FederationSpec, silos: int) -> str | None:
     per_step = spec.algorithm.updates_per_step()
     if others // per_step <= spec.algorithm.max_staleness:
         return None
+    every = "update" if per_step == 1 else f"{per_step} updates"
     return (
-        f"with {others + 1} silos at work at once and a server step for every {per_step} updates, even equally fast "
+        f"with {others + 1} silos at work at once and a server step for every {every}, even equally fast "
         f"ones are {others // per_step} steps late, and {spec.algorithm.max_staleness} are allowed"
     )
 
