@@ -174,6 +174,7 @@ ALGORITHMS: dict[str, Method] = {
         options=("clusters", "cluster_noise"),
         adapters=("lora", "ia3"),
         personal=True,
+        without=("keep_optimizer",),
         no_guards="an update also says which model it belongs to, and is not for the same one in every round",
     ),
     "lorm": Method(
@@ -182,9 +183,17 @@ ALGORITHMS: dict[str, Method] = {
         options=("gram_off_diagonal",),
         adapters=("lora",),
         min_rounds=2,
+        without=("keep_optimizer",),
         no_guards="its server divides by Gram matrices of the updates, which rounding makes worthless",
     ),
-    "frlora": Method("Yan et al., ICLR 2025", linear=True, options=("recompress",), adapters=("lora",), principal=True),
+    "frlora": Method(
+        "Yan et al., ICLR 2025",
+        linear=True,
+        options=("recompress",),
+        adapters=("lora",),
+        without=("keep_optimizer",),
+        principal=True,
+    ),
     "task-arithmetic": Method(
         "Ilharco et al., ICLR 2023", linear=True, partial=True, equal_weights=True, plain_broadcast=True
     ),
