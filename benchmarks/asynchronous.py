@@ -9,7 +9,7 @@ seconds drawn from a log-normal distribution (at sigma 1 the slowest of 20 silos
 round of FedAvg takes as long as its slowest silo. Validation takes no time on either side.
 
 Reported: updates in the model per virtual second, and virtual seconds until the validation loss is first at or below
-the one that FedAvg ends with. Goal: both better than FedAvg by a factor that grows with sigma.
+the one that FedAvg ends with. Goal: FedBuff better than FedAvg in both, by a factor that grows with sigma.
 """
 
 from __future__ import annotations

@@ -55,6 +55,15 @@ def test_time_left_is_the_remaining_work_at_the_finished_rate() -> None:
     assert tally.seconds_left(120.0) == pytest.approx(60.0)
 
 
+def test_an_asynchronous_round_is_done_when_it_has_its_updates() -> None:
+    tally = Tally()
+    tally.fold({"kind": "run_started", "rounds": 2, "silos": ["a", "b"]}, 0.0)
+    tally.fold({"kind": "round_started", "round": 0, "wanted": 4}, 0.0)
+    for answered in (1, 2, 3, 4):  # more than there are silos
+        tally.fold({"kind": "silo_done", "silo": "a", "verb": "train"}, 1.0)
+        assert tally.share() == pytest.approx(answered / 8)
+
+
 def test_a_resumed_run_counts_only_what_it_did_itself() -> None:
     tally = Tally()
     tally.fold({"kind": "run_started", "rounds": 10, "silos": ["a"]}, 0.0)
