@@ -38,7 +38,7 @@ class Network:
     def exchange(self, requests: Iterable[Request], deadline: float | None = None) -> Iterator[Reply | Failure]:  # noqa: ARG002
         for request in requests:
             if request.verb == "hello":
-                fields = greeting(self._recipe, **self._more)
+                fields = {**request.fields, **greeting(self._recipe, **self._more)}
                 request = Request(request.silo, "hello", request.run, request.round, request.attempt, {}, fields)
             answer = self._silos[request.silo].handle(request)
             if isinstance(answer, Reply):

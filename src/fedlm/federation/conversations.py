@@ -24,10 +24,12 @@ from fedlm.federation.rundir import RunDir
 from fedlm.federation.sampling import quorum, sample, wanted
 from fedlm.federation.silo import PROTOCOL
 from fedlm.federation.updates import check_update, largest_weight
+from fedlm.federation.versions import Downlink
 from fedlm.files import read_json, write_json
 from fedlm.guards import get_chain, update_key
 from fedlm.messages import Engine, Event, Failure, FailureKind, Fields, Observe, Reply, Request, Tensors
 from fedlm.recipe.schema import Recipe
+from fedlm.training.plan import Plan, parse_plan, whole
 
 
 class Conversations:
@@ -52,6 +54,8 @@ class Conversations:
     ) -> None:
         self.recipe, self.spec, self.engine, self.dir = recipe, recipe.federation, engine, run_dir
         self.algorithm, self.names, self.chain = algorithm, names, get_chain(recipe.guards)
+        self._whole = whole(recipe)
+        self.downlink = Downlink(recipe, self.rank) if self.spec.downlink.send == "changed" else None
         self.training_rows: dict[str, int] = {}
         self.trainers: list[str] = []
         self.measured_rows: dict[str, dict[str, int]] = {}
@@ -61,6 +65,8 @@ class Conversations:
         self._late: queue.SimpleQueue[Reply] = queue.SimpleQueue()
         """Answers to `hello` of silos that were missing, not yet taken in."""
         self._greeter: threading.Thread | None = None
+        self._plans: dict[str, Plan] = {}
+        """By silo that has one, what it does of a round."""
         self._parts: tuple[Tensors, dict[int, Tensors]] | None = None
         """The last broadcast and, by rank, what of it travels."""
         self._observe = observe
@@ -136,17 +142,30 @@ class Conversations:
 
     def _greet(self, names: list[str]) -> Iterator[Reply | Failure]:
         """Each silo's answer to `hello`; a good one has a data card and versions."""
-        hello = (self.request(name, "hello", -1, {}, {"protocol": PROTOCOL}) for name in names)
+        capacity, order = self.spec.capacity, {name: position for position, name in enumerate(self.names)}
+
+        def asked(name: str) -> Fields:
+            given = capacity.of(name, order[name]).given
+            return {"protocol": PROTOCOL, **({"capacity": given} if given else {})}
+
+        hello = (self.request(name, "hello", -1, {}, asked(name)) for name in names)
         for answer in self.engine.exchange(hello):
             try:
                 if isinstance(answer, Reply):
-                    check_card(answer.silo, answer.fields)
+                    parse_plan(check_card(answer.silo, answer.fields).get("plan"), self.recipe)
             except UpdateRefused as refusal:
                 answer = Failure(answer.silo, FailureKind.BAD_UPDATE, refusal.what)
             yield answer
 
     def _index(self, cards: dict[str, Fields]) -> None:
-        """Who can train and measure, of the silos with a card."""
+        """Who can train and measure, of the silos with a card, and what each does of a round.
+
+        Raises:
+            UpdateRefused: a plan on a card is none.
+        """
+        plans = {name: parse_plan(card["plan"], self.recipe) for name, card in cards.items() if "plan" in card}
+        alike = {plan: plan for plan in plans.values()}  # one object for all silos with the same
+        self._plans = {name: alike[plan] for name, plan in plans.items()}
         rows = {name: cards[name]["rows"] for name in self.names if name in cards}
         self._missing = [name for name in self.names if name not in cards]
         self.training_rows = {name: counts["train"] for name, counts in rows.items() if counts["train"] > 0}
@@ -268,8 +287,11 @@ class Conversations:
             UpdateRefused: the reply's figures cannot be written down.
         """
         check_training(reply)
-        place = self._place(reply)
-        return place, self.algorithm.expected_update(parameters, place)
+        place, plan = self._place(reply), self._plans.get(reply.silo)
+        expected = self.algorithm.expected_update(parameters, place)
+        if plan is not None and plan.partial:
+            expected = {name: shape for name, shape in expected.items() if plan.trains(name)}
+        return place, expected
 
     def _place(self, reply: Reply) -> Place:
         """Where an update was made; a silo may have worked with a smaller rank than its own, and says so."""
@@ -349,15 +371,24 @@ class Conversations:
 
     def exchange(self, requests: Iterable[Request]) -> Generator[Reply | Failure]:
         """The engine's exchange under the round's deadline."""
-        yield from self.engine.exchange(requests, self.spec.deadline)
+        if self.downlink is None:
+            yield from self.engine.exchange(requests, self.spec.deadline)
+        else:
+            yield from self.downlink.exchange(self.engine, requests, self.spec.deadline)
 
-    def rank(self, silo: str) -> int:  # noqa: ARG002
+    def rank(self, silo: str) -> int:
         """The LoRA rank that a silo works with; 0 without LoRA."""
-        return self.recipe.adapter.rank if self.recipe.adapter.kind == "lora" else 0
+        return self.plan(silo).rank
+
+    def plan(self, silo: str) -> Plan:
+        """What a silo does of a round."""
+        return self._plans.get(silo) or self._whole
 
     def request(self, silo: str, verb: str, number: int, tensors: Tensors, fields: Fields) -> Request:
         if tensors:
             tensors = self._for_rank(tensors, self.rank(silo))
+        if silo in self._plans:
+            fields = {**fields, "plan": self._plans[silo].fields()}
         attempt = int(self.dir.meta.get("restarts", 0))
         return Request(silo, verb, self.dir.run, number, attempt, tensors, fields)
 

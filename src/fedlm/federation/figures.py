@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fedlm.errors import UpdateRefused
-from fedlm.federation.records import LINE
+from fedlm.federation.records import LINE, PLANNED
 from fedlm.federation.updates import largest_tokens
 from fedlm.messages import Fields, Reply
 from fedlm.recipe.schema import Recipe
@@ -40,7 +40,7 @@ def require_numbers(silo: str, fields: Mapping[str, Any], names: Iterable[str]) 
 
 def check_training(reply: Reply) -> None:
     """Refuse a reply to `train` whose figures cannot be written down. Raises UpdateRefused."""
-    require_numbers(reply.silo, reply.fields, LINE)
+    require_numbers(reply.silo, reply.fields, [*LINE, *([PLANNED] if PLANNED in reply.fields else [])])
 
 
 def check_card(silo: str, fields: Fields) -> Fields:

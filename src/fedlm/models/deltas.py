@@ -130,7 +130,7 @@ def put_deltas(layers: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: 
                 del layer._forward_hooks[key]
         if name in deltas:
             delta, weight = deltas[name], layer.get_base_layer().weight
-            shape = (weight.shape[1], weight.shape[0]) if layer.fan_in_fan_out else tuple(weight.shape)
+            shape = (layer.out_features, layer.in_features)  # of 4-bit weights the tensor has another
             given = [t.shape for t in (delta.W,) if t is not None]
             if delta.A is not None and delta.B is not None:
                 given.append(torch.Size((len(delta.B), delta.A.shape[1])))

@@ -37,6 +37,7 @@ from fedlm.models.folders import (
     reason,
     weight_files,
 )
+from fedlm.models.quantise import four_bit
 from fedlm.recipe.schema import ModelSpec
 
 if TYPE_CHECKING:
@@ -236,11 +237,12 @@ def load_base(spec: ModelSpec, *, device: str | None = None) -> PreTrainedModel:
 
     Args:
         spec: the model.
-        device: overrides `spec.device`.
+        device: overrides `spec.device`, and `spec.quantise`, which is for training alone.
 
     Raises:
-        ModelError: see `resolve` and `pick_device`; transformers does not know the architecture; or weights are missing
-            or misshapen for a part of the model, which transformers would fill with random numbers.
+        MissingExtra: see `four_bit`.
+        ModelError: see `resolve`, `pick_device` and `four_bit`; transformers does not know the architecture; or weights
+            are missing or misshapen for a part of the model, which transformers would fill with random numbers.
 
     Warns:
         UserWarning: the folder holds weights that its config.json has no place for.
@@ -248,6 +250,7 @@ def load_base(spec: ModelSpec, *, device: str | None = None) -> PreTrainedModel:
     place = pick_device(device or spec.device)
     dtype = DTYPES[spec.dtype]
     check_dtype(place, dtype)
+    quantised = four_bit(place, dtype) if spec.quantise is not None and device is None else {}
     folder = resolve(spec)
     from transformers import AutoModelForCausalLM
 
@@ -262,6 +265,7 @@ def load_base(spec: ModelSpec, *, device: str | None = None) -> PreTrainedModel:
                 local_files_only=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # then they are reported, and refused below by name
+                **quantised,
             )
     except Exception as error:  # whatever transformers raises here is about this folder
         raise unloadable(error, spec) from error
@@ -281,7 +285,7 @@ def load_base(spec: ModelSpec, *, device: str | None = None) -> PreTrainedModel:
     model.requires_grad_(False)
     model.eval()
     share(model, folder)
-    return model.to(place) if place.type != "cpu" else model
+    return model.to(place) if place.type != "cpu" and not quantised else model
 
 
 def unloadable(error: Exception, spec: ModelSpec) -> ModelError:

@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator
 
-from fedlm.errors import nearest
+from fedlm.errors import RecipeError, nearest
 from fedlm.recipe.methods import ALGORITHMS
 from fedlm.recipe.strict import Strict
 
@@ -107,8 +107,24 @@ class CapacitySpec(Strict):
         return Capacity(**{name: value for layer in layers for name, value in layer.given.items()})
 
 
+def parse_capacity(fields: Any) -> Capacity:
+    """A capacity as it came over the network, None for one without limits.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    try:
+        return Capacity.model_validate(fields or {})
+    except ValidationError:
+        raise RecipeError("what the coordinator says that this silo can do is no such description") from None
+
+
 def lesser(a: Capacity, b: Capacity) -> Capacity:
-    """What keeps within both; of types of base weights, `b` is asked first."""
+    """What keeps within both; of types of base weights, `b` is asked first.
+
+    Raises:
+        RecipeError: they have no module to train in common.
+    """
 
     def least(field: str) -> Any:
         values = [value for value in (getattr(a, field), getattr(b, field)) if value is not None]
@@ -118,6 +134,8 @@ def lesser(a: Capacity, b: Capacity) -> Capacity:
     targets = a.targets if b.targets is None else b.targets
     if a.targets is not None and b.targets is not None:
         targets = [name for name in a.targets if name in b.targets]
+        if not targets:
+            raise RecipeError("the run's and the silo's capacity have no module to train in common", where="targets")
     return Capacity(
         memory=min(amounts, key=read_bytes, default=None),
         rank=least("rank"),
@@ -139,6 +157,8 @@ def capacity_problems(recipe: Recipe) -> Iterator[Problem]:
     for path, capacity in entries:
         for field, reason in _impossible(recipe, capacity):
             yield (*path, field), reason
+    if recipe.model.quantise is not None and (problem := _unquantisable(recipe)):
+        yield ("model", "quantise"), problem
     names = [silo.name for silo in recipe.data.silos]
     for name in spec.silos:
         if names and name not in names:
@@ -174,6 +194,8 @@ def _impossible(recipe: Recipe, capacity: Capacity) -> Iterator[tuple[str, str]]
     for field in ("steps", "seconds"):
         if field in given and method.same_steps:
             yield field, f"with '{name}' all silos take the same steps"
+        elif field == "seconds" and field in given and method.zeroth_order:
+            yield field, f"'{name}' takes all its steps: give `steps`"
     if capacity.steps is not None and training.steps is not None and capacity.steps > training.steps:
         yield "steps", f"is above training.steps, {training.steps}, which is the most of all silos"
     if capacity.steps is not None and capacity.steps < method.min_steps:
@@ -182,11 +204,21 @@ def _impossible(recipe: Recipe, capacity: Capacity) -> Iterator[tuple[str, str]]
         yield "seconds", "does not end before federation.deadline, and what comes after that is dropped"
     if capacity.quantise is not None and capacity.dtype is not None:
         yield "dtype", "has no effect on quantised weights"
-    for field in ("dtype", "quantise"):
-        if field in given and adapter.kind == "full":
-            yield field, "is of frozen weights, and all weights are trained"
-    if capacity.quantise is not None and recipe.model.device in ("cpu", "mps"):
-        yield "quantise", f"4-bit weights need an NVIDIA GPU, and model.device is '{recipe.model.device}'"
+    if capacity.dtype is not None and adapter.kind == "full":
+        yield "dtype", "is of frozen weights, and all weights are trained"
+    if capacity.quantise is not None and (problem := _unquantisable(recipe)):
+        yield "quantise", problem
+
+
+def _unquantisable(recipe: Recipe) -> str | None:
+    """Why the base cannot have 4-bit weights; None where it can."""
+    if recipe.adapter.kind == "full":
+        return "is of frozen weights, and all weights are trained"
+    if recipe.model.device in ("cpu", "mps"):
+        return f"4-bit weights need an NVIDIA GPU, and model.device is '{recipe.model.device}'"
+    if ALGORITHMS[name := recipe.federation.algorithm.name].principal:
+        return f"'{name}' starts from the singular vectors of the weights as they are"
+    return None
 
 
 def _able(fact: str) -> str:

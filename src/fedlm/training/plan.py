@@ -175,7 +175,8 @@ def make_plan(recipe: Recipe, capacity: Capacity, shape: Shape | None) -> Plan:
     )
     if capacity.layers is not None or capacity.targets is not None:
         assert shape is not None
-        fixed = _checked(replace(fixed, targets=capacity.targets and tuple(capacity.targets)), shape, capacity.layers)
+        targets = None if capacity.targets is None else tuple(capacity.targets)
+        fixed = _checked(replace(fixed, targets=targets), shape, capacity.layers)
     if capacity.memory is None:
         return fixed
     assert shape is not None

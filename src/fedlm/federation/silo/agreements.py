@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class Agreement:
     """Fingerprint of the base model, as this silo loads it."""
     data: str
     """Fingerprint of the rows that the silo brings."""
+    capacity: dict[str, Any] = field(default_factory=dict)
+    """What the run says that this silo can do."""
 
 
 def save(folder: Path, agreement: Agreement) -> None:

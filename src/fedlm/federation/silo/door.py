@@ -14,6 +14,7 @@ import platform
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,21 @@ import torch
 
 import fedlm
 from fedlm.algorithms.base import Place
-from fedlm.errors import DataError, FedlmError, RunError
+from fedlm.errors import DataError, FedlmError, RunError, UpdateRefused
+from fedlm.federation.clock import seconds_per_step
 from fedlm.federation.disk import disk_errors
 from fedlm.federation.memory import peak_rss
-from fedlm.federation.silo.session import SiloSession
+from fedlm.federation.records import PLANNED
+from fedlm.federation.silo.received import Received, UnsyncedError
+from fedlm.federation.silo.session import SiloSession, TimeBudget
 from fedlm.federation.silo.state import StateStore, Trained, request_digest, request_key
 from fedlm.federation.silo.workbench import POOLED, Workbench
-from fedlm.guards import update_key
+from fedlm.guards import get_chain, update_key
 from fedlm.messages import Failure, FailureKind, Fields, Observe, Reply, Request, Tensors
+from fedlm.recipe.capacity import Capacity, lesser, parse_capacity
 from fedlm.recipe.methods import ALGORITHMS
+from fedlm.training.batches import steps_per_round
+from fedlm.training.plan import Plan, parse_plan
 
 log = logging.getLogger("fedlm.silo")
 
@@ -37,6 +44,20 @@ PROTOCOL = 1
 """Version of requests and replies; a silo refuses another one at `hello`."""
 
 VERBS = frozenset({"hello", "train", "evaluate"})
+
+
+PRIVATE = ("micro_batch_size", "gradient_checkpointing", "dtype", "quantise")
+"""Parts of a plan that are the silo's own affair."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of a real silo: it plans for itself, and time is real there. A simulated silo does what the request says."""
+
+    owner: Capacity
+    """What its owner's policy says."""
+    run: Capacity
+    """What the run's recipe says of it."""
 
 
 class StoppedError(Exception):
@@ -52,6 +73,7 @@ class Silo:
         allow: verbs that the owner allows; others are refused.
         observe: receives progress events without text.
         should_stop: asked between steps or batches; True abandons the request without storing anything.
+        limits: of a silo that is none of a simulation.
     """
 
     def __init__(
@@ -64,9 +86,12 @@ class Silo:
         observe: Observe | None = None,
         should_stop: Callable[[], bool] | None = None,
         reason: Callable[[FedlmError], str] = FedlmError.sentence,
+        limits: Limits | None = None,
     ) -> None:
-        self.name, self.bench, self._reason = name, bench, reason
+        self.name, self.bench, self._reason, self._limits = name, bench, reason, limits
         self._store = StateStore(state_root, name)
+        down = get_chain(bench.recipe.federation.downlink.guards, feedback=True)
+        self._received = Received(state_root / name, down, bench.recipe.seed)
         self._allow = allow
         self._observe = observe
         self._should_stop = should_stop or (lambda: False)
@@ -93,11 +118,13 @@ class Silo:
             self._observe({"kind": "silo_started", "round": request.round, "silo": self.name, "verb": request.verb})
         try:
             with self.bench.lock:
-                tensors, fields = verbs[request.verb](request)
+                tensors, fields = verbs[request.verb](self._received.complete(request))
         except StoppedError:
             return self._failure(FailureKind.TIMED_OUT, "stopped: the coordinator no longer waits for this reply")
         except _RefusedError as error:
             return self._failure(FailureKind.REFUSED, str(error))
+        except UnsyncedError as error:
+            return self._failure(FailureKind.UNSYNCED, str(error))
         except FedlmError as error:
             return self._failure(FailureKind.ERROR, self._reason(error))
         except Exception as error:
@@ -106,8 +133,8 @@ class Silo:
 
     # ---------------------------------------------------------------- verbs
 
-    def _hello(self, request: Request) -> tuple[Tensors, Fields]:  # noqa: ARG002
-        """Versions and row counts: enough to enrol, nothing of the text."""
+    def _hello(self, request: Request) -> tuple[Tensors, Fields]:
+        """Versions, row counts and what this silo does of a round: enough to enrol, nothing of the text."""
         fields: Fields = {
             "protocol": PROTOCOL,
             "versions": {"fedlm": fedlm.__version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -117,7 +144,29 @@ class Silo:
             fields["card"] = {"rows": {r: len(getattr(data, r)) for r in ("train", "validation", "test")}, "labels": {}}
         else:
             fields["card"] = self.bench.data.card(self.name)
+        capacity = parse_capacity(request.fields.get("capacity"))
+        if self._limits is not None:
+            capacity = lesser(capacity, self._limits.owner)
+        if capacity.given:
+            fields["card"] = {**fields["card"], "plan": self.bench.plan(capacity).fields()}
         return {}, fields
+
+    def _plan(self, request: Request) -> Plan:
+        """What this silo does of the round, as the request says it.
+
+        Raises:
+            _RefusedError: it is no plan, or more than the silo said at `hello` that it does.
+        """
+        try:
+            asked = parse_plan(request.fields.get("plan"), self.bench.recipe)
+        except UpdateRefused as error:
+            raise _RefusedError(error.what) from None
+        if self._limits is None or not (capacity := lesser(self._limits.run, self._limits.owner)).given:
+            return asked
+        own = self.bench.plan(capacity)
+        if not asked.within(own):
+            raise _RefusedError(f"asked for {asked.fields()}, and this silo does no more than {own.fields()}")
+        return replace(asked, **{name: getattr(own, name) for name in PRIVATE})
 
     def _train(self, request: Request) -> tuple[Tensors, Fields]:
         key, digest = request_key(request), request_digest(request)
@@ -145,13 +194,13 @@ class Silo:
         return recipe.training.keep_optimizer or feedback or ALGORITHMS[recipe.federation.algorithm.name].silo_state
 
     def _train_round(self, request: Request, before: Trained | None, key: str, digest: str) -> Trained:
-        recipe, bench = self.bench.recipe, self.bench
-        bench.load()
+        recipe, bench, plan = self.bench.recipe, self.bench, self._plan(request)
+        bench.load(plan.model(recipe.model))
         started = time.monotonic()
-        place = self._place(request)
+        place = self._place(request, plan)
         keep = recipe.training.keep_optimizer
         moments = before.optimizer if before and keep else {}
-        session = SiloSession(bench, place, moments, self._observe, self._should_stop)
+        session = SiloSession(bench, place, moments, self._observe, self._should_stop, plan, self._budget(plan))
         rule = bench.algorithm.local(request.tensors, before.rule if before else {}, place)
         outcome = rule.run(session)
         if self._should_stop():
@@ -173,6 +222,9 @@ class Silo:
             "cut": tokens.cut,
             **outcome.fields,
         }
+        planned = steps_per_round(session.recipe.training, len(tokens))
+        if plan.seconds is not None and result.steps < planned:
+            fields[PLANNED] = planned
         accepted = int(request.fields["accepted"])
         sent, lost = self._guarded(outcome.update, place, before.guard if before else {}, accepted)
         return Trained(key, digest, outcome.state, session.optimizer, lost, sent, fields)
@@ -202,12 +254,19 @@ class Silo:
             )
         return chain.encode_with_feedback(update, errors, key)
 
-    def _place(self, request: Request) -> Place:
+    def _budget(self, plan: Plan) -> TimeBudget | None:
+        """The time for a round's steps: on the recipe's virtual clock in a simulation, on the real one else."""
+        if plan.seconds is None:
+            return None
         recipe = self.bench.recipe
-        rank = int(request.fields.get("rank", recipe.adapter.rank)) if recipe.adapter.kind == "lora" else 0
+        virtual = seconds_per_step(recipe.federation.speeds, recipe.seed, self.name) if self._limits is None else None
+        return TimeBudget(plan.seconds, virtual)
+
+    def _place(self, request: Request, plan: Plan) -> Place:
+        recipe = self.bench.recipe
         rounds = int(request.fields.get("rounds", recipe.federation.rounds))
         dispatch = int(request.fields["dispatch"]) if "dispatch" in request.fields else None
-        return Place(self.name, request.round, rounds, recipe.seed, rank, dispatch=dispatch)
+        return Place(self.name, request.round, rounds, recipe.seed, plan.rank, dispatch=dispatch)
 
     def _evaluate(self, request: Request) -> tuple[Tensors, Fields]:
         from fedlm.evaluation import measure
@@ -223,11 +282,12 @@ class Silo:
         started = time.monotonic()
         if len(rows) == 0:
             return {}, {"examples": 0, "seconds": 0.0, "peak_rss": peak_rss()}
-        bench.load()
+        plan = self._plan(request)
+        bench.load(plan.model(recipe.model))
         if request.fields.get("plain"):  # the adapter's own terms, whatever the algorithm
             bench.put(request.tensors)
         else:
-            bench.put(bench.algorithm.measured(request.tensors, self._kept(request), self._place(request)))
+            bench.put(bench.algorithm.measured(request.tensors, self._kept(request), self._place(request, plan)))
         with self._stoppable():
             counts: dict[str, Any] = measure(
                 bench.model,

@@ -20,7 +20,7 @@ from fedlm.errors import FedlmError
 from fedlm.federation.api import MAY_CHANGE
 from fedlm.federation.silo import agreements
 from fedlm.federation.silo.agreements import RUN, Agreement
-from fedlm.federation.silo.door import PROTOCOL, Silo, classify
+from fedlm.federation.silo.door import PROTOCOL, Limits, Silo, classify
 from fedlm.federation.silo.holdings import load_holdings
 from fedlm.federation.silo.policy import (
     Forbidden,
@@ -34,6 +34,7 @@ from fedlm.federation.silo.policy import (
 )
 from fedlm.federation.silo.workbench import Workbench
 from fedlm.messages import Failure, FailureKind, Fields, Observe, Reply, Request
+from fedlm.recipe.capacity import Capacity, lesser, parse_capacity
 from fedlm.recipe.load import InvalidRecipeError, build_recipe, diff_recipes
 from fedlm.recipe.schema import Recipe
 from fedlm.recipe.yamltree import Tree
@@ -103,10 +104,10 @@ class OwnSilo:
                     return Failure(self.name, FailureKind.TIMED_OUT, "stopped before it began: nobody waits for it")
                 if request.verb == "hello":
                     return self._hello(request)
-                bench = self._agreed(request.run)
+                bench, capacity = self._agreed(request.run)
                 check_request(self.policy, bench.recipe, request)
                 self._set_up(bench)
-                answer = self._door(bench, observe, should_stop).handle(request)
+                answer = self._door(bench, capacity, observe, should_stop).handle(request)
                 return answer if isinstance(answer, Reply) else self._refuse(request, answer.kind, answer.reason)
         except _MismatchError as mismatch:
             return self._refuse(request, FailureKind.VERSION_MISMATCH, str(mismatch))
@@ -126,10 +127,11 @@ class OwnSilo:
         known = agreements.load(self._folder, request.run)
         if known is not None:
             _same_run(parse_recipe(known.recipe), recipe)
-        bench, agreement = self._prepare(request.run, recipe, request.fields.get("model"))
+        capacity = parse_capacity(request.fields.get("capacity"))
+        bench, agreement = self._prepare(request.run, recipe, request.fields.get("model"), capacity)
         if known is not None:
             _same_content(known, agreement)
-        answer = self._door(bench, None, None).handle(request)
+        answer = self._door(bench, capacity, None, None).handle(request)
         if isinstance(answer, Failure):
             return self._refuse(request, answer.kind, answer.reason)
         agreements.save(self._folder, agreement)
@@ -138,15 +140,17 @@ class OwnSilo:
         fields: Fields = {**answer.fields, "schema": SCHEMA, "card": card, "model": agreement.model}
         return Reply(self.name, "hello", request.run, request.round, request.attempt, {}, fields)
 
-    def _agreed(self, run: str) -> Workbench:
-        """The bench of a run that this silo has agreed to, as remembered or as written down.
+    def _agreed(self, run: str) -> tuple[Workbench, Capacity]:
+        """The bench of a run that this silo has agreed to, and what the run says that this silo can do, as remembered
+        or as written down.
 
         Raises:
             Forbidden: it has not, or the policy or the text has changed so that the agreement no longer holds.
         """
         if run in self._runs:
             self._runs.move_to_end(run)
-            return self._runs[run][1]
+            held, bench = self._runs[run]
+            return bench, parse_capacity(held.capacity)
         agreement = agreements.load(self._folder, run)
         if agreement is None:
             raise Forbidden(NOT_AGREED)
@@ -156,16 +160,18 @@ class OwnSilo:
             )
         recipe = parse_recipe(agreement.recipe)
         check_recipe(self.policy, recipe)
-        bench, now = self._prepare(run, recipe, agreement.model)
+        capacity = parse_capacity(agreement.capacity)
+        bench, now = self._prepare(run, recipe, agreement.model, capacity)
         _same_content(agreement, now)
         self._hold(agreement, bench)
-        return bench
+        return bench, capacity
 
-    def _prepare(self, run: str, recipe: Recipe, model: Any) -> tuple[Workbench, Agreement]:
+    def _prepare(self, run: str, recipe: Recipe, model: Any, capacity: Capacity) -> tuple[Workbench, Agreement]:
         """The bench for a recipe, with its model on it, and what there would be to agree to.
 
         Args:
             model: the coordinator's fingerprint of it, or None where it gave none.
+            capacity: what the run says that this silo can do.
 
         Raises:
             _MismatchError: this silo's model is another one.
@@ -177,9 +183,13 @@ class OwnSilo:
         ours = fingerprint(spec)
         if model is not None:
             check_fingerprint(model, ours)
+        weights = lesser(capacity, self.policy.capacity).given  # the type of the weights here, if it is another
+        spec = spec.model_copy(update={n: weights[n] for n in ("dtype", "quantise") if n in weights})
         here = self._text.recipe_for(recipe, self.name).model_copy(update={"model": spec})
         data = self._text.load(here, self.name)
-        agreement = Agreement(run, fedlm.__version__, recipe.model_dump(mode="json"), ours, data.fingerprint)
+        agreement = Agreement(
+            run, fedlm.__version__, recipe.model_dump(mode="json"), ours, data.fingerprint, capacity.given
+        )
         held = self._runs.get(run)
         same = held is not None and held[1].recipe == here and held[0].data == agreement.data
         bench = held[1] if held is not None and same else Workbench(here, data)
@@ -204,7 +214,13 @@ class OwnSilo:
         self._standing = bench
         bench.load()
 
-    def _door(self, bench: Workbench, observe: Observe | None, should_stop: Callable[[], bool] | None) -> Silo:
+    def _door(
+        self,
+        bench: Workbench,
+        capacity: Capacity,
+        observe: Observe | None,
+        should_stop: Callable[[], bool] | None,
+    ) -> Silo:
         return Silo(
             self.name,
             bench,
@@ -213,6 +229,7 @@ class OwnSilo:
             observe=observe or self._observe,
             should_stop=should_stop,
             reason=outside,
+            limits=Limits(self.policy.capacity, capacity),
         )
 
     @property

@@ -18,6 +18,7 @@ from fedlm.data.packages import is_package
 from fedlm.errors import RecipeError, nearest
 from fedlm.messages import Request
 from fedlm.models.catalogue import CATALOGUE
+from fedlm.recipe.capacity import Capacity
 from fedlm.recipe.load import load_yaml
 from fedlm.recipe.methods import ALGORITHMS, FACTORS
 from fedlm.recipe.schema import ModelSpec, Recipe
@@ -60,6 +61,11 @@ class Policy(Strict):
     max_rounds: PositiveInt | None = Field(None, description="Rounds that one run may have.")
     max_rank: PositiveInt | None = Field(None, description="Largest LoRA rank.")
     max_steps_per_round: PositiveInt | None = Field(None, description="Most optimiser steps of one round.")
+    capacity: Capacity = Field(
+        Capacity(),
+        description="What this machine can do, in the words of a recipe's `federation.capacity`. Where a run asks for "
+        "more, and its algorithm can use less, the silo does less instead of refusing.",
+    )
     min_rows: PositiveInt = Field(1, description="Take part only with at least this many training rows.")
     share_labels: bool = Field(False, description="Let the data card count rows by label, not by role alone.")
     per_item_scores: bool = Field(False, description="Let measurements be sent for each held-out row, not in sum.")

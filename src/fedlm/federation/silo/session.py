@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -11,11 +12,40 @@ from fedlm.algorithms.base import LocalRule, Place
 from fedlm.messages import Event, Observe, Tensors
 from fedlm.randomness import numpy_generator
 from fedlm.recipe.schema import Recipe
+from fedlm.training.plan import Plan
 
 if TYPE_CHECKING:
     from fedlm.federation.silo.workbench import Workbench
     from fedlm.training.encode import TokenSet
     from fedlm.training.loop import TrainResult
+
+
+class TimeBudget:
+    """Ends a round's training before the step that would end too late, if it takes as long as those before it did; a
+    training's first step is always taken.
+
+    Args:
+        seconds: for all steps of the round.
+        per_step: seconds of a step where time is virtual; None for the time it really takes.
+    """
+
+    def __init__(self, seconds: float, per_step: float | None) -> None:
+        self.seconds, self.per_step = seconds, per_step
+        self._steps, self._first, self._began = 0, True, time.monotonic()
+
+    def begin(self) -> None:
+        """A training begins: its first step is taken in any case."""
+        self._first = True
+
+    def spent(self) -> bool:
+        """Asked before every step: whether there is no time for it."""
+        if not self._first:
+            taken = time.monotonic() - self._began if self.per_step is None else self._steps * self.per_step
+            if taken * (self._steps + 1) / self._steps > self.seconds:
+                return True
+        self._first = False
+        self._steps += 1
+        return False
 
 
 class SiloSession:
@@ -33,11 +63,14 @@ class SiloSession:
         optimizer: Tensors,
         observe: Observe | None,
         should_stop: Callable[[], bool],
+        plan: Plan,
+        budget: TimeBudget | None = None,
     ) -> None:
         self.place, self._bench, self._observe, self._should_stop = place, bench, observe, should_stop
+        self._plan, self._budget = plan, budget
         self._moments = optimizer
         self.optimizer: Tensors = {}
-        self.recipe: Recipe = bench.recipe
+        self.recipe: Recipe = bench.recipe.model_copy(update={"training": plan.training(bench.recipe.training)})
         self.model: Module = bench.model
         self.tokens: TokenSet = bench.training_tokens(place.silo)
 
@@ -50,7 +83,9 @@ class SiloSession:
         from fedlm.training.loop import Window, train
 
         start = rule.start()
-        chosen = self._bench.choose(self.put(start), rule.trains)
+        chosen = self._bench.choose(self.put(start), lambda name: rule.trains(name) and self._plan.trains(name))
+        if self._budget is not None:
+            self._budget.begin()
         keep, prefix = self.recipe.training.keep_optimizer, f"{purpose}:" if purpose else ""
         # A silo may start from the same model twice, and then sees other batches.
         dispatch = () if self.place.dispatch is None else ("dispatch", self.place.dispatch)
@@ -71,7 +106,7 @@ class SiloSession:
             else None,
             observe=self._observe,
             silo=self.place.silo,
-            should_stop=self._should_stop,
+            should_stop=lambda: self._should_stop() or (self._budget is not None and self._budget.spent()),
         )
         self.optimizer |= {prefix + name: moments for name, moments in result.optimizer_state.items()}
         return result, self._bench.take(chosen)

@@ -18,7 +18,8 @@ import torch
 from torch.nn import Parameter
 
 from fedlm.messages import Tensors
-from fedlm.recipe.schema import Recipe
+from fedlm.recipe.capacity import Capacity
+from fedlm.recipe.schema import ModelSpec, Recipe
 
 if TYPE_CHECKING:
     from fedlm.algorithms.base import Algorithm
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from fedlm.federation.silo.rebuilt import Rebuilt
     from fedlm.guards import Chain
     from fedlm.training.encode import TokenSet
+    from fedlm.training.footprint import Shape
+    from fedlm.training.plan import Plan
 
 POOLED = "_pooled"
 """The silo that holds everything in one place; exists in simulation only. No real silo's name begins with '_'."""
@@ -53,30 +56,76 @@ class Workbench:
         self.lock = threading.RLock()
         self._ready = False
         self._tokens: OrderedDict[str, TokenSet] = OrderedDict()
+        self._plans: dict[str, Plan] = {}
+        self._aside: dict[tuple[str, str | None], tuple[Any, _FirstValues]] = {}
+        """Models in other types of weights than the one that stands here, for simulated silos that have those."""
 
-    def load(self) -> None:
+    def load(self, spec: ModelSpec | None = None) -> None:
         """Load the base model and the tokenizer and attach the adapter, once.
+
+        Args:
+            spec: the model in the type of weights that a silo has; the recipe's by default.
 
         Raises:
             ModelError: the model cannot be loaded, or the adapter's targets match nothing.
             TrainingError: `training.max_length` is beyond the model's positions.
         """
         with self.lock:
+            wanted = spec or self.recipe.model
             if self._ready:
+                self._stand(wanted)
                 return
-            from fedlm.models.adapters import attach, trainable
-            from fedlm.models.load import load_base, load_tokenizer
-            from fedlm.training.loop import check_length
+            from fedlm.models.load import load_tokenizer
 
             # oneDNN keeps a compiled product for each of the last 1,024 shapes, and packed rows come in every length:
             # a gigabyte after some hundred steps. With 48 it is as fast. Read at the first product, so set before it.
             os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "48")
             set_threads(self.recipe.federation.threads)
             self.tokenizer: Any = load_tokenizer(self.recipe.model, needs_template=self.recipe.task == "instruct")
-            self.model: Any = attach(load_base(self.recipe.model), self.recipe.adapter, self.recipe.seed)
-            check_length(self.model, self.recipe.training.max_length)
-            self._first = _FirstValues(trainable(self.model), self.recipe.seed)
+            self._attach(wanted)
             self._ready = True
+
+    def _attach(self, spec: ModelSpec) -> None:
+        from fedlm.models.adapters import attach, trainable
+        from fedlm.models.load import load_base
+        from fedlm.training.loop import check_length
+
+        self.model: Any = attach(load_base(spec), self.recipe.adapter, self.recipe.seed)
+        check_length(self.model, self.recipe.training.max_length)
+        self._first = _FirstValues(trainable(self.model), self.recipe.seed)
+        self._weights = (spec.dtype, spec.quantise)
+
+    def _stand(self, spec: ModelSpec) -> None:
+        """Let the model stand here in this type of weights. All types stay: their weights are mapped files."""
+        wanted = (spec.dtype, spec.quantise)
+        if wanted == self._weights:
+            return
+        self._aside[self._weights] = (self.model, self._first)
+        if wanted in self._aside:
+            (self.model, self._first), self._weights = self._aside.pop(wanted), wanted
+        else:
+            self._attach(spec)
+
+    @cached_property
+    def shape(self) -> Shape:
+        """The sizes of the model and its adapter."""
+        from fedlm.training.footprint import shape_of
+
+        return shape_of(self.recipe)
+
+    def plan(self, capacity: Capacity) -> Plan:
+        """What a silo of this capacity does.
+
+        Raises:
+            RunError, ModelError: see `fedlm.training.plan.make_plan` and `shape_of`.
+        """
+        from fedlm.training.plan import make_plan
+
+        key = capacity.model_dump_json()
+        if key not in self._plans:
+            sized = capacity.memory or capacity.layers or capacity.targets
+            self._plans[key] = make_plan(self.recipe, capacity, self.shape if sized else None)
+        return self._plans[key]
 
     @cached_property
     def algorithm(self) -> Algorithm:
@@ -120,7 +169,8 @@ class Workbench:
                 theirs.federation.threads,
             )
             again = (ours.seed, ours.federation.algorithm) == (theirs.seed, theirs.federation.algorithm)
-            if self._ready or not other._ready or not same or not (again or ours.adapter.kind != "full"):
+            usual = other._ready and other._weights == (theirs.model.dtype, theirs.model.quantise)
+            if self._ready or not usual or not same or not (again or ours.adapter.kind != "full"):
                 return False
             if ours.task == "instruct":
                 require_template(other.tokenizer, where="model.chat_template")
@@ -128,6 +178,7 @@ class Workbench:
             self.tokenizer, self.model = other.tokenizer, other.model
             other._forget()
             self._first = _FirstValues(adapter_parameters(self.model), ours.seed)
+            self._weights = (ours.model.dtype, ours.model.quantise)
             self._ready = True
             return True
 
@@ -140,6 +191,7 @@ class Workbench:
     def _forget(self) -> None:
         for name in ("model", "tokenizer", "_first", "_rebuilt"):
             self.__dict__.pop(name, None)
+        self._aside.clear()
         self._ready = False
 
     def put(self, tensors: Tensors) -> dict[str, Parameter]:
