@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import pytest
 import torch
 
 from fedlm.errors import RunError
+from fedlm.federation import asynchronous
+from fedlm.federation.folding import Waiting
 from fedlm.messages import Event, Failure, FailureKind, Reply, Request, Stop
 from tests.federation.conftest import Tiny
 from tests.federation.test_coordinator import Started, Toys, no_model, train_reply  # noqa: F401  (a fixture)
@@ -135,12 +138,17 @@ def test_the_virtual_clock_is_an_event_queue(tiny: Tiny, tmp_path: Path, name: s
     assert sorted(numbers) == list(range(len(answers) + 3))  # three were still at work at the end
 
 
-def test_how_long_silos_really_take_changes_nothing(tiny: Tiny, tmp_path: Path) -> None:
+def test_how_long_silos_really_take_changes_nothing(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     changes = ("federation.rounds=12", "federation.concurrency=2")
     ends = []
     for number, toys in enumerate((Paced(), Paced(delay=0.02), Paced(delay=0.02, seed=1))):
+        if number == 2:  # what is early waits on disk
+            monkeypatch.setattr(asynchronous, "Waiting", partial(Waiting, held_bytes=0))
         started = begun(tiny, tmp_path / str(number), "fedbuff", *changes)
         started.run(toys)
+        assert not list((started.path / "spool").iterdir())
         assert toys.most <= 2 and not toys.working
         ends.append((started.adapter(), told(started), [r["clock"] for r in started.rounds()[1:]]))
         assert len({a["silo"] for a in told(started)}) == 4
@@ -399,3 +407,13 @@ def test_a_fault_of_the_engine_ends_the_run(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="the disk is full"):
         started.run(toys)
     assert started.meta()["status"] == "failed" and started.meta()["rounds_done"] >= 3
+
+
+def test_what_no_longer_counts_leaves_memory_and_disk(tmp_path: Path) -> None:
+    for room in (0, 1000):
+        waiting = Waiting(tmp_path, held_bytes=room)
+        waiting.put("7", 7, {"w": torch.zeros(200)}, ready=False)
+        assert len(list(tmp_path.iterdir())) == (room == 0)
+        for _ in range(2):  # the second time there is none
+            waiting.drop("7")
+        assert not list(tmp_path.iterdir()) and not waiting.held and waiting.room == room
