@@ -21,6 +21,7 @@ from fedlm.federation.silo import Silo, Workbench
 from fedlm.messages import Event, Reply, Request
 from fedlm.models.adapters import initial_tensors
 from fedlm.recipe.speeds import SpeedSpec
+from fedlm.training.plan import Plan
 from tests.federation.conftest import Tiny
 from tests.federation.exchanges import running_ray
 from tests.federation.test_engines import OPEN
@@ -49,6 +50,9 @@ def test_a_training_takes_as_long_as_its_steps(tiny: Tiny) -> None:
     epochs = tiny.recipe("federation.algorithm.name=fedbuff", fixed, "training.steps=null", "training.epochs=2")
     by_rows = VirtualClock(epochs, {"a": 10, "b": 1000})
     assert (by_rows.seconds("a"), by_rows.seconds("b")) == (2.0 * 5, 2.0 * 500)  # batches of 4
+    plans = {"a": Plan(steps=2), "b": Plan(seconds=7.5)}  # three steps of two seconds, and no fourth
+    planned = VirtualClock(epochs, {"a": 10, "b": 1000}, plans.__getitem__)
+    assert (planned.seconds("a"), planned.seconds("b")) == (2.0 * 2, 2.0 * 3)
     first = by_rows.due([Work(0, "b", 0, 0.0), Work(1, "a", 0, 0.0)])
     assert first is not None and first.silo == "a" and by_rows.now == 10.0
 
@@ -115,6 +119,24 @@ def test_workers_change_no_bit(whole: tuple[str, Path], tiny: Tiny, tmp_path: Pa
 
 def told_of(path: Path) -> list[dict[str, Any]]:
     return [a for r in RunDir.open(path, write=False).rounds() for a in r.get("arrivals", [])]
+
+
+def test_silos_that_do_less_answer_sooner(tiny: Tiny, tmp_path: Path) -> None:
+    """One silo takes a step of three, one has time for two: the clock knows it, and so do they."""
+    capacity = "federation.capacity={silos: {site0: {steps: 1}, site1: {seconds: 2.5}}}"
+    fixed = "federation.speeds={kind: fixed}"
+    recipe = tiny.recipe("federation.rounds=4", BUFFERED, capacity, fixed)
+    run_recipe(recipe, base=tiny.base, run_dir=tmp_path / "run")
+    steps = {"site0": 1, "site1": 2, "site2": 3, "site3": 3}
+    rounds = RunDir.open(tmp_path / "run", write=False).rounds()[1:]
+    seen = [a["silo"] for a in told_of(tmp_path / "run")]
+    assert seen[:3] == ["site0", "site0", "site1"] or seen[:3] == ["site0", "site1", "site0"]
+    for record in rounds:
+        for name, line in record["silos"].items():
+            trainings = sum(a["silo"] == name for a in record["arrivals"])
+            assert line["steps"] == steps[name] * trainings
+            assert line.get("planned_steps") == (3 * trainings if name == "site1" else None)
+    assert [r["clock"] for r in rounds] == [2.0, 3.0, 3.0, 4.0]
 
 
 def test_the_log_is_followed_to_the_same_bits(whole: tuple[str, Path], tiny: Tiny, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from fedlm.errors import RunError
 from fedlm.federation.clock import Clock, RecordedOrder, VirtualClock, Work
 from fedlm.federation.conversations import Conversations
 from fedlm.federation.folding import FoldResult, Verdict, Waiting, judge
-from fedlm.federation.records import Traffic, reasons
+from fedlm.federation.records import PLANNED, Traffic, reasons
 from fedlm.federation.rundir import RunDir
 from fedlm.federation.sampling import invited, quorum
 from fedlm.messages import Failure, FailureKind, Fields, Reply, Request, Stop, Tensors
@@ -274,7 +274,7 @@ def choose_clock(recipe: Recipe, silos: Conversations, run_dir: RunDir) -> Clock
         return RecordedOrder(recipe, Path(run_dir.meta["base"]) / log)
     if run_dir.meta.get("network"):
         return Clock(recipe)
-    return VirtualClock(recipe, silos.training_rows)
+    return VirtualClock(recipe, silos.training_rows, silos.plan)
 
 
 def _enter(result: FoldResult, silo: str, fields: Fields, weight: float) -> None:
@@ -286,5 +286,7 @@ def _enter(result: FoldResult, silo: str, fields: Fields, weight: float) -> None
         return
     both = {**fields, **{name: before[name] + fields[name] for name in SUMS if name in fields}}
     both["loss"] = sum(f["loss"] * f["target_tokens"] for f in (before, fields)) / max(both["target_tokens"], 1)
+    if PLANNED in before or PLANNED in fields:
+        both[PLANNED] = sum(f.get(PLANNED, f["steps"]) for f in (before, fields))
     both["peak_rss"] = max(before["peak_rss"], fields["peak_rss"])
     result.fields[silo] = both

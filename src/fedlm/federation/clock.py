@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from fedlm.randomness import numpy_generator
 from fedlm.recipe.schema import Recipe
 from fedlm.recipe.speeds import SpeedSpec
 from fedlm.training.batches import steps_per_round
+from fedlm.training.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -83,20 +84,21 @@ class Clock:
 class VirtualClock(Clock):
     """Time of a simulation.
 
-    A training takes as many steps as its silo's training rows make (documents count as one sequence each).
-    `federation.deadline` is in seconds of this clock.
+    A training takes as many steps as its silo's training rows make (documents count as one sequence each), or as its
+    plan says. `federation.deadline` is in seconds of this clock.
 
     Args:
         rows: by silo, its number of training rows.
+        plan: what a silo does of a round; by default all that the recipe asks.
 
     Raises:
         RunError: a speed is given for a silo that does not exist.
     """
 
-    def __init__(self, recipe: Recipe, rows: Mapping[str, int]) -> None:
+    def __init__(self, recipe: Recipe, rows: Mapping[str, int], plan: Callable[[str], Plan] = lambda _: Plan()) -> None:
         super().__init__(recipe)
         self.now, self.patience = 0.0, None
-        self.spec, self.training, self.rows = recipe.federation.speeds, recipe.training, rows
+        self.spec, self.training, self.rows, self.plan = recipe.federation.speeds, recipe.training, rows, plan
         self.deadline = math.inf if recipe.federation.deadline is None else recipe.federation.deadline
         for name in self.spec.silos:
             if name not in rows:
@@ -106,7 +108,11 @@ class VirtualClock(Clock):
 
     def seconds(self, silo: str) -> float:
         """How long a training of this silo takes."""
-        return seconds_per_step(self.spec, self.seed, silo) * steps_per_round(self.training, self.rows[silo])
+        plan, each = self.plan(silo), seconds_per_step(self.spec, self.seed, silo)
+        steps = steps_per_round(plan.training(self.training), self.rows[silo])
+        if plan.seconds is not None:
+            steps = min(steps, steps_within(plan.seconds, each))
+        return each * steps
 
     def foregone(self, work: Work) -> Failure | None:
         if self.seconds(work.silo) <= self.deadline:
@@ -191,6 +197,15 @@ class RecordedOrder(Clock):
     def _unfit(self, why: str) -> RunError:
         fix = "follow it with the recipe of the run that wrote it, but for speeds and workers"
         return RunError(f"the log does not fit this run: {why}", where=str(self.log), fix=fix)
+
+
+def steps_within(seconds: float, each: float) -> int:
+    """Optimiser steps that end in time; never fewer than one.
+
+    >>> steps_within(6.0, 2.5), steps_within(1.0, 2.5)
+    (2, 1)
+    """
+    return max(1, int(seconds / each))
 
 
 def seconds_per_step(spec: SpeedSpec, seed: int, silo: str) -> float:
