@@ -343,9 +343,13 @@ class FederationSpec(Strict):
         0.0, description="Share of extra silos invited; the first `sample` that answer are used."
     )
     quorum: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        1.0, description="Share of the round's sample that must answer, else the run stops."
+        1.0,
+        description="Share of the round's sample that must answer, else the run stops; fedasync, fedbuff: share of all "
+        "silos whose last training did not fail.",
     )
-    deadline: PositiveFloat | None = Field(None, description="Seconds per round.")
+    deadline: PositiveFloat | None = Field(
+        None, description="Seconds per round; fedasync, fedbuff: per training, in a simulation on the virtual clock."
+    )
     retries: Annotated[int, Field(ge=0, le=10)] = Field(
         1, description="How often a request is sent again to a silo whose process died."
     )
