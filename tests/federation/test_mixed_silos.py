@@ -170,7 +170,18 @@ def test_a_tensor_s_mean_is_over_the_silos_that_trained_it(tiny: Tiny, tmp_path:
 @pytest.mark.parametrize(
     "algorithm",
     [
-        *("scaffold", "fedprox", "feddyn", "fedadam", "fedit", "ffa-lora", "rolora", "fedrot-lora", "fedex-lora"),
+        *(
+            "scaffold",
+            "fedprox",
+            "feddyn",
+            "fedadam",
+            "fedit",
+            "ffa-lora",
+            "rolora",
+            "fedrot-lora",
+            "fedex-lora",
+            "fednova",
+        ),
         *("flora", "flexlora", "hetlora"),
     ],
 )

@@ -16,6 +16,7 @@ from fedlm.algorithms.fedex_lora import FedExLoRA
 from fedlm.algorithms.fedit import FedIT
 from fedlm.algorithms.fedkseed import FedKSeed
 from fedlm.algorithms.fedmezo import FedMeZO
+from fedlm.algorithms.fednova import FedNova
 from fedlm.algorithms.fedprox import FedProx
 from fedlm.algorithms.fedrep import FedRep
 from fedlm.algorithms.fedrot_lora import FedRotLoRA
@@ -43,6 +44,7 @@ from fedlm.recipe.schema import AdapterSpec, AlgorithmSpec
 CLASSES: dict[str, type[Algorithm]] = {
     "fedavg": FedAvg,
     "fedprox": FedProx,
+    "fednova": FedNova,
     "scaffold": Scaffold,
     "fedavgm": FedAvgM,
     "fedadam": FedAdam,

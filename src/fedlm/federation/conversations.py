@@ -290,7 +290,7 @@ class Conversations:
         place, plan = self._place(reply), self._plans.get(reply.silo)
         expected = self.algorithm.expected_update(parameters, place)
         if plan is not None and plan.partial:
-            expected = {name: shape for name, shape in expected.items() if plan.trains(name)}
+            expected = {n: shape for n, shape in expected.items() if ".lora_" not in n or plan.trains(n)}
         return place, expected
 
     def _place(self, reply: Reply) -> Place:

@@ -80,6 +80,13 @@ _STALENESS = ("staleness", "staleness_a", "staleness_b", "max_staleness")
 ALGORITHMS: dict[str, Method] = {
     "fedavg": Method("McMahan et al., AISTATS 2017", linear=True, partial=True, plain_broadcast=True),
     "fedprox": Method("Li et al., MLSys 2020", linear=True, partial=True, options=("mu",), plain_broadcast=True),
+    "fednova": Method(
+        "Wang et al., NeurIPS 2020",
+        linear=True,
+        partial=True,
+        plain_broadcast=True,
+        no_guards="an update says by how many steps it was divided, and that may not be rounded",
+    ),
     "scaffold": Method(
         "Karimireddy et al., ICML 2020",
         linear=True,

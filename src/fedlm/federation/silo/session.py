@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch.nn import Module, Parameter
 
 from fedlm.algorithms.base import LocalRule, Place
+from fedlm.federation.clock import steps_within
 from fedlm.messages import Event, Observe, Tensors
 from fedlm.randomness import numpy_generator
 from fedlm.recipe.schema import Recipe
@@ -39,13 +40,16 @@ class TimeBudget:
 
     def spent(self) -> bool:
         """Asked before every step: whether there is no time for it."""
-        if not self._first:
-            taken = time.monotonic() - self._began if self.per_step is None else self._steps * self.per_step
-            if taken * (self._steps + 1) / self._steps > self.seconds:
-                return True
+        if not self._first and not self._in_time():
+            return True
         self._first = False
         self._steps += 1
         return False
+
+    def _in_time(self) -> bool:
+        if self.per_step is not None:
+            return self._steps < steps_within(self.seconds, self.per_step)
+        return (time.monotonic() - self._began) * (self._steps + 1) / self._steps <= self.seconds
 
 
 class SiloSession:
