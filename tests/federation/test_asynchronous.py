@@ -308,7 +308,7 @@ def networked(tiny: Tiny, path: Path, *changes: str) -> tuple[Started, Paced]:
     started.facts = {"network": "hospitals"}
     toys.late = {"s3"}
     toys.behave["train s1"] = lambda r: (
-        Failure(r.silo, FailureKind.UNREACHABLE, "away") if r.fields["dispatch"] % 3 == 0 else None
+        Failure(r.silo, FailureKind.UNREACHABLE, "away") if r.round == 0 or r.fields["dispatch"] % 3 == 0 else None
     )
     started.run(toys)
     return started, toys
