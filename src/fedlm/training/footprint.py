@@ -111,14 +111,15 @@ def shape_of(recipe: Recipe) -> Shape:
     Raises:
         ModelError: the model cannot be found, or its configuration does not say its sizes.
     """
-    from fedlm.models.adapters import lora_layers, skeleton
+    from fedlm.models.adapters import skeleton
 
-    model = skeleton(recipe)
-    linears = tuple(Linear(name, m.in_features, m.out_features) for name, m in sorted(lora_layers(model).items()))
-    return _shape(model, linears)
+    return shape_from(skeleton(recipe))
 
 
-def _shape(model: Module, linears: tuple[Linear, ...]) -> Shape:
+def shape_from(model: Module) -> Shape:
+    """The sizes of a model with LoRA layers. Raises ModelError as `shape_of`."""
+    from fedlm.models.adapters import lora_layers
+
     config: Any = causal_model(model).config
     sizes: dict[str, int] = {}
     for name in ("hidden_size", "num_attention_heads", "vocab_size", "num_hidden_layers"):
@@ -139,7 +140,7 @@ def _shape(model: Module, linears: tuple[Linear, ...]) -> Shape:
         head_dim=getattr(config, "head_dim", None) or hidden // heads,
         vocab=sizes["vocab_size"],
         blocks=sizes["num_hidden_layers"],
-        linears=linears,
+        linears=tuple(Linear(name, m.in_features, m.out_features) for name, m in sorted(lora_layers(model).items())),
     )
 
 
@@ -178,7 +179,8 @@ def footprint(
             layers.setdefault(linear.block, []).append(linear)
     lowest = min((block for block in layers if block is not None), default=0)
     by_block = [
-        tokens * _kept_per_token(shape, training.max_length, width, rank, layers.get(block, []), dropout)
+        tokens
+        * _kept_per_token(shape, training.max_length, width, rank, layers.get(block, []), dropout, block == lowest)
         for block in range(lowest, shape.blocks)
     ]
     if training.gradient_checkpointing:
@@ -212,12 +214,20 @@ def _kept_per_token(
     rank: int,
     trained: list[Linear],
     dropout: bool,
+    lowest: bool,
 ) -> int:
-    """Bytes that one block keeps of a token for the backward pass; `trained` are its layers that are trained."""
+    """Bytes that one block keeps of a token for the backward pass.
+
+    Args:
+        trained: its layers that are trained.
+        lowest: no block below has any.
+    """
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    norms = 2 * (shape.hidden * width + 4)
+    norms = (1 if lowest else 2) * (shape.hidden * width + 4)
     attention = (query + 2 * key) * width
     attention += shape.heads * length * width if length <= SHORT else query * width + 4 * shape.heads
+    if lowest and not any(linear.kind in SIBLINGS[0] for linear in trained):
+        attention = 0  # it needs no gradient
     gated = 3 * shape.intermediate * width
     inputs = products = 0
     seen: set[tuple[str, int]] = set()
