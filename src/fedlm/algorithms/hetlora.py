@@ -131,6 +131,5 @@ def cut(tensors: Tensors, rank: int, ratio: float) -> Tensors:
 
 
 def product_square(b: Tensor, a: Tensor) -> float:
-    """|B A|_F^2 without the product: trace((B' B) (A A')), in fp64."""
-    b, a = b.double(), a.double()
+    """|B A|_F^2 without the product: trace((B' B) (A A'))."""
     return max(float(((b.t() @ b) * (a @ a.t())).sum()), 0.0)
