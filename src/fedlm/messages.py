@@ -60,6 +60,7 @@ class FailureKind(StrEnum):
     BAD_UPDATE = "bad_update"
     VERSION_MISMATCH = "version_mismatch"
     STALE = "stale"
+    UNSYNCED = "unsynced"
     ERROR = "error"
 
 

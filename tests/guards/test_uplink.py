@@ -243,7 +243,7 @@ def test_matrix(tiny: Tiny, algorithm: str, name: str, feedback: str) -> None:
 @pytest.mark.parametrize(
     ("guards", "wanted"),
     [
-        ("[{name: int5}]", "unknown guard 'int5', did you mean 'int4' or 'int8'"),
+        ("[{name: int5}]", "unknown guard 'int5', did you mean 'int8' or 'int4'"),
         ("[{name: int4, block: 32}]", "greater than or equal to 64"),
         ("[{name: int4, density: 0.5}]", "has no effect with 'int4' (it belongs to randk, topk)"),
         ("[{name: topk, block: 128}]", "has no effect with 'topk' (it belongs to int4, int8)"),

@@ -42,6 +42,7 @@ from fedlm.federation.records import (
 )
 from fedlm.federation.rundir import Checkpoint, Progress, RunDir
 from fedlm.federation.sampling import invited, quorum, sample, wanted
+from fedlm.federation.versions import without_reserved
 from fedlm.files import read_json, sync_folder, write_json
 from fedlm.messages import Engine, Fields, Observe, Tensors
 from fedlm.recipe.methods import ALGORITHMS
@@ -179,6 +180,8 @@ class Federation:
             state.parameters, accumulator, state.server, silos_total=len(self.silos.trainers), round_=number
         )
         figures: Fields = {"server_seconds": time.monotonic() - stepping, **folded.figures}
+        if self.silos.downlink is not None:  # what silos will load is the model from here on
+            parameters = self.silos.downlink.rounded(state.parameters, parameters, number)
         before = (state.parameters, state.server)
         figures["aggregation"] = self.algorithm.measure(before, accumulator, (parameters, server), number)
         del accumulator
@@ -196,7 +199,10 @@ class Federation:
 
         def commit(record: dict[str, Any]) -> None:
             progress.record = record
-            self.dir.save_checkpoint(Checkpoint(parameters, server, progress))
+            held: Tensors = {}
+            if self.silos.downlink is not None:
+                progress.downlink, held = self.silos.downlink.dump()
+            self.dir.save_checkpoint(Checkpoint(parameters, server | held, progress))
             self.dir.append_round(record)
             if self.spec.keep == "best-and-last":
                 # The previous round stays until the end: it is the way back when the last one is damaged.
@@ -251,7 +257,7 @@ class Federation:
         if best != state.progress.round:
             checkpoint = self.dir.load_checkpoint(best)
             assert checkpoint is not None
-            state = _State(checkpoint.parameters, checkpoint.server_state, state.progress)
+            state = _State(checkpoint.parameters, without_reserved(checkpoint.server_state), state.progress)
         evaluation = None
         if final_test and self.silos.measured_rows["test"]:
             self.silos.phase("measuring the base and the best model on test rows")
@@ -314,7 +320,9 @@ class Federation:
         if checkpoint is None:
             return None
         self.silos.phase(f"continuing after round {checkpoint.progress.round}")
-        state = _State(checkpoint.parameters, checkpoint.server_state, checkpoint.progress)
+        if self.silos.downlink is not None:
+            self.silos.downlink.load(checkpoint.progress.downlink, checkpoint.server_state)
+        state = _State(checkpoint.parameters, without_reserved(checkpoint.server_state), checkpoint.progress)
         if self.flight is not None:
             self.flight.load(state.progress.flight, lambda: self.fresh().parameters)
         return state

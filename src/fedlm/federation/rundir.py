@@ -49,6 +49,8 @@ class Progress:
     """The round's object in rounds.jsonl."""
     flight: dict[str, Any] = field(default_factory=dict)
     """What an asynchronous run had under way, and its clock."""
+    downlink: dict[str, Any] = field(default_factory=dict)
+    """What silos hold of the model, where only what has changed is sent to them."""
 
 
 @dataclass

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fedlm.guards.base import Guard
 from fedlm.guards.blockwise import Int4, Int8
 from fedlm.guards.cast import BFloat16, Float16
-from fedlm.guards.chain import Chain, update_key
+from fedlm.guards.chain import Chain, Key, update_key
 from fedlm.guards.lowrank import LowRank
 from fedlm.guards.randomk import RandomK
 from fedlm.guards.topk import TopK
@@ -37,4 +37,4 @@ def get_chain(specs: Sequence[GuardSpec], *, feedback: bool | None = None) -> Ch
     return Chain([CLASSES[spec.name](spec, unbiased=not feedback) for spec in specs], feedback=feedback)
 
 
-__all__ = ["CLASSES", "Chain", "Guard", "get_chain", "update_key"]
+__all__ = ["CLASSES", "Chain", "Guard", "Key", "get_chain", "update_key"]
