@@ -16,6 +16,7 @@ import pytest
 
 from fedlm.comparison.bench import small
 from fedlm.comparison.bench.claims import CLAIMS, judge_claims
+from fedlm.comparison.bench.course import Course
 from fedlm.comparison.bench.driver import Settings, bench
 from fedlm.comparison.bench.plan import Base, changes, job, jobs_of, rates
 from fedlm.comparison.bench.rows import ROWS, Row, all_rows, choose
@@ -199,6 +200,8 @@ def test_rows_do_the_same_work(file: Path) -> None:
         trained = federation.rounds - row.facts.setup_rounds
         assert trained * updates >= recipe.federation.rounds * 4 - row.buffer, row.name
         assert found.training.steps == 3 * row.steps and found.federation.algorithm.name == row.method
+        if found.adapter.kind == "lora":
+            assert found.adapter.scale(found.adapter.rank) == recipe.adapter.scale(recipe.adapter.rank)
 
 
 def test_learning_rates_are_around_a_middle(file: Path) -> None:
@@ -239,8 +242,18 @@ def run(losses: list[float], up: int = 100, down: int = 50, error: float | None 
     ]
     rounds = len(losses) - 1
     figures = {"trainings": 2 * rounds, "bytes_up": 2 * rounds * up, "bytes_down": 2 * rounds * down, "steps": 8}
+    figures |= {"setup_up": 0, "setup_down": 0}
     clock = dict.fromkeys(("seconds", "server_seconds", "wall_seconds"), 1.0)
-    return {"points": points, "aggregation_error": error, "peak_rss": 5, "tokens": 1, **figures, **clock, **more}
+    return {
+        "points": points,
+        "aggregation_error": error,
+        "mean_error": error,
+        "peak_rss": 5,
+        "tokens": 1,
+        **figures,
+        **clock,
+        **more,
+    }
 
 
 def test_means_intervals_and_paired_differences_by_hand() -> None:
@@ -248,6 +261,7 @@ def test_means_intervals_and_paired_differences_by_hand() -> None:
     assert one["loss"] == pytest.approx(3.2)
     # s = 0.2, t(2, 97.5 %) = 4.302653, half = t s / sqrt(3)
     assert one["loss_interval"] == pytest.approx([3.2 - 0.496828, 3.2 + 0.496828], abs=1e-6)
+    assert one["mean_error"] == pytest.approx(0.2)
     assert (one["aggregation_error"], one["bytes_up"], one["bytes_down"], one["bytes"]) == (0.3, 100, 50, 600)
     assert one["curve"] == [[0, 5.0], [300, 4.0], [600, pytest.approx(3.2)]]
     assert one["worst_loss"] == pytest.approx(4.2)
@@ -296,6 +310,26 @@ def test_claims_follow_the_interval() -> None:
 
 def test_claims_name_rows_that_there_are() -> None:
     assert {name for claim in CLAIMS for name in claim.needs} <= {row.name for row in all_rows()}
+
+
+def test_set_up_rounds_and_kept_models_in_the_bytes() -> None:
+    def silo(verb: str, round_: int, up: int, down: int) -> dict[str, Any]:
+        about = {"kind": "silo_done", "verb": verb, "round": round_, "bytes_up": up, "bytes_down": down}
+        return {**about, "steps": 1, "tokens": 1, "seconds": 1.0}
+
+    def done(round_: int) -> dict[str, Any]:
+        return {"kind": "round_done", "round": round_, "seconds": 1.0, "validation": {"loss": 5.0 - round_}}
+
+    events = [silo("evaluate", -1, 0, 40), done(-1), silo("train", 0, 100, 3), silo("evaluate", 0, 0, 30), done(0)]
+    events += [silo("train", 1, 10, 2), silo("evaluate", 1, 0, 30), done(1)]
+    kept, plain = Course(1, True), Course(1, False)
+    for event in events:
+        kept.fold(event)
+        plain.fold(event)
+    assert [point["bytes"] for point in kept.points] == [0, 143, 185]  # the last model is only measured
+    assert [point["bytes"] for point in plain.points] == [0, 103, 115]
+    found = plain.figures()
+    assert (found["trainings"], found["bytes_up"], found["setup_up"], found["setup_down"]) == (1, 110, 100, 3)
 
 
 # the three forms

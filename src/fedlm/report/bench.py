@@ -59,7 +59,8 @@ def columns(outcome: Json) -> list[Column]:
         Column(f"loss against {reference}", _difference, _get("difference")),
         Column("worst silo's loss", lambda r: metric("loss", r["worst_loss"]), _get("worst_loss")),
         Column("loss on others' text", lambda r: metric("loss", r["others_loss"]), _get("others_loss")),
-        Column("aggregation error", _error, _get("aggregation_error")),
+        Column("aggregation error, largest", _error("aggregation_error"), _get("aggregation_error")),
+        Column("mean over rounds", _error("mean_error"), _get("mean_error")),
         Column("up per silo and round", lambda r: size(r["bytes_up"]), _get("bytes_up")),
         Column("down per silo and round", lambda r: size(r["bytes_down"]), _get("bytes_down")),
         Column("bytes in all", lambda r: size(r["bytes"]), _get("bytes")),
@@ -105,9 +106,8 @@ def _brackets(interval: Sequence[float] | None, digits: int, sign: str = "") -> 
     return f" [{low}, {high}]"
 
 
-def _error(row: Json) -> str:
-    error = row["aggregation_error"]
-    return MISSING if error is None else f"{error:.1e}"
+def _error(name: str) -> Callable[[Json], str]:
+    return lambda row: MISSING if row[name] is None else f"{row[name]:.1e}"
 
 
 def _times(value: Any) -> str:
@@ -134,7 +134,16 @@ def as_csv(outcome: Json) -> str:
     heads = [
         *("name", "method", "group", "rate", "at_edge", "loss", "loss_low", "loss_high", "perplexity"),
         *("accuracy", "accuracy_low", "accuracy_high", "difference", "difference_low", "difference_high"),
-        *("worst_loss", "others_loss", "aggregation_error", "bytes_up", "bytes_down", "bytes", "fewer_up"),
+        *(
+            "worst_loss",
+            "others_loss",
+            "aggregation_error",
+            "mean_error",
+            "bytes_up",
+            "bytes_down",
+            "bytes",
+            "fewer_up",
+        ),
         *(f"loss_at_{round(budget)}_bytes" for budget in outcome["budgets"]),
         *("steps", "seconds", "server_seconds", "wall_seconds", "peak_rss", "reason"),
     ]
@@ -232,7 +241,8 @@ def _notes(outcome: Json) -> list[str]:
     notes = [
         "Loss in nats per token on all silos' test rows after the last round; personal methods are measured with every "
         "silo's own model.",
-        "Bytes are those of training alone, as the engine measured them.",
+        "Bytes are those of training alone, as the engine measured them; a set-up round's are in the sum, and not in "
+        "those of a round.",
         "Peak memory is that of the one process in which coordinator and silos work in turn.",
     ]
     if outcome["budgets"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from fedlm.errors import RunError
@@ -15,14 +16,26 @@ class Course:
     """Sums over a run's events.
 
     Bytes are those of training: the model that travels to silos, and updates back, as the engine measured them. What
-    the measuring between rounds sends is no part of a method and is left out.
+    the measuring between rounds sends is no part of a method and is left out, but where silos keep the model that they
+    were measured with and train from it, its way down counts for the training.
+
+    Attributes:
+        setup_rounds: rounds at the start in which nothing is trained yet; their bytes are in the sums, and not in what
+            a silo's round takes.
+        kept: silos keep the model that they received last.
     """
 
+    setup_rounds: int = 0
+    kept: bool = False
     points: list[Fields] = field(default_factory=list)
     """After every measured round (-1: before training): the summary of the rows, and the bytes so far."""
     aggregation: list[float] = field(default_factory=list)
     up: int = 0
     down: int = 0
+    setup_up: int = 0
+    setup_down: int = 0
+    measuring_down: int = 0
+    """Sent down to measure a model from which nothing was trained yet."""
     trainings: int = 0
     steps: int = 0
     tokens: int = 0
@@ -32,10 +45,17 @@ class Course:
 
     def fold(self, event: Event) -> None:
         """Take in one event."""
-        if event["kind"] == "silo_done" and event["verb"] == "train":
+        if event["kind"] == "silo_done" and event["verb"] == "evaluate":
+            self.measuring_down += event["bytes_down"] if self.kept else 0
+        elif event["kind"] == "silo_done" and event["verb"] == "train":
+            down, self.measuring_down = event["bytes_down"] + self.measuring_down, 0
             self.up += event["bytes_up"]
-            self.down += event["bytes_down"]
-            self.trainings += 1
+            self.down += down
+            if event["round"] < self.setup_rounds:
+                self.setup_up += event["bytes_up"]
+                self.setup_down += down
+            else:
+                self.trainings += 1
             self.steps += event["steps"]
             self.tokens += event["tokens"]
             self.seconds += event["seconds"]
@@ -67,8 +87,11 @@ class Course:
         return {
             "points": self.points,
             "aggregation_error": max(self.aggregation, default=None),
+            "mean_error": fmean(self.aggregation) if self.aggregation else None,
             "bytes_up": self.up,
             "bytes_down": self.down,
+            "setup_up": self.setup_up,
+            "setup_down": self.setup_down,
             "trainings": self.trainings,
             "steps": self.steps,
             "tokens": self.tokens,

@@ -153,7 +153,7 @@ def train(job: Job, base: Path, folder: Path, observe: Observe) -> Fields:
     from fedlm.federation.engines.local import LocalEngine
 
     recipe = job.recipe
-    course = Course()
+    course = Course(job.row.facts.setup_rounds, recipe.federation.downlink.send == "changed")
 
     def see(event: Event) -> None:
         course.fold(event)

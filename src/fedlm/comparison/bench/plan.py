@@ -79,7 +79,8 @@ def changes(base: Base, row: Row, lr: float, seed: int, role: str) -> list[str]:
     recipe, facts = base.recipe, row.facts
     weights = recipe.federation.algorithm.weights
     algorithm = row.method if weights is None or facts.equal_weights else f"{row.method}, weights: {weights}"
-    found = [f"federation.algorithm={{name: {algorithm}}}", *_adapter(base, row), *_training(recipe.training, row)]
+    found = [f"federation.algorithm={{name: {algorithm}}}", *_adapter(base, row)]
+    found += [*_ranks(base, row), *_training(recipe.training, row)]
     found += [f"federation.rounds={_rounds(base, row)}", *row.change, f"{tunes(row)}={lr!r}"]
     data_seed = recipe.seed if recipe.data.seed is None else recipe.data.seed
     found += [f"seed={seed}", f"data.seed={data_seed}", "federation.patience=null", "federation.workers=1"]
@@ -98,6 +99,17 @@ def _adapter(base: Base, row: Row) -> list[str]:
     if kinds[0] == "full":
         return ["adapter={kind: full}", *(["model.dtype=float32"] if row.facts.zeroth_order else [])]
     return [f"adapter.kind={kinds[0]}"]
+
+
+def _ranks(base: Base, row: Row) -> list[str]:
+    adapter, found = base.recipe.adapter, []
+    rank = max(1, round(row.rank * adapter.rank))
+    if rank != adapter.rank:
+        found += [f"adapter.rank={rank}", f"adapter.alpha={adapter.alpha * rank / adapter.rank}"]
+    if row.ranks:
+        dealt = ", ".join(f"{{rank: {max(1, round(share * rank))}}}" for share in row.ranks)
+        found.append(f"federation.capacity={{dealt: [{dealt}]}}")
+    return found
 
 
 def _training(spec: TrainingSpec, row: Row) -> list[str]:

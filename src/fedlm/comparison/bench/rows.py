@@ -26,6 +26,10 @@ class Row:
     """Between neighbouring learning rates."""
     steps: int = 1
     """Local steps as a multiple of the recipe's; above 1 for methods whose steps are no gradient steps."""
+    rank: float = 1.0
+    """Of the adapter, as a multiple of the recipe's; alpha follows, so that alpha / rank stays."""
+    ranks: tuple[float, ...] = ()
+    """Dealt to the silos in turn, as multiples of the row's rank."""
     buffer: int = 1
     """Updates of a server step, for asynchronous methods."""
     change: tuple[str, ...] = ()
@@ -42,6 +46,8 @@ GROUPS = {
     "optimiser": "Rules for any adapter",
     "personal": "A model for every silo",
     "merge": "Merging once or in closed form",
+    "mixed": "Silos of different ranks",
+    "compression": "Fewer bytes",
     "asynchronous": "Without waiting for the slowest",
     "full": "All weights",
     "zeroth": "All weights without gradients",
@@ -50,9 +56,27 @@ GROUPS = {
 
 _MERGES = ("lorm", "task-arithmetic", "ties")
 _BUFFER = 3
+_THIRDS = (0.25, 0.5, 1.0)
+_INT4 = ("guards=[{name: int4, error_feedback: true}]",)
 
 ROWS = (
     Row("fedit", "fedit", "lora"),
+    Row("flexlora-mixed", "flexlora", "mixed", ranks=_THIRDS),
+    Row("hetlora-mixed", "hetlora", "mixed", ranks=_THIRDS),
+    Row("flora-mixed", "flora", "mixed", ranks=_THIRDS),
+    Row("fedit-smallest", "fedit", "mixed", rank=0.25, note="every silo at the smallest rank"),
+    Row("fedit+int8", "fedit", "compression", change=("guards=[{name: int8, error_feedback: true}]",)),
+    Row("fedit+int4", "fedit", "compression", change=_INT4),
+    Row(
+        "fedit+int4-both-ways",
+        "fedit",
+        "compression",
+        change=(*_INT4, "federation.downlink={send: changed, guards: [{name: int8}]}"),
+    ),
+    Row("fedit+topk", "fedit", "compression", change=("guards=[{name: topk, density: 0.05, error_feedback: true}]",)),
+    Row("ffa-lora+int4", "ffa-lora", "compression", change=_INT4),
+    Row("fed-sb+int4", "fed-sb", "compression", change=("guards=[{name: int4}]",)),
+    Row("fed-sb-x4+int4", "fed-sb", "compression", rank=4.0, change=("guards=[{name: int4}]",), note="rank times 4"),
     Row("fedbuff", "fedbuff", "asynchronous", buffer=_BUFFER, change=(f"federation.algorithm.buffer={_BUFFER}",)),
     Row("fedavg-full", "fedavg", "full", lr=0.1, change=("adapter={kind: full}",), note="every weight travels"),
 )

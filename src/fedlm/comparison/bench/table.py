@@ -23,18 +23,19 @@ def row_figures(by_seed: Mapping[int, Fields]) -> Fields:
     """One row's figures from its reporting seeds' (`Course.figures`).
 
     Returns:
-        {"loss", "loss_interval" (95 %, Student's t; None for one seed), "loss_by_seed", "perplexity", "accuracy" and
-        its interval if measured, "worst_loss" (mean over seeds of the worst silo's), "others_loss" (personal methods),
-        "aggregation_error" (the largest of all rounds and seeds; None where it is not defined), "bytes_up" and
-        "bytes_down" (per silo and round), "bytes" (all of a training), "steps" (per training), "seconds",
-        "server_seconds", "wall_seconds" (of a training; means), "peak_rss" (largest), "curve": [[bytes, loss], ...]}.
+        loss, loss_interval: mean over seeds, and its 95 % interval (Student's t; None for one seed); loss_by_seed.
+        perplexity; accuracy and its interval where measured; worst_loss: mean over seeds of the worst silo's.
+        others_loss: of every silo's model on other silos' rows, for personal methods.
+        aggregation_error, mean_error: largest and mean over rounds and seeds; None where it is not defined.
+        bytes_up, bytes_down: per silo and round, without set-up rounds; bytes: all of a training.
+        steps, seconds, server_seconds, wall_seconds: of a training, means over seeds; peak_rss: the largest, bytes.
+        curve: [[bytes so far, loss], ...], from before the first round.
     """
     seeds = sorted(by_seed)
     runs = [by_seed[seed] for seed in seeds]
     last = [run["points"][-1] for run in runs]
     losses = [point["loss"] for point in last]
-    trainings = [run["trainings"] for run in runs]
-    errors = [run["aggregation_error"] for run in runs if run["aggregation_error"] is not None]
+    errors = [run for run in runs if run["aggregation_error"] is not None]
     figures: Fields = {
         "loss": fmean(losses),
         "loss_interval": _interval(losses),
@@ -42,9 +43,10 @@ def row_figures(by_seed: Mapping[int, Fields]) -> Fields:
         "perplexity": math.exp(min(fmean(losses), 700.0)),
         "worst_loss": fmean(point["fairness"]["loss"]["worst"] for point in last),
         "others_loss": fmean(run["others"]["loss"] for run in runs) if "others" in runs[0] else None,
-        "aggregation_error": max(errors, default=None),
-        "bytes_up": fmean(run["bytes_up"] / n for run, n in zip(runs, trainings, strict=True)),
-        "bytes_down": fmean(run["bytes_down"] / n for run, n in zip(runs, trainings, strict=True)),
+        "aggregation_error": max((run["aggregation_error"] for run in errors), default=None),
+        "mean_error": fmean(run["mean_error"] for run in errors) if errors else None,
+        "bytes_up": fmean((run["bytes_up"] - run["setup_up"]) / run["trainings"] for run in runs),
+        "bytes_down": fmean((run["bytes_down"] - run["setup_down"]) / run["trainings"] for run in runs),
         "bytes": fmean(run["bytes_up"] + run["bytes_down"] for run in runs),
         "steps": fmean(run["steps"] for run in runs),
         "peak_rss": max(run["peak_rss"] for run in runs),
