@@ -82,3 +82,25 @@ def test_a_federation_on_the_gpu(tiny_model_dir: Path, tmp_path: Path) -> None:
     validation = [line["validation"]["loss"] for line in lines if line["validation"]]
     assert validation[-1] < validation[0]
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_silos_with_a_base_in_four_bits_learn_beside_others(tiny_model_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="the extra [gpu4bit] is not installed")
+    from fedlm.federation.api import run_recipe
+
+    draw = np.random.default_rng(0)
+    rows = [{"prompt": f"the {draw.integers(9)} patient", "response": "the dose of medicine"} for _ in range(120)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "recipe.yaml").write_text(
+        f"name: gpu\nmodel: {{source: {tiny_model_dir}, dtype: bfloat16, device: cuda}}\nadapter: {{rank: 4}}\n"
+        "data:\n  sources: [{path: rows.jsonl, columns: {prompt: prompt, response: response}}]\n"
+        "  partition: {kind: iid, silos: 3}\n  split: {validation: 0.2, test: 0.2}\n"
+        "training: {steps: 4, batch_size: 4, max_length: 64, lr: 0.01}\n"
+        "federation:\n  rounds: 3\n  algorithm: {name: flora}\n"
+        "  capacity: {dealt: [{}, {quantise: 4bit, rank: 2}]}\n"
+    )
+    run_recipe(load_recipe(tmp_path / "recipe.yaml"), base=tmp_path, run_dir=tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()]
+    validation = [line["validation"]["loss"] for line in lines if line["validation"]]
+    assert validation[-1] < validation[0]
+    assert all(line["aggregation"]["aggregation_error"] < 1e-5 for line in lines[1:])

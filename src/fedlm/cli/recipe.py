@@ -1,4 +1,4 @@
-"""`fedlm recipe`: check, show and document recipes. Nothing here loads torch, data or a model."""
+"""`fedlm recipe`: check, show and document recipes. Nothing here loads torch, data or a model, `memory` apart."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fedlm.cli.output import print_json
+from fedlm.cli.recipe_memory import memory
 from fedlm.errors import RecipeError
 
 Recipe = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
@@ -21,9 +22,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 def register(app: typer.Typer) -> None:
     """Add the group."""
-    group = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Check, show or document recipes.")
+    group = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Check, show, plan or document recipes.")
     group.command("check")(check)
     group.command("show")(show)
+    group.command("memory")(memory)
     group.command("schema")(schema)
     group.command("reference")(reference)
     app.add_typer(group, name="recipe")

@@ -79,6 +79,10 @@ class Capacity(Strict):
         """What is limited, as plain JSON."""
         return self.model_dump(mode="json", exclude_none=True)
 
+    def with_(self, other: Capacity) -> Capacity:
+        """This, with what `other` limits in place of its own."""
+        return Capacity(**(self.given | other.given))
+
 
 class CapacitySpec(Strict):
     """What silos can do where they differ: the default, over it what is dealt to a silo, over it what its name has."""
@@ -100,11 +104,10 @@ class CapacitySpec(Strict):
         Args:
             position: of its name among all silos' names, sorted.
         """
-        layers = [self.default]
+        capacity = self.default
         if self.dealt:
-            layers.append(self.dealt[position % len(self.dealt)])
-        layers.append(self.silos.get(silo, Capacity()))
-        return Capacity(**{name: value for layer in layers for name, value in layer.given.items()})
+            capacity = capacity.with_(self.dealt[position % len(self.dealt)])
+        return capacity.with_(self.silos.get(silo, Capacity()))
 
 
 def parse_capacity(fields: Any) -> Capacity:

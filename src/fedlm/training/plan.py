@@ -88,6 +88,24 @@ class Plan:
         plain |= {name: getattr(self, name) for name in rest}
         return {name: value for name, value in plain.items() if value not in (0, None)}
 
+    def words(self, shape: Shape) -> str:
+        """For people, of a model of this shape."""
+        said = [f"rank {self.rank}"] if self.rank else []
+        if self.first_layer:
+            said.append(f"the last {shape.blocks - self.first_layer} of {shape.blocks} layers")
+        if self.targets is not None:
+            said.append("only " + ", ".join(self.targets))
+        if self.micro_batch_size is not None:
+            said.append(f"{self.micro_batch_size} examples at once")
+        if self.gradient_checkpointing:
+            said.append("gradient checkpointing")
+        if self.steps is not None:
+            said.append(f"{self.steps} steps")
+        if self.seconds is not None:
+            said.append(f"what ends within {self.seconds:g} seconds")
+        said += [kind for kind in (self.dtype, self.quantise) if kind is not None]
+        return ", ".join(said)
+
     def within(self, other: Plan) -> bool:
         """Whether this asks for no more than `other`."""
 
