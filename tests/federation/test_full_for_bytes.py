@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import fedlm.algorithms.zeroth
 from fedlm.data.federated import load_data
 from fedlm.errors import ModelError, RecipeError
 from fedlm.federation.api import run_recipe
@@ -216,6 +217,29 @@ def test_fedmezo_sends_the_difference_of_what_it_loaded(tiny: Tiny, tmp_path: Pa
         for name, value in get_tensors(bench.model).items():
             torch.testing.assert_close(value, theta[name], rtol=0, atol=1e-7)
             assert reply.tensors[name].any(), name
+
+
+@pytest.mark.parametrize("dtype, eps", [("float32", 1e-3), ("bfloat16", 1e-2)])
+def test_the_default_perturbation_is_one_that_the_dtypes_losses_resolve(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, eps: float
+) -> None:
+    asked: list[float] = []
+    real = fedlm.algorithms.zeroth.train_zeroth
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs["eps"])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr("fedlm.algorithms.zeroth.train_zeroth", recorded)
+    for change in ("training.steps=1", "federation.algorithm.zo_eps=0.004"):
+        of = recipe(tiny, "fedmezo", "adapter={kind: lora, rank: 2}", f"model.dtype={dtype}", change)
+        bench = Workbench(of, load_data(of, tiny.base))
+        bench.load()
+        theta = bench.algorithm.initial(lambda b=bench: get_tensors(b.model))
+        fields = {"round": 0, "rounds": 3, "accepted": -1}
+        answer = Silo("site1", bench, tmp_path / change).handle(Request("site1", "train", "r", 0, 0, theta, fields))
+        assert isinstance(answer, Reply), answer
+    assert asked == [eps, 0.004]
 
 
 def test_the_base_is_put_back_from_its_folder(tiny_model_dir: Path, tiny: Tiny) -> None:
