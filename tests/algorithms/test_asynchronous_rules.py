@@ -82,7 +82,7 @@ def test_fedasync_is_the_papers_formula(alpha: float | None) -> None:
 
 
 def test_one_silo_that_is_never_late_is_centralised_training() -> None:
-    """alpha = 1, mu = 0, staleness 0: rounds of one silo continue its own descent, up to the rounding of u = w - theta."""
+    """alpha = 1, mu = 0, staleness 0: rounds of one silo continue its own descent, up to the rounding of u."""
     (silo,) = quadratics(1)
     w = torch.zeros(6)
     for _ in range(4 * 3):

@@ -80,7 +80,8 @@ class StateStore:
                     parts[prefix][name.removeprefix(prefix)] = handle.get_tensor(name)
         except Exception as error:
             raise RunError("the silo's stored state is corrupt", where=str(file)) from error
-        return Trained(note["key"], note["digest"], *parts.values(), note["fields"])
+        rule, optimizer, guard, reply = parts.values()
+        return Trained(note["key"], note["digest"], rule, optimizer, guard, reply, note["fields"])
 
     def save(self, run: str, round_: int, trained: Trained) -> None:
         """Store a round's state and reply, readable by the owner only."""
