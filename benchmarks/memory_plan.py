@@ -5,8 +5,8 @@
 Every row is a process of its own: it loads SmolLM2-135M-Instruct (or a random tiny Llama, where the program itself is
 nearly all there is) and trains one round of rows that fill `max_length`, through the same door as any silo, on one
 thread with AdamW. Measured is the highest resident size (VmHWM), mapped weights included. Predicted is
-`fedlm.training.plan.predict`, from sizes alone. Rows named `budget-...` give the planner an amount of memory and measure
-what it planned.
+`fedlm.training.plan.predict`, from sizes alone. Rows named `budget-...` give the planner an amount of memory, train as
+it planned, and measure validation rows as well: all of it must keep within the budget.
 About 10 minutes on an idle core.
 """
 
@@ -63,7 +63,7 @@ def recipe_of(config: dict[str, Any], steps: int, folder: Path) -> Any:
             "data": {
                 "sources": [{"path": "rows.jsonl", "columns": {"text": "text"}}],
                 "partition": {"kind": "iid", "silos": 1},
-                "split": {"validation": 0.0, "test": 0.0},
+                "split": {"validation": 0.2, "test": 0.0},
             },
             "training": {"steps": steps, **config["training"]},
             "federation": {
@@ -122,6 +122,9 @@ def measure(config: dict[str, Any], steps: int, folder: Path) -> dict[str, Any]:
     fields = {"round": 0, "rounds": 1, "accepted": -1, "plan": plan.fields()}
     answer = silo.handle(Request(name, "train", "run", 0, 0, tensors, fields))
     assert isinstance(answer, Reply), answer
+    if recipe.federation.capacity.default.memory is not None:
+        asked = {"role": "validation", "plan": plan.fields()}
+        assert isinstance(silo.handle(Request(name, "evaluate", "run", 0, 0, tensors, asked)), Reply)
     return {
         "predicted": footprint.total,
         "measured": peak_rss(),

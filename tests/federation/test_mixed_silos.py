@@ -470,3 +470,34 @@ def test_a_silo_with_a_hostile_plan_does_not_take_part(
     assert line["replied"] == ["site0", "site1", "site3"]
     first = json.loads((tmp_path / "run" / "rounds.jsonl").read_text().splitlines()[0])
     assert [(f["silo"], f["kind"]) for f in first["failures"]] == [("site2", "bad_update")]
+
+
+# ------------------------------------------------------------------------------------------------ with other parts
+
+MIXED = "federation.capacity.dealt=[{}, {rank: 2}, {layers: 1}, {rank: 1, targets: [q_proj, v_proj]}]"
+
+
+@pytest.mark.parametrize("algorithm", ["flexlora", "flora", "hetlora"])
+def test_only_what_has_changed_travels_and_the_bits_are_the_same(algorithm: str, tiny: Tiny, tmp_path: Path) -> None:
+    changes = (*SHORT, f"federation.algorithm.name={algorithm}", MIXED, "federation.sample=3")
+    run_recipe(tiny.recipe(*changes), base=tiny.base, run_dir=tmp_path / "full")
+    changed = tiny.recipe(*changes, "federation.downlink.send=changed")
+    run_recipe(changed, base=tiny.base, run_dir=tmp_path / "changed")
+    assert same(adapter(tmp_path / "full"), adapter(tmp_path / "changed"))
+    down = [sum(line["bytes_down"] for line in lines(tmp_path / run)) for run in ("full", "changed")]
+    assert down[1] < down[0]
+
+
+@pytest.mark.parametrize(("algorithm", "feedback", "deal"), [("flexlora", "false", MIXED), ("fedavg", "true", DEAL)])
+def test_updates_of_mixed_silos_are_compressed(
+    algorithm: str, feedback: str, deal: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    """They end near the uncompressed model, with fewer bytes; what each silo lost stays with what it trains."""
+    changes = (*SHORT, f"federation.algorithm.name={algorithm}", deal)
+    run_recipe(tiny.recipe(*changes), base=tiny.base, run_dir=tmp_path / "plain")
+    guarded = tiny.recipe(*changes, f"guards=[{{name: int4, error_feedback: {feedback}}}]")
+    run_recipe(guarded, base=tiny.base, run_dir=tmp_path / "guarded")
+    plain, rounded = lines(tmp_path / "plain"), lines(tmp_path / "guarded")
+    assert all(line["replied"] == SITES for line in rounded)
+    assert sum(x["bytes_up"] for x in rounded) < 0.6 * sum(x["bytes_up"] for x in plain)
+    assert rounded[-1]["validation"]["loss"] == pytest.approx(plain[-1]["validation"]["loss"], rel=0.05)

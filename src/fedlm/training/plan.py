@@ -19,7 +19,7 @@ from fedlm.errors import RunError, UpdateRefused
 from fedlm.messages import Fields
 from fedlm.recipe.capacity import Capacity, read_bytes
 from fedlm.recipe.methods import ALGORITHMS
-from fedlm.recipe.schema import ModelSpec, Recipe, TrainingSpec
+from fedlm.recipe.schema import EvaluationSpec, ModelSpec, Recipe, TrainingSpec
 from fedlm.training.footprint import Footprint, Shape, block_of, footprint, forward_tokens, numbers
 
 MARGIN = 0.15
@@ -75,6 +75,19 @@ class Plan:
         if self.gradient_checkpointing is not None:
             changes["gradient_checkpointing"] = self.gradient_checkpointing
         return spec.model_copy(update=changes)
+
+    def evaluation(self, spec: EvaluationSpec, training: TrainingSpec) -> EvaluationSpec:
+        """The recipe's measuring as this silo does it: with no more tokens at once than in training."""
+        if self.micro_batch_size is None:
+            return spec
+        tokens = min(spec.batch_tokens, forward_tokens(self.training(training)))
+        return spec.model_copy(update={"batch_tokens": tokens})
+
+    def recipe(self, recipe: Recipe) -> Recipe:
+        """The recipe with this silo's training and measuring."""
+        training, evaluation = recipe.training, recipe.evaluation
+        update = {"training": self.training(training), "evaluation": self.evaluation(evaluation, training)}
+        return recipe.model_copy(update=update)
 
     def model(self, spec: ModelSpec) -> ModelSpec:
         """The recipe's base model as this silo loads it."""

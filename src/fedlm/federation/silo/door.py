@@ -295,7 +295,7 @@ class Silo:
                 rows,
                 data.kind,
                 recipe.task,
-                recipe.evaluation,
+                plan.evaluation(recipe.evaluation, recipe.training),
                 max_length=recipe.training.max_length,
                 items=bool(request.fields.get("items", False)),
                 packing=recipe.training.packing,

@@ -74,7 +74,7 @@ class SiloSession:
         self._plan, self._budget = plan, budget
         self._moments = optimizer
         self.optimizer: Tensors = {}
-        self.recipe: Recipe = bench.recipe.model_copy(update={"training": plan.training(bench.recipe.training)})
+        self.recipe: Recipe = plan.recipe(bench.recipe)
         self.model: Module = bench.model
         self.tokens: TokenSet = bench.training_tokens(place.silo)
 
