@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -210,3 +214,19 @@ def test_within_is_said_of_every_part(field: str) -> None:
     own = Plan(rank=4, first_layer=2, targets=("a",), steps=2, seconds=2.0)
     assert own.within(own) and Plan(rank=1, first_layer=3, targets=("a",), steps=1, seconds=1.0).within(own)
     assert not more[field]().within(own)
+
+
+@pytest.mark.slow
+def test_predictions_are_within_fifteen_percent_of_what_processes_need(tmp_path: Path) -> None:
+    """SmolLM2 in some ways to train it, a model so small that the program is all, and a plan that keeps its budget."""
+    script = Path(__file__).parents[2] / "benchmarks" / "memory_plan.py"
+    chosen = ["tiny", "rank-64", "last-8-layers", "checkpointing", "micro-batch-4", "budget-1.3GB"]
+    subprocess.run(
+        [sys.executable, str(script), "--steps", "6", "--json", str(tmp_path / "rows.json"), "--only", *chosen],
+        check=True,
+    )
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert list(rows) == chosen
+    for name, row in rows.items():
+        assert row["predicted"] == pytest.approx(row["measured"], rel=MARGIN), name
+    assert rows["budget-1.3GB"]["measured"] < 1.3e9
