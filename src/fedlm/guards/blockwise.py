@@ -14,6 +14,9 @@ from fedlm.guards.base import Guard, Parts, Shapes, size_of
 from fedlm.guards.cast import checked_peak, power_above
 from fedlm.messages import Tensors
 
+STRETCH = 1 << 18
+"""About so many values are worked on at a time: 1 MiB, which stays in cache."""
+
 
 class Int8(Guard):
     """x = s c, with whole numbers c in -L..L and a scale s for each block of `block` values.
@@ -27,34 +30,49 @@ class Int8(Guard):
     """
 
     levels = 127
+    dtype = torch.int8
 
     def parts(self, shapes: Shapes) -> Parts:
         size = size_of(shapes)
-        return {"peak": (torch.float32, 1), "scales": (torch.float16, self._blocks(size)), **self._codes(size)}
+        blocks, codes = -(-size // self.spec.block), (self.dtype, self._length(size))
+        return {"peak": (torch.float32, 1), "scales": (torch.float16, blocks), "codes": codes}
 
     def encode(self, values: Tensor, shapes: Shapes, random: np.random.Generator) -> tuple[Tensor, Tensors]:  # noqa: ARG002
-        peak, block = power_above(values), self.spec.block
-        blocks = pad(values, (0, -len(values) % block)).view(-1, block)
-        scales = rounded_up(blocks.abs().amax(1) / peak)
-        inverse = torch.where(scales > 0, self.levels / (scales.float() * peak), 0.0)
-        codes = (blocks * inverse[:, None]).view(-1)[: len(values)]
-        codes.add_(coins(len(values), random)).floor_().clamp_(-self.levels, self.levels)
-        return values[:0], {"peak": peak, "scales": scales, "codes": self._pack(codes)}
+        peak = power_above(values)
+        found = [self._encoded(stretch, peak, random) for stretch in values.split(self._stretch)]
+        scales, codes = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return values[:0], {"peak": peak, "scales": scales, "codes": codes}
 
     def decode(self, left: Tensor, parts: Tensors, shapes: Shapes, random: np.random.Generator) -> Tensor:  # noqa: ARG002
         scales = parts["scales"].float().mul_(checked_peak(parts["peak"]))
         if len(scales) and not 0 <= float(scales.amin()) <= float(scales.amax()) < math.inf:
             raise UpdateRefused("the payload's scales are negative or not finite")
-        block, size = self.spec.block, size_of(shapes)
-        values = pad(self._unpack(parts["codes"], size), (0, -size % block)).view(-1, block)
-        values.mul_(scales.div_(self.levels)[:, None])
-        return values.view(-1)[:size]
+        steps, values, block = scales.div_(self.levels), torch.empty(size_of(shapes)), self.spec.block
+        codes = parts["codes"].split(self._length(self._stretch))
+        for place, of, packed in zip(
+            values.split(self._stretch), steps.split(self._stretch // block), codes, strict=True
+        ):
+            numbers = pad(self._unpack(packed, len(place)), (0, -len(place) % block)).view(-1, block)
+            place.copy_(numbers.mul_(of[:, None]).view(-1)[: len(place)])
+        return values
 
-    def _blocks(self, size: int) -> int:
-        return -(-size // self.spec.block)
+    @property
+    def _stretch(self) -> int:
+        """Values at a time: whole blocks, and a multiple of four, as random bits are drawn."""
+        return 4 * self.spec.block * max(1, STRETCH // (4 * self.spec.block))
 
-    def _codes(self, size: int) -> Parts:
-        return {"codes": (torch.int8, size)}
+    def _encoded(self, values: Tensor, peak: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Scales and codes of one stretch."""
+        blocks = pad(values, (0, -len(values) % self.spec.block)).view(-1, self.spec.block)
+        scales = rounded_up(blocks.abs().amax(1) / peak)
+        inverse = torch.where(scales > 0, self.levels / (scales.float() * peak), 0.0)
+        codes = (blocks * inverse[:, None]).view(-1)[: len(values)]
+        codes.add_(coins(len(values), random)).floor_().clamp_(-self.levels, self.levels)
+        return scales, self._pack(codes)
+
+    def _length(self, size: int) -> int:
+        """Of the codes of so many values."""
+        return size
 
     def _pack(self, codes: Tensor) -> Tensor:
         return codes.to(torch.int8)
@@ -70,9 +88,10 @@ class Int4(Int8):
     """
 
     levels = 7
+    dtype = torch.uint8
 
-    def _codes(self, size: int) -> Parts:
-        return {"codes": (torch.uint8, -(-size // 2))}
+    def _length(self, size: int) -> int:
+        return -(-size // 2)
 
     def _pack(self, codes: Tensor) -> Tensor:
         halves = pad(codes.add_(self.levels).to(torch.uint8), (0, len(codes) % 2))
