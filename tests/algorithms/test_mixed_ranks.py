@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedlm.federation.api import run_recipe
 from fedlm.federation.rundir import RunDir
-from tests.algorithms.observed import Observed, distance, federate, final
+from fedlm.models.export import load_adapter
+from tests.algorithms.observed import Observed, distance, effective, federate, final
 from tests.federation.conftest import Tiny
 
 ROUNDS = 4
@@ -74,3 +76,16 @@ def test_it_learns_and_resumes_to_the_same_bits(runs: dict[str, Run], name: str,
     _, resumed = federate(tiny.recipe(*changes(name)), tiny.base, tmp_path / "run", interrupt=2)
     one, other = final(run), final(resumed)
     assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_worker_processes_give_the_same_bits(runs: dict[str, Run], name: str, tiny: Tiny, tmp_path: Path) -> None:
+    """Two of them, with the spool on disk between; and what is exported is what a silo of the largest rank loaded."""
+    recipe = tiny.recipe(*changes(name), "federation.workers=2")
+    assert run_recipe(recipe, base=tiny.base, run_dir=tmp_path / "run").status == "finished"
+    engine, run = runs[name]
+    one, other = final(run), final(RunDir.open(tmp_path / "run", write=False))
+    assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+    best = run.load_checkpoint().progress.best_round  # type: ignore[union-attr]
+    engine.bench.put(load_adapter(run.adapter, recipe.adapter))
+    assert distance(effective(engine.bench.model), engine.loaded[best]["site0"]) < 1e-6
