@@ -472,6 +472,27 @@ def test_a_silo_with_a_hostile_plan_does_not_take_part(
     assert [(f["silo"], f["kind"]) for f in first["failures"]] == [("site2", "bad_update")]
 
 
+def test_a_silo_whose_plan_trains_nothing_does_not_count(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sorted first, so that the round's sum would begin with an empty update."""
+    plan, taken = Workbench.plan, Workbench.take
+    monkeypatch.setattr(Workbench, "plan", lambda bench, c: Plan(rank=4, first_layer=9) if c.steps else plan(bench, c))
+    monkeypatch.setattr(Workbench, "choose", lambda _bench, parameters, _trains: dict(parameters))
+    monkeypatch.setattr(Workbench, "take", lambda bench, p: {n: t for n, t in taken(bench, p).items() if ".1." in n})
+    recipe = tiny.recipe(
+        *SHORT,
+        "federation.rounds=1",
+        "federation.algorithm.name=fedavg",
+        "federation.quorum=0.25",
+        "federation.capacity={default: {layers: 1}, silos: {site0: {steps: 1}}}",
+    )
+    run_recipe(recipe, base=tiny.base, run_dir=tmp_path / "run")
+    (line,) = lines(tmp_path / "run")
+    assert line["replied"] == ["site1", "site2", "site3"]
+    assert "trains nothing" in line["failures"][0]["reason"]
+
+
 # ------------------------------------------------------------------------------------------------ with other parts
 
 MIXED = "federation.capacity.dealt=[{}, {rank: 2}, {layers: 1}, {rank: 1, targets: [q_proj, v_proj]}]"

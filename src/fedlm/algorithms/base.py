@@ -34,7 +34,8 @@ BLOCK = 1 << 17
 
 def weight_of(spec: AlgorithmSpec, fields: Fields) -> float:
     """A silo's weight in the mean, read from its reply: the training examples it holds (McMahan's n_k), their target
-    tokens, or 1 for everybody. How much of them a round trains on does not matter.
+    tokens, or 1 for everybody. How much of them a round trains on does not matter: a silo that ran out of time keeps
+    its weight (FedNova also evens out what fewer steps mean for the update).
 
     Raises:
         UpdateRefused: the reply does not say how many.

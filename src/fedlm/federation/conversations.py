@@ -291,6 +291,8 @@ class Conversations:
         expected = self.algorithm.expected_update(parameters, place)
         if plan is not None and plan.partial:
             expected = {n: shape for n, shape in expected.items() if ".lora_" not in n or plan.trains(n)}
+            if not any(".lora_" in name for name in expected):
+                raise UpdateRefused("the silo's plan trains nothing of this model", where=reply.silo)
         return place, expected
 
     def _place(self, reply: Reply) -> Place:

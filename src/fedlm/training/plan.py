@@ -58,7 +58,7 @@ class Plan:
         block = block_of(name)
         if block is not None and block < self.first_layer:
             return False
-        return self.targets is None or any(f".{target}." in f"{name}." for target in self.targets)
+        return self.targets is None or any(f".{target}." in f".{name}." for target in self.targets)
 
     @property
     def partial(self) -> bool:
