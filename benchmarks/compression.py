@@ -1,4 +1,4 @@
-"""Bench g: how fast guards encode and decode an update, and how many times fewer bytes it then has.
+"""Bench: how fast guards encode and decode an update, and how many times fewer bytes it then has.
 
 The update is SmolLM2-135M's with LoRA r = 16 on all linear layers (420 matrices, 19.5 MB fp32); its values are random,
 and no model is needed. Bytes are those that engines send: safetensors, headers included. GB/s are of the fp32 update;
