@@ -13,7 +13,7 @@ import torch
 from fedlm.algorithms import get_algorithm
 from fedlm.algorithms.base import Accumulator, Place
 from fedlm.errors import RecipeError, RunError
-from fedlm.recipe.schema import AlgorithmSpec
+from fedlm.recipe.schema import AdapterSpec, AlgorithmSpec
 
 ROUNDS, N = 25, 64
 
@@ -129,8 +129,12 @@ def test_the_three_adaptive_rules_differ() -> None:
 
 
 def test_default_server_rates() -> None:
-    rates = {n: get_algorithm(AlgorithmSpec(name=n)).server_lr for n in ("fedavg", "fedavgm", "scaffold", "fedyogi")}
-    assert rates == {"fedavg": 1.0, "fedavgm": 1.0, "scaffold": 1.0, "fedyogi": 1e-3}
+    names = ("fedavg", "fedavgm", "scaffold", "fedyogi", "fedadagrad")
+    for kind, adaptive in (("full", (1e-3, 1e-3)), ("lora", (5e-3, 3e-2)), ("ia3", (5e-3, 3e-2))):
+        adapter = AdapterSpec(kind=kind)
+        rates = [get_algorithm(AlgorithmSpec(name=n), adapter).server_lr for n in names]
+        assert rates == [1.0, 1.0, 1.0, *adaptive]
+    assert get_algorithm(AlgorithmSpec(name="fedadam", server_lr=0.5)).server_lr == 0.5
 
 
 @pytest.mark.parametrize("field", ["server_momentum", "beta2"])

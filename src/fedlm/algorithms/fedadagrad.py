@@ -13,5 +13,8 @@ class FedAdagrad(FedAdam):
     The paper's algorithm keeps beta1 here too; its experiments set it to 0 (`server_momentum: 0`), the usual Adagrad.
     """
 
+    adapter_server_lr = 3e-2
+    """Larger than FedAdam's, since v adds up what FedAdam's averages."""
+
     def second_moment(self, v: Tensor, delta: Tensor) -> Tensor:
         return v.addcmul_(delta, delta)

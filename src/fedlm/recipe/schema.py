@@ -242,7 +242,8 @@ class AlgorithmSpec(Strict):
     mu: Annotated[float, Field(ge=0.0)] = Field(0.01, description="fedprox, fedasync: strength of the proximal term.")
     server_lr: PositiveFloat | None = Field(
         None,
-        description="Defaults: 1.0; adaptive rules 1e-3; task-arithmetic 0.3; feedsign 1e-4; fedasync 0.6 (alpha).",
+        description="Defaults: 1.0; adaptive rules 1e-3, on adapters 5e-3 (fedadagrad 3e-2); task-arithmetic 0.3; "
+        "feedsign 1e-4; fedasync 0.6 (alpha).",
     )
     server_momentum: Fraction = Field(0.9, description="fedavgm; beta1 of the adaptive rules.")
     beta2: Fraction = 0.99
@@ -259,7 +260,7 @@ class AlgorithmSpec(Strict):
         1, description="ferret: bases in a block of weights; time grows with it, and nothing else."
     )
     dyn_alpha: PositiveFloat = Field(
-        0.1, description="feddyn: strength of the pull to the global model; larger where local training is short."
+        1.0, description="feddyn: strength of the pull to the global model; larger where local training is short."
     )
     ditto_lambda: Annotated[float, Field(ge=0.0)] = Field(
         0.1, description="ditto: strength of a personal model's pull to the global one; 0 trains it alone."
