@@ -5,7 +5,7 @@ OUT of a bench:
     bench.json                  settings, rows, claims: what the tables are written from
     data.json                   a fingerprint of the silos' rows
     results/ROW-HASH.json       figures of one finished training; the hash is that of its recipe
-    work/ROW-HASH/              a training under way, or the log of one that failed
+    work/ROW-HASH.PID/          a training under way, or the log of one that failed in the last call
 
 A training with a result is never run again. One that was cut short, or failed, begins anew when the bench goes on.
 """
@@ -116,8 +116,7 @@ def bench(
         states = _plan(base, rows, settings, must)
         _check_directory(out, data.fingerprint, resume)
         with disk_errors(out):
-            for folder in ("results", "work"):
-                (out / folder).mkdir(parents=True, exist_ok=True)
+            (out / "results").mkdir(parents=True, exist_ok=True)
             lock = RunDir(out)
             lock.lock()
             write_json(out / "data.json", {"schema": SCHEMA, "data": data.fingerprint})

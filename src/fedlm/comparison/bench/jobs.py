@@ -67,19 +67,20 @@ def run_all(
 
     Args:
         base: folder that relative paths of the recipes start from.
-        folder: of run directories and logs; a job's are gone when it has succeeded.
+        folder: of run directories and logs, emptied first; a job's are gone when it has succeeded.
         observe: receives every event with "arm", the job's label, added.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     waiting, running = deque(jobs), dict[Connection, _Running]()
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # what is not finished is not believed
+    folder.mkdir(parents=True)
     try:
         while waiting or running:
             while waiting and len(running) < size:
                 job = waiting.popleft()
                 ours, theirs = context.Pipe(duplex=False)
-                place = folder / job.name
+                place = folder / f"{job.name}.{os.getpid()}"  # children of a killed bench may still write to theirs
                 process = context.Process(target=_work, args=(job, base, place, theirs), daemon=True)
                 process.start()
                 theirs.close()
@@ -119,8 +120,7 @@ def _work(job: Job, base: Path, folder: Path, connection: Connection) -> None:
     """The child's whole life."""
     from fedlm.federation.silo.door import classify
 
-    shutil.rmtree(folder, ignore_errors=True)  # of a try that was cut short; what is not finished is not believed
-    folder.mkdir(parents=True)
+    folder.mkdir()
     log = os.open(folder / "output.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     sys.stdout.flush()
     for stream in (1, 2):
