@@ -210,8 +210,12 @@ def test_learning_rates_are_around_a_middle(file: Path) -> None:
     row = Row("x", "fedavg", "optimiser", lr=0.1, spacing=2.0)
     assert rates(base, row, 3) == [1e-3, 2e-3, 4e-3]
     assert rates(base, row, 2) == [pytest.approx(1.41e-3), pytest.approx(2.83e-3)]
-    sign = choose(["feedsign"], None)[0]
-    assert [c for c in changes(base, sign, 1e-4, 1, "test") if c.startswith("federation.algorithm.server_lr")]
+    for name in ("feedsign", "fedadam"):
+        server = choose([name], None)[0]
+        tried = rates(base, server, 3)
+        assert server.server_lr == pytest.approx(tried[1])
+        assert f"federation.algorithm.server_lr={tried[0]}" in changes(base, server, tried[0], 1, "test")
+    assert job(base, server, 0.5, 1, "test").recipe.training.lr == 2e-2
 
 
 def test_settings_and_names_that_cannot_be(file: Path, tmp_path: Path) -> None:

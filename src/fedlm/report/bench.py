@@ -123,7 +123,7 @@ def _at(index: int) -> Callable[[Json], str]:
 
 
 def _rate(row: Json) -> str:
-    return number(row["rate"]) + ("*" if row["at_edge"] else "")
+    return number(row["rate"]) + (" (server)" if row["server_rate"] else "") + ("*" if row["at_edge"] else "")
 
 
 # the three forms

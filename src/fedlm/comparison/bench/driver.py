@@ -264,6 +264,7 @@ class _Bench:
                 "personal": facts.personal,
                 "note": row.note,
                 "rate": state.rate,
+                "server_rate": row.server_lr is not None,
                 "at_edge": state.at_edge,
                 "tuned": {f"{lr:.3g}": losses for lr, losses in state.tuned.items()},
                 "failed_rates": {f"{lr:.3g}": reason for lr, reason in state.failed.items()},

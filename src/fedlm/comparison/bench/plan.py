@@ -53,18 +53,10 @@ class Job:
 
 
 def rates(base: Base, row: Row, count: int) -> list[float]:
-    """The row's learning rates: around its own middle, each `row.spacing` times the one before."""
-    middle = row.lr * (1.0 if tunes(row) == SERVER_LR else base.recipe.training.lr)
+    """The rates that are tried: around the row's own middle, each `row.spacing` times the one before."""
+    middle = row.lr * base.recipe.training.lr if row.server_lr is None else row.server_lr
     found = [middle * row.spacing ** (i - (count - 1) / 2) for i in range(count)]
     return [float(f"{rate:.3g}") for rate in found]
-
-
-SERVER_LR = "federation.algorithm.server_lr"
-
-
-def tunes(row: Row) -> str:
-    """The field that holds the rate: the server's where silos have none."""
-    return SERVER_LR if "lr" in row.facts.without else "training.lr"
 
 
 def job(base: Base, row: Row, lr: float, seed: int, role: str) -> Job:
@@ -81,7 +73,11 @@ def changes(base: Base, row: Row, lr: float, seed: int, role: str) -> list[str]:
     algorithm = row.method if weights is None or facts.equal_weights else f"{row.method}, weights: {weights}"
     found = [f"federation.algorithm={{name: {algorithm}}}", *_adapter(base, row)]
     found += [*_ranks(base, row), *_training(recipe.training, row)]
-    found += [f"federation.rounds={_rounds(base, row)}", *row.change, f"{tunes(row)}={lr!r}"]
+    found += [f"federation.rounds={_rounds(base, row)}", *row.change]
+    if row.server_lr is not None:
+        found.append(f"federation.algorithm.server_lr={lr!r}")
+    if "lr" not in row.facts.without:
+        found.append(f"training.lr={lr if row.server_lr is None else float(f'{row.lr * recipe.training.lr:.3g}')!r}")
     data_seed = recipe.seed if recipe.data.seed is None else recipe.data.seed
     found += [f"seed={seed}", f"data.seed={data_seed}", "federation.patience=null", "federation.workers=1"]
     found += ["federation.keep=best-and-last", "trackers=[]"]

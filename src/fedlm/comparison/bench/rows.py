@@ -22,6 +22,9 @@ class Row:
     group: str
     lr: float = 1.0
     """The middle of its learning rates as a multiple of the recipe's."""
+    server_lr: float | None = None
+    """The middle of the server's rates, for methods whose own step these are: then they are tuned in place of the
+    silos' rate, which stays the recipe's times `lr`."""
     spacing: float = 3.0
     """Between neighbouring learning rates."""
     steps: int = 1
@@ -61,6 +64,11 @@ _INT4 = ("guards=[{name: int4, error_feedback: true}]",)
 
 ROWS = (
     Row("fedit", "fedit", "lora"),
+    Row("frlora", "frlora", "lora", lr=0.1),
+    Row("fedavgm", "fedavgm", "optimiser", server_lr=0.3),
+    Row("fedadam", "fedadam", "optimiser", server_lr=0.01),
+    Row("fedyogi", "fedyogi", "optimiser", server_lr=0.01),
+    Row("fedadagrad", "fedadagrad", "optimiser", server_lr=0.03),
     Row("flexlora-mixed", "flexlora", "mixed", ranks=_THIRDS),
     Row("hetlora-mixed", "hetlora", "mixed", ranks=_THIRDS),
     Row("flora-mixed", "flora", "mixed", ranks=_THIRDS),
@@ -79,6 +87,7 @@ ROWS = (
     Row("fed-sb-x4+int4", "fed-sb", "compression", rank=4.0, change=("guards=[{name: int4}]",), note="rank times 4"),
     Row("fedbuff", "fedbuff", "asynchronous", buffer=_BUFFER, change=(f"federation.algorithm.buffer={_BUFFER}",)),
     Row("fedavg-full", "fedavg", "full", lr=0.1, change=("adapter={kind: full}",), note="every weight travels"),
+    Row("feedsign", "feedsign", "zeroth", server_lr=1e-4),
 )
 
 
