@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from fedlm.algorithms import get_algorithm
+from fedlm.algorithms.base import Place
+from fedlm.algorithms.ifca import grouped
 from fedlm.errors import RecipeError
 from fedlm.recipe.schema import AdapterSpec, AlgorithmSpec
 
@@ -167,13 +171,11 @@ def planted(silos: int, seed: int) -> tuple[list[Quadratic], list[Tensor]]:
 @pytest.mark.parametrize("seed", range(4))
 def test_ifca_recovers_planted_clusters(seed: int) -> None:
     silos, _ = planted(6, seed)
-    spec = AlgorithmSpec(name="ifca", cluster_noise=0.5)
-    first = {name: torch.full_like(value, 0.01 * seed) for name, value in FIRST.items()}
-    federation = ToyFederation(silos, spec, first, optimizer=adamw(0.2))
+    federation = ToyFederation(silos, AlgorithmSpec(name="ifca"), FIRST, optimizer=adamw(0.2))
     for _ in range(30):
         federation.round()
-    one, other = federation.figures["clusters"]
-    assert sorted([one, other]) == [["silo-0", "silo-2", "silo-4"], ["silo-1", "silo-3", "silo-5"]]
+        one, other = federation.figures["clusters"]
+        assert sorted([one, other]) == [["silo-0", "silo-2", "silo-4"], ["silo-1", "silo-3", "silo-5"]]
     for i, silo in enumerate(silos):
         assert (federation.loaded(i).double() - silo.b).norm() < 0.5
     # The exported model is that of the cluster whose silos weigh most: 2 + 4 + 6 against 1 + 3 + 5.
@@ -181,9 +183,21 @@ def test_ifca_recovers_planted_clusters(seed: int) -> None:
     assert torch.equal(exported, federation.loaded(1))
 
 
+def test_a_silo_changes_its_cluster_when_another_fits_better() -> None:
+    """Silo 3 is grouped by its first direction with those of the other centre, and finds home by its loss."""
+    silos, centres = planted(6, 1)
+    silos[3] = Quadratic(silos[3].A, 0.9 * centres[0], silos[3].weight)
+    federation = ToyFederation(silos, AlgorithmSpec(name="ifca"), FIRST)
+    federation.round()
+    federation.theta = {n: -v for n, v in federation.theta.items()}  # the two models change places
+    federation.round()
+    one, other = federation.figures["clusters"]
+    assert sorted([one, other]) == [["silo-0", "silo-2", "silo-3", "silo-4"], ["silo-1", "silo-5"]]
+
+
 def test_a_clusters_step_is_fedavg_among_those_who_chose_it() -> None:
     silos, _ = planted(4, 1)
-    federation = ToyFederation(silos, AlgorithmSpec(name="ifca", cluster_noise=0.5), FIRST)
+    federation = ToyFederation(silos, AlgorithmSpec(name="ifca", clusters=3), FIRST)
     for _ in range(5):
         before = {name: value.clone() for name, value in federation.theta.items()}
         federation.round()
@@ -199,13 +213,38 @@ def test_a_clusters_step_is_fedavg_among_those_who_chose_it() -> None:
                 torch.testing.assert_close(now[name], value, rtol=0, atol=1e-6)
 
 
-def test_starts_differ_in_b_alone_and_follow_the_seed() -> None:
-    spec, a, b = AlgorithmSpec(name="ifca", clusters=3), "x.lora_A.weight", "x.lora_B.weight"
-    starts = []
-    for seed in (0, 1):
-        values = {a: torch.randn(2, 5, generator=torch.Generator().manual_seed(seed)), b: torch.zeros(4, 2)}
-        starts.append(get_algorithm(spec, AdapterSpec(rank=2)).initial(lambda values=values: dict(values)))
-    assert torch.equal(starts[0][f"cluster/0/{a}"], starts[0][f"cluster/2/{a}"])
-    noise = torch.cat([starts[s][f"cluster/{j}/{b}"].flatten() for s in (0, 1) for j in range(3)]).view(6, -1)
-    assert torch.unique(noise, dim=0).shape[0] == 6
-    assert 0.005 < noise.std() < 0.02
+def test_after_round_0_a_silo_knows_its_cluster_by_what_it_trained() -> None:
+    silos, _ = planted(4, 3)
+    federation = ToyFederation(silos, AlgorithmSpec(name="ifca"), FIRST)
+    federation.round()
+    for j, members in enumerate(federation.figures["clusters"]):
+        model = torch.cat([federation.theta[f"cluster/{j}/{n}"] for n in FIRST])
+        assert members and all(torch.equal(federation.loaded(int(m.removeprefix("silo-"))), model) for m in members)
+
+
+def test_grouping_by_direction() -> None:
+    """Lengths play no role; three directions with noise; the order of the vectors none but for the groups' numbers."""
+    g = torch.Generator().manual_seed(0)
+    axes = torch.linalg.qr(torch.randn(50, 3, generator=g))[0].T
+    true = [i % 3 for i in range(30)]
+    vectors = [(1 + i) * (axes[t] + 0.08 * torch.randn(50, generator=g)) for i, t in enumerate(true)]
+    found = grouped(lambda: iter(vectors), 3)
+    assert len(set(zip(true, found, strict=True))) == 3 == len(set(found))
+    turned = grouped(lambda: reversed(vectors), 3)
+    assert len(set(zip(found, reversed(turned), strict=True))) == 3
+    assert grouped(lambda: iter(vectors[:2]), 5) == [0, 1]
+    assert grouped(lambda: iter([vectors[0], 3 * vectors[0]]), 2) == [0, 0], "alike vectors are one group"
+
+
+def test_of_lora_directions_are_those_of_b() -> None:
+    a, b = "x.lora_A.weight", "x.lora_B.weight"
+    algorithm = get_algorithm(AlgorithmSpec(name="ifca"), AdapterSpec(rank=2))
+    theta = algorithm.initial(lambda: {a: torch.ones(2, 5), b: torch.zeros(4, 2)})
+    accumulator = algorithm.accumulator(Path())
+    for i, sign in enumerate([1.0, -1.0, 1.0, -1.0]):
+        noise = 100 * torch.randn(2, 5, generator=torch.Generator().manual_seed(i))
+        update = {a: noise, b: torch.full((4, 2), sign), "choice": torch.tensor([1.0, 0.0])}
+        algorithm.fold(accumulator, update, 1.0, Place(f"silo-{i}", 0, rank=2))
+    after = algorithm.server_step(theta, accumulator, algorithm.init_state(theta), silos_total=4, round_=0)
+    clusters = algorithm.measure((theta, {}), accumulator, after, 0)["clusters"]
+    assert clusters == [["silo-0", "silo-2"], ["silo-1", "silo-3"]]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from fedlm.federation.rundir import RunDir
 from fedlm.messages import Tensors
-from tests.federation.conftest import Tiny
+from tests.federation.conftest import RECIPE, Tiny
 
 from .observed import Observed, Weights, distance, federate
 
@@ -121,3 +121,24 @@ def test_ifca_measures_the_chosen_cluster(runs: dict[str, Any]) -> None:
         for silo in members:
             assert int(kept(directory, silo, 3, "")["choice"]) == j
             assert distance(engine.loaded[3][silo], changed(model)) < 1e-6
+
+
+def test_ifca_finds_silos_that_answer_alike(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Five silos of two kinds, whose answers contradict each other: clusters serve both, one mean model neither."""
+    rows = []
+    for number in range(200):
+        site = number % 5
+        answer = " ".join(["patient" if site in (0, 3) else "bank"] * 4)
+        rows.append({"prompt": f"{['school', 'dose', 'money'][number % 3]} {number}", "response": answer, "site": site})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({**r, "site": f"site{r['site']}"}) + "\n" for r in rows))
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(model=tiny_model_dir))
+    losses = {}
+    for name in ("ifca", "fedavg"):
+        recipe = Tiny(tmp_path).recipe(f"federation.algorithm.name={name}", "training.lr=0.05", "training.steps=8")
+        _, directory = federate(recipe, tmp_path, tmp_path / name)
+        lines = [json.loads(line) for line in (directory.path / "rounds.jsonl").read_text().splitlines()]
+        losses[name] = lines[-1]["validation"]["loss"]
+        if name == "ifca":
+            for line in lines[1:]:
+                assert sorted(line["aggregation"]["clusters"]) == [["site0", "site3"], ["site1", "site2", "site4"]]
+    assert losses["ifca"] < losses["fedavg"] - 0.2, losses

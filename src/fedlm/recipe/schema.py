@@ -275,9 +275,6 @@ class AlgorithmSpec(Strict):
         0.5, description="fedrep: share of a round's steps that train the personal part; the shared part gets the rest."
     )
     clusters: Annotated[int, Field(ge=2)] = Field(2, description="ifca: number of models.")
-    cluster_noise: PositiveFloat = Field(
-        0.01, description="ifca: deviation of the noise by which the models differ at the start."
-    )
     gram_off_diagonal: Fraction = Field(
         1.0, description="lorm: factor on the Gram matrices' off-diagonal values; 1 is the exact merge."
     )
