@@ -12,6 +12,7 @@ from torch import Tensor
 from fedlm.errors import UpdateRefused
 from fedlm.federation.engines.wire import serialized_size
 from fedlm.guards import CLASSES, Chain, get_chain
+from fedlm.guards.blockwise import rounded_up
 from fedlm.guards.topk import largest
 from fedlm.messages import Tensors
 from fedlm.recipe.guards import GUARDS, GuardSpec
@@ -158,6 +159,28 @@ def test_contraction(name: str) -> None:
     if name == "lowrank":
         left = torch.linalg.svdvals(values)[4:].square().sum() / values.square().sum()
         assert float(left) <= mean <= 1.15 * float(left), "near the best of its rank"
+
+
+def test_a_sketch_is_near_the_best_of_its_rank_where_the_spectrum_falls_slowly() -> None:
+    """Singular values 1/i: without the power iteration 1.5 times the best error, with it 1.06."""
+    draw, ratios = torch.Generator().manual_seed(0), []
+    u, v = (torch.linalg.qr(torch.randn(n, 60, generator=draw)).Q for n in (80, 120))
+    s = 1 / torch.arange(1, 61)
+    values, best = u * s @ v.mT, float(s[4:].norm())
+    for i in range(20):
+        back = sent(chain({"name": "lowrank", "rank": 4}), {"x": values}, (0, i))["x"]
+        ratios.append(float((back - values).norm()) / best)
+    assert min(ratios) >= 1 - 1e-5 and sum(ratios) / len(ratios) < 1.12
+
+
+def test_scales_are_rounded_up_and_no_further() -> None:
+    """Else the largest value of a block would be cut, and its mean off."""
+    shares = torch.rand(20_000, generator=torch.Generator().manual_seed(0)) ** 8
+    up = rounded_up(torch.cat([shares, torch.tensor([0.0, 1.0, 2.0**-24, 1e-9])])).float()
+    assert (up[:20_000] >= shares).all() and (up[:20_000] > shares).any()
+    below = (up[:20_000].half().view(torch.int16) - 1).view(torch.float16).float()
+    assert (below < shares).all()
+    assert up[20_000:].tolist() == [0.0, 1.0, 2.0**-24, 2.0**-24]
 
 
 def test_a_matrix_of_the_sketchs_rank_comes_back_whole() -> None:
