@@ -79,6 +79,8 @@ class FewerBytes:
         return (self.row, self.other)
 
 
+_PADDED, _SMALLEST = "hetlora-mixed", "fedit-smallest"
+
 Claim = LowerLoss | Exact | FewerBytes
 
 CLAIMS: tuple[Claim, ...] = (
@@ -94,6 +96,15 @@ CLAIMS: tuple[Claim, ...] = (
     LowerLoss("keeping B in the silo is better for its own text", "Guo et al., ICLR 2025", "fedsa-lora", "fedit"),
     LowerLoss("correcting B at the server is better than averaging", "Bian et al., ICCV 2025", "lora-fair", "fedit"),
     LowerLoss("aligning factors by rotation is better", "Zhang et al., ICML 2026", "fedrot-lora", "fedit"),
+    LowerLoss("with mixed ranks, averaging products is better", "Bai et al., NeurIPS 2024", "flexlora-mixed", _PADDED),
+    Exact("FLoRA aggregates silos of different ranks exactly", "Wang et al., NeurIPS 2024", "flora-mixed"),
+    LowerLoss("silos that can do more help those that cannot", "Bai et al., NeurIPS 2024", "flexlora-mixed", _SMALLEST),
+    FewerBytes("a small square instead of factors, fp32", "Singhal et al., 2025", "fed-sb", "fedit", 90, 0.02),
+    FewerBytes("4 bits with error feedback", "goal of this project", "fedit+int4", "fedit", 7, 0.01),
+    FewerBytes("B alone, in 4 bits", "goal of this project", "ffa-lora+int4", "fedit", 14, 0.02),
+    FewerBytes(
+        "a square of four times the rank, in 4 bits", "goal of this project", "fed-sb-x4+int4", "fedit", 40, 0.02
+    ),
     LowerLoss("control variates help where silos differ", "Karimireddy et al., ICML 2020", "scaffold", "fedavg"),
     LowerLoss("a personal model is better on a silo's own text", "Li et al., ICML 2021", "ditto", "fedavg"),
     LowerLoss("an adaptive server is better than averaging", "Reddi et al., ICLR 2021", "fedadam", "fedavg"),

@@ -81,8 +81,9 @@ def compared(rows: Mapping[str, Fields], budgets: Sequence[float] | None = None)
         return {"reference": None, "budgets": [], "frontier": []}
     totals = sorted(row["bytes"] for row in rows.values())
     chosen = list(budgets) if budgets is not None else sorted({totals[0], math.sqrt(totals[0] * totals[-1])})
-    for row in rows.values():
-        row |= difference(row, rows[reference])
+    for name, row in rows.items():
+        none = {"difference": None, "difference_interval": None}
+        row |= none if name == reference else difference(row, rows[reference])
         row["fewer_up"] = rows[reference]["bytes_up"] / row["bytes_up"] if row["bytes_up"] else None
         row["at_bytes"] = [at_bytes(row["curve"], budget) for budget in chosen]
     return {"reference": reference, "budgets": chosen, "frontier": frontier(rows)}
