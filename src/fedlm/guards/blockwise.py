@@ -39,7 +39,7 @@ class Int8(Guard):
 
     def encode(self, values: Tensor, shapes: Shapes, random: np.random.Generator) -> tuple[Tensor, Tensors]:  # noqa: ARG002
         peak = power_above(values)
-        found = [self._encoded(stretch, peak, random) for stretch in values.split(self._stretch)]
+        found = [self._encoded(stretch, peak, random) for stretch in torch.split(values, self._stretch)]
         scales, codes = (torch.cat(parts) for parts in zip(*found, strict=True))
         return values[:0], {"peak": peak, "scales": scales, "codes": codes}
 
@@ -48,9 +48,9 @@ class Int8(Guard):
         if len(scales) and not 0 <= float(scales.amin()) <= float(scales.amax()) < math.inf:
             raise UpdateRefused("the payload's scales are negative or not finite")
         steps, values, block = scales.div_(self.levels), torch.empty(size_of(shapes)), self.spec.block
-        codes = parts["codes"].split(self._length(self._stretch))
+        codes = torch.split(parts["codes"], self._length(self._stretch))
         for place, of, packed in zip(
-            values.split(self._stretch), steps.split(self._stretch // block), codes, strict=True
+            torch.split(values, self._stretch), torch.split(steps, self._stretch // block), codes, strict=True
         ):
             numbers = pad(self._unpack(packed, len(place)), (0, -len(place) % block)).view(-1, block)
             place.copy_(numbers.mul_(of[:, None]).view(-1)[: len(place)])
