@@ -260,7 +260,7 @@ class AlgorithmSpec(Strict):
         1, description="ferret: bases in a block of weights; time grows with it, and nothing else."
     )
     dyn_alpha: PositiveFloat = Field(
-        1.0, description="feddyn: strength of the pull to the global model; larger where local training is short."
+        0.1, description="feddyn: strength of the pull to the global model; larger where local training is short."
     )
     ditto_lambda: Annotated[float, Field(ge=0.0)] = Field(
         0.1, description="ditto: strength of a personal model's pull to the global one; 0 trains it alone."
