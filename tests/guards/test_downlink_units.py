@@ -51,6 +51,7 @@ class Silos:
         self.got: list[tuple[Request, Tensors]] = []
         """What travelled, and what the silo made of it."""
         self.deaf: set[str] = set()
+        self.unsynced = 0
 
     def silos(self) -> list[str]:
         return []
@@ -68,6 +69,7 @@ class Silos:
             try:
                 whole = Received(self._root / request.silo, self._chain, 3).complete(request)
             except UnsyncedError as error:
+                self.unsynced += 1
                 yield Failure(request.silo, FailureKind.UNSYNCED, str(error))
                 continue
             self.got.append((request, whole.tensors))
@@ -82,6 +84,11 @@ class Link:
 
     def __init__(self, root: Path, guards: list[dict[str, Any]] = []) -> None:  # noqa: B006
         self.guards, self.silos, self.down = guards, Silos(root, guards), downlink(guards)
+
+    @property
+    def unsynced(self) -> int:
+        """Messages that did not fit what a silo held."""
+        return self.silos.unsynced
 
     def send(self, verb: str, tensors: Tensors, *names: str, round_: int = 0) -> list[list[int] | None]:
         """The plans of what travelled; None where it was everything."""
@@ -179,6 +186,30 @@ def test_steps(tmp_path: Path) -> None:
     five = link.down.rounded(four, {**four, "a": four["a"] - 0.1, "b": four["b"] - 0.1}, 3)
     link.silos.deaf = set()
     assert link.send("evaluate", five, "x", "y", round_=3) == [[4, 4, 1], [0, 0, 1]]
+
+
+def test_the_payload_is_of_all_that_moved_or_of_nothing(tmp_path: Path) -> None:
+    """A silo that holds what one of two moved tensors moved from gets both whole."""
+    link = Link(tmp_path, [{"name": "int4"}])
+    one = model("a", "b")
+    link.send("evaluate", one, "x", "y")
+    two = link.down.rounded(one, {**one, "a": one["a"] + 0.1}, 0)
+    assert link.send("evaluate", two, "x") == [[4, 2]]
+    three = link.down.rounded(two, {n: v + 0.1 for n, v in two.items()}, 1)
+    assert link.send("evaluate", three, "x", "y") == [[4, 4], None]
+
+
+def test_a_silo_that_lost_everything_counts_as_having_what_it_got_again(tmp_path: Path) -> None:
+    link, theta = Link(tmp_path), model("a", "b")
+    other = theta | model("measured", seed=1)
+    link.send("train", theta, "x")
+    link.send("evaluate", other, "x")
+    for file in (tmp_path / "x" / "run").iterdir():
+        file.unlink()
+    assert link.send("train", theta, "x") == [None]
+    assert link.unsynced == 1
+    assert link.send("evaluate", other, "x") == [[1, 1, 0]]
+    assert link.unsynced == 1, "it was not asked for what it lost with the rest"
 
 
 def test_dumped_and_loaded_it_sends_the_same(tmp_path: Path) -> None:

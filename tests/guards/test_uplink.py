@@ -23,7 +23,7 @@ from fedlm.guards import get_chain, update_key
 from fedlm.messages import Failure, Reply, Request, Tensors
 from fedlm.recipe.guards import GUARDS
 from fedlm.recipe.methods import ALGORITHMS
-from tests.algorithms.observed import Observed, federate, final
+from tests.algorithms.observed import Observed, distance, federate, final
 from tests.federation.conftest import Tiny
 
 ROUNDS = 4
@@ -95,11 +95,44 @@ def test_resumed_it_ends_in_the_same_bits(runs: dict[str, Run], case: str, tiny:
     assert all(torch.equal(straight[s][n], u[n]) for s, u in engine.updates[ROUNDS - 1].items() for n in u)
 
 
+def kept_errors(run: RunDir, silo: str, round_: int) -> Tensors:
+    """What a silo kept after a round; the last two are there."""
+    (file,) = (run.path / "silos" / silo).glob(f"*/round-{round_:04d}.safetensors")
+    return {n.removeprefix("guard/"): t for n, t in load_file(file).items() if n.startswith("guard/")}
+
+
+@pytest.mark.parametrize("case", ["int4", "topk", "lowrank"])
+def test_what_was_lost_is_in_the_next_update(runs: dict[str, Run], case: str, tiny: Tiny) -> None:
+    """C(u + e) + e' - e is u: added to what the silo began with it is the model that the silo trained."""
+    engine, run = runs[case]
+    chain, last, scale = get_chain(tiny.recipe(*changes(case)).guards), ROUNDS - 1, 12.0 / 4
+    assert chain is not None
+    start = engine.tensors[last - 1]
+    shapes = {name: value.shape for name, value in start.items()}
+    for silo, payload in engine.updates[last].items():
+        sent = chain.decode(payload, shapes, update_key(0, silo, last))
+        before, after = (kept_errors(run, silo, round_) for round_ in (last - 1, last))
+        model = {n: (start[n].double() + sent[n] + after[n] - before[n]) for n in start}
+        rebuilt = {
+            n.removesuffix(".lora_B.weight"): scale * model[n] @ model[n.replace("lora_B", "lora_A")]
+            for n in model
+            if "lora_B" in n
+        }
+        assert distance(rebuilt, engine.trained[last][silo]) < 1e-5
+        without = {n: before[n].norm() / (sent[n] + after[n] - before[n]).norm() for n in start}
+        assert max(without.values()) > 0.05, "what was lost is no trifle"
+
+
+def test_four_bits_with_feedback_lose_less_than_one_percent(runs: dict[str, Run], tiny: Tiny, tmp_path: Path) -> None:
+    """Of the loss without guards."""
+    _, plain = federate(tiny.recipe(*changes("int4", "guards=[]")), tiny.base, tmp_path / "run")
+    loss, exact = (run.rounds()[-1]["validation"]["loss"] for run in (runs["int4"][1], plain))
+    assert loss != exact and loss == pytest.approx(exact, rel=0.01)
+
+
 def test_errors_are_kept_for_what_comes_again(runs: dict[str, Run]) -> None:
     def kept(case: str, round_: int) -> Tensors:
-        folder = runs[case][1].path / "silos" / "site1"
-        (file,) = folder.glob(f"*/round-{round_:04d}.safetensors")
-        return {n.removeprefix("guard/"): t for n, t in load_file(file).items() if n.startswith("guard/")}
+        return kept_errors(runs[case][1], "site1", round_)
 
     assert all(error.any() for error in kept("int4", 3).values()) and kept("int4", 3).keys() == kept("int4", 2).keys()
     factors = kept("one factor a round", 3)
