@@ -197,6 +197,7 @@ def test_the_payload_is_of_all_that_moved_or_of_nothing(tmp_path: Path) -> None:
     assert link.send("evaluate", two, "x") == [[4, 2]]
     three = link.down.rounded(two, {n: v + 0.1 for n, v in two.items()}, 1)
     assert link.send("evaluate", three, "x", "y") == [[4, 4], None]
+    assert link.unsynced == 0
 
 
 def test_a_silo_that_lost_everything_counts_as_having_what_it_got_again(tmp_path: Path) -> None:
