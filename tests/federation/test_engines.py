@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -126,6 +126,16 @@ def test_same_bits_bytes_and_events(case: Case, wanted: dict[str, Reply]) -> Non
     assert len(case.steps("bits")) == 3 * len(names)
     assert sorted(e["silo"] for e in case.events if e["kind"] == "silo_started" and e["run"] == "bits") == sorted(names)
     assert wanted["site0"].fields["sent_bytes"] > 1000
+
+
+def test_what_a_silo_can_do_is_planned_at_hello_and_holds_in_training(case: Case) -> None:
+    hello = Request("site1", "hello", "plan", -1, fields={"protocol": 1, "capacity": {"layers": 1, "steps": 2}})
+    plan = by_silo(case.engine.exchange([hello]))["site1"].fields["card"]["plan"]
+    assert plan == {"rank": 2, "first_layer": 1, "steps": 2}
+    (asked,) = requests(case.recipe, "plan", ["site1"])
+    reply = by_silo(case.engine.exchange([replace(asked, fields={**asked.fields, "plan": plan})]))["site1"]
+    assert reply.fields["steps"] == 2
+    assert len(reply.tensors) == 2 * 14 and all(".layers.1." in name for name in reply.tensors)
 
 
 def test_a_repeated_request_is_answered_from_what_the_silo_stored(case: Case, wanted: dict[str, Reply]) -> None:
