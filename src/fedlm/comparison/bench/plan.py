@@ -83,9 +83,14 @@ def changes(base: Base, row: Row, lr: float, seed: int, role: str) -> list[str]:
     found += ["federation.keep=best-and-last", "trackers=[]"]
     if role == TUNING:  # one look at the end decides
         found.append(f"evaluation.every={2**31 - 1}")
-    else:
-        found.append("evaluation.every=1")
+    else:  # once in as many trainings as the recipe's round has
+        found.append(f"evaluation.every={_steps_per_round(base, row)}")
     return found
+
+
+def _steps_per_round(base: Base, row: Row) -> int:
+    """Server steps that take as many updates as a round of the recipe."""
+    return max(1, wanted(base.recipe.federation, base.silos) // row.buffer) if row.facts.asynchronous else 1
 
 
 def _adapter(base: Base, row: Row) -> list[str]:

@@ -87,6 +87,9 @@ ROWS = (
     Row("fed-sb-x4+int4", "fed-sb", "compression", rank=4.0, change=("guards=[{name: int4}]",), note="rank times 4"),
     Row("fedbuff", "fedbuff", "asynchronous", buffer=_BUFFER, change=(f"federation.algorithm.buffer={_BUFFER}",)),
     Row("fedavg-full", "fedavg", "full", lr=0.1, change=("adapter={kind: full}",), note="every weight travels"),
+    Row("ferret", "ferret", "full", lr=2e-2, note="rate of about K / d of plain training's"),
+    Row("fedkseed", "fedkseed", "zeroth", lr=0.02, steps=5),
+    Row("fedmezo", "fedmezo", "zeroth", lr=0.07, steps=5),
     Row("feedsign", "feedsign", "zeroth", server_lr=1e-4),
 )
 
