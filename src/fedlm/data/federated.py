@@ -34,13 +34,26 @@ _MOST_LABELS = 50
 
 @dataclass(frozen=True)
 class SiloData:
-    """One silo's rows by role: Datasets with the columns of `fedlm.data.examples`."""
+    """One silo's rows by role: Datasets with the columns of `fedlm.data.examples`, each made when it is asked for."""
 
     name: str
     kind: str
-    train: Any
-    validation: Any
-    test: Any
+    rows: Any
+    """Everybody's."""
+    parts: tuple[Ints, ...]
+    """Which of them are this silo's, by role."""
+
+    @functools.cached_property
+    def train(self) -> Any:
+        return self.rows.select(self.parts[0])
+
+    @functools.cached_property
+    def validation(self) -> Any:
+        return self.rows.select(self.parts[1])
+
+    @functools.cached_property
+    def test(self) -> Any:
+        return self.rows.select(self.parts[2])
 
 
 class FederatedData:
@@ -64,14 +77,12 @@ class FederatedData:
         at = bisect.bisect_left(self.names, name)
         if at == len(self.names) or self.names[at] != name:
             raise DataError(f"there is no silo '{name}' among {len(self.names)}", fix=f"silos: {_some(self.names)}")
-        return self._select(name, self._parts[name])
+        return SiloData(name, self.kind, self._rows, self._parts[name])
 
     def pooled(self) -> SiloData:
         """All silos' rows in one place, as 'centralised'; possible in simulation only."""
-        return self._select(
-            "centralised",
-            tuple(np.sort(np.concatenate([self._parts[n][role] for n in self.names])) for role in range(len(ROLES))),
-        )
+        parts = (np.sort(np.concatenate([self._parts[n][role] for n in self.names])) for role in range(len(ROLES)))
+        return SiloData("centralised", self.kind, self._rows, tuple(parts))
 
     def others(self, name: str, role: str, limit: int, seed: int) -> Any:
         """A keyed subset, at most `limit` rows, of all other silos' rows of a role; possible in simulation only."""
@@ -106,10 +117,6 @@ class FederatedData:
                 state.update(f"\x1f{name}\x1f{role}\x1f{len(part)}\x1f".encode())
                 state.update("".join(sorted(hashes[part])).encode())
         return state.hexdigest()
-
-    def _select(self, name: str, parts: tuple[Ints, ...]) -> SiloData:
-        train, validation, test = (self._rows.select(part) for part in parts)
-        return SiloData(name, self.kind, train, validation, test)
 
     def _name_labels(self, labels: list[str]) -> None:
         common = [label for label, _ in Counter(labels).most_common()]
