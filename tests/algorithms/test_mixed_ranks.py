@@ -78,6 +78,7 @@ def test_it_learns_and_resumes_to_the_same_bits(runs: dict[str, Run], name: str,
     assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_worker_processes_give_the_same_bits(runs: dict[str, Run], name: str, tiny: Tiny, tmp_path: Path) -> None:
     """Two of them, with the spool on disk between; and what is exported is what a silo of the largest rank loaded."""

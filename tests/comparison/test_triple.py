@@ -163,6 +163,7 @@ def test_resuming_runs_only_what_is_missing(
     assert outcome["verdict"] == finished[1]["verdict"]
 
 
+@pytest.mark.slow
 def test_workers_give_the_same_metrics(
     recipe: Recipe, finished: tuple[Path, dict[str, Any], list[Any]], tmp_path: Path
 ) -> None:

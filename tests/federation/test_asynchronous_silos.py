@@ -194,6 +194,7 @@ def run_over(kind: str, tiny: Tiny, path: Path, algorithm: str, **facts: Any) ->
         assert coordinator.run(recipe, engine, directory).status == "finished"
 
 
+@pytest.mark.slow
 def test_over_ray(tiny: Tiny, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     run_over("in-process", tiny, tmp_path / "here", BUFFERED)
@@ -212,7 +213,8 @@ def test_over_a_network_and_followed_here(tiny: Tiny, tmp_path: Path) -> None:
     assert adapter == wanted and rounds == log_rounds
 
 
-@pytest.mark.parametrize("algorithm", [BUFFERED, pytest.param(AT_ONCE, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", [BUFFERED, AT_ONCE])
 def test_kills_of_real_processes(tiny: Tiny, tmp_path: Path, algorithm: str) -> None:
     hits = drive(tiny.base / "recipe.yaml", tmp_path, 5, 2, *ASYNC, algorithm, "federation.workers=2")
     assert hits > 0

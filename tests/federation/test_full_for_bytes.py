@@ -103,6 +103,7 @@ def test_silos_load_the_very_weights_that_are_exported(
     assert equal(get_tensors(bench.model), base), "an empty description is the base"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fedkseed", "feedsign"])  # all others go the same way
 def test_the_number_of_workers_changes_no_bit(
     name: str, runs: dict[str, Path], tiny: Tiny, unequal: Path, tmp_path: Path

@@ -237,6 +237,7 @@ def test_a_slow_silo_stops_in_time_and_its_work_counts(tiny: Tiny, tmp_path: Pat
     assert not same(adapter(tmp_path / "slow"), adapter(tmp_path / "all"))
 
 
+@pytest.mark.slow
 def test_speeds_that_are_drawn_give_the_same_bits_in_two_processes(tiny: Tiny, tmp_path: Path) -> None:
     changes = (
         "federation.algorithm.name=scaffold",

@@ -60,10 +60,12 @@ def bytes_down(run: RunDir) -> list[int]:
     return [line["bytes_down"] for line in run.rounds()]
 
 
-ALGORITHMS = ["fedavg", "scaffold", "ffa-lora", "rolora", "fed-sb", "frlora", "flora", "fedex-lora", "hetlora", "ifca"]
+FEW = ("scaffold", "rolora", "fedex-lora", "hetlora")
+"""State in the silos, factors in turn, deltas, ranks that differ: the rest have nothing else, and are slow together."""
+MORE = ("fedavg", "ffa-lora", "fed-sb", "frlora", "flora", "ifca")
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
 def test_the_same_bits_in_fewer_bytes(tiny: Tiny, tmp_path: Path, algorithm: str) -> None:
     short = ("federation.rounds=3", "training.steps=1", "evaluation.max_examples=2")
     full = go(tiny, tmp_path / "full", *changes(algorithm, *short))
@@ -111,6 +113,7 @@ def test_silos_that_are_seldom_asked_get_all_that_changed_since(tiny: Tiny, tmp_
         assert sum(bytes_down(changed)) < sum(bytes_down(full))
 
 
+@pytest.mark.slow
 def test_worker_processes_give_the_same(plain: dict[str, RunDir], tiny: Tiny, tmp_path: Path) -> None:
     for name, way in (("changed", CHANGED), ("int4", INT4)):
         run = go(tiny, tmp_path / name, *changes("fedavg", way, "federation.workers=2"))

@@ -42,6 +42,7 @@ def over(kind: str, tiny: Tiny, folder: Path) -> RunDir:
     return RunDir.open(folder, write=False)
 
 
+@pytest.mark.slow
 def test_engines_give_the_same_bits(tiny: Tiny, tmp_path: Path) -> None:
     """Model, errors and the last payload."""
     pytest.importorskip("ray")
