@@ -313,6 +313,12 @@ def test_claims_follow_the_interval() -> None:
     assert judged[("an adaptive server is better than averaging", "fedadam", "fedavg")] == "not measured"
 
 
+def test_claims_of_fewer_bytes_say_how_much_of_the_gain_is_kept() -> None:
+    fedit, squeezed = ({**row_figures({1: run([5.0, loss])}), "bytes_up": up} for loss, up in ((4.0, 80), (4.03, 10)))
+    claim = next(c for c in judge_claims({"fedit": fedit, "fedit+int4": squeezed}) if "fedit+int4" in c["rows"])
+    assert claim["verdict"] == "reproduced" and claim["figures"] == "8.0x fewer bytes up, loss +0.75%, 97% of its gain"
+
+
 def test_claims_name_rows_that_there_are() -> None:
     assert {name for claim in CLAIMS for name in claim.needs} <= {row.name for row in all_rows()}
 

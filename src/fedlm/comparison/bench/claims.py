@@ -72,7 +72,9 @@ class FewerBytes:
         row, other = rows[self.row], rows[self.other]
         fewer, loss = other["bytes_up"] / row["bytes_up"], row["loss"] / other["loss"] - 1
         verdict = YES if fewer >= self.times and loss <= self.within else NO
-        return verdict, f"{fewer:.1f}x fewer bytes up, loss {100 * loss:+.2f} %"
+        start = other["curve"][0][1]  # a loss that training hardly moves is easily kept: say how much of the gain is
+        kept = f", {(start - row['loss']) / (start - other['loss']):.0%} of its gain" if start > other["loss"] else ""
+        return verdict, f"{fewer:.1f}x fewer bytes up, loss {loss:+.2%}{kept}"
 
     @property
     def needs(self) -> Sequence[str]:
