@@ -60,11 +60,15 @@ GROUPS = {
 _MERGES = ("lorm", "task-arithmetic", "ties")
 _BUFFER = 3
 _THIRDS = (0.25, 0.5, 1.0)
+_WIDE = 10.0
+"""Between the rates of Fed-SB: the best is LoRA's on one model and ten times LoRA's on another."""
+_INT4_ALONE = ("guards=[{name: int4}]",)
 _INT4 = ("guards=[{name: int4, error_feedback: true}]",)
 
 ROWS = (
     Row("fedit", "fedit", "lora"),
-    Row("frlora", "frlora", "lora", lr=0.1),
+    Row("frlora", "frlora", "lora", lr=0.3),
+    Row("fed-sb", "fed-sb", "lora", spacing=_WIDE),
     Row("fedavgm", "fedavgm", "optimiser", server_lr=0.3),
     Row("fedadam", "fedadam", "optimiser", server_lr=0.01),
     Row("fedyogi", "fedyogi", "optimiser", server_lr=0.01),
@@ -83,8 +87,8 @@ ROWS = (
     ),
     Row("fedit+topk", "fedit", "compression", change=("guards=[{name: topk, density: 0.05, error_feedback: true}]",)),
     Row("ffa-lora+int4", "ffa-lora", "compression", change=_INT4),
-    Row("fed-sb+int4", "fed-sb", "compression", change=("guards=[{name: int4}]",)),
-    Row("fed-sb-x4+int4", "fed-sb", "compression", rank=4.0, change=("guards=[{name: int4}]",), note="rank times 4"),
+    Row("fed-sb+int4", "fed-sb", "compression", spacing=_WIDE, change=_INT4_ALONE),
+    Row("fed-sb-x4+int4", "fed-sb", "compression", spacing=_WIDE, rank=4.0, change=_INT4_ALONE, note="rank times 4"),
     Row("fedbuff", "fedbuff", "asynchronous", buffer=_BUFFER, change=(f"federation.algorithm.buffer={_BUFFER}",)),
     Row("fedavg-full", "fedavg", "full", lr=0.1, change=("adapter={kind: full}",), note="every weight travels"),
     Row("ferret", "ferret", "full", lr=2e-2, note="rate of about K / d of plain training's"),
