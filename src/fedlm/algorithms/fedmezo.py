@@ -28,8 +28,8 @@ class MeZO(ZerothOrder):
 
     def run(self, session: Session) -> Outcome:
         start, place = self.start(), self.place
-        parameters = session.put(start)
-        weights = {name: parameters[name] for name in start if self.trains(name)}
+        # In the model's order, over which directions are laid out: what was received comes in any.
+        weights = {name: p for name, p in session.put(start).items() if name in start and self.trains(name)}
 
         def direction(step: int) -> torch.Generator:
             return torch_generator(place.seed, "mezo", place.silo, place.round, step)
