@@ -89,10 +89,23 @@ def test_a_taken_directory_is_not_overwritten_unless_forced(finished: Path, tiny
 
 def test_a_mistake_at_the_start_leaves_nothing_in_the_way(tiny: Tiny, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    for change in ("data.sources.0.path=typo.jsonl", "model.source=/nowhere", "adapter.targets=[nothing]"):
-        with pytest.raises(FedlmError):
-            run_recipe(tiny.recipe(change), base=tiny.base, run_dir=folder)
-        assert not folder.exists()
+    asynchronous = ("federation.algorithm.name=fedasync", "federation.algorithm.max_staleness=0")
+    for changes, told in (
+        (["data.sources.0.path=typo.jsonl"], "typo"),
+        (["model.source=/nowhere"], "nowhere"),
+        (["adapter.targets=[nothing]"], "nothing"),
+        (["adapter.rank=9999"], "rank 9999 is above the size of"),
+        (asynchronous, "even equally fast ones are . steps late, and 0 are allowed"),
+        (["guards=[{name: topk, k: 99999999}]"], "k"),
+        # What all silos say alike is said once.
+        (
+            ["federation.capacity.default.memory=1MB"],
+            r"\(site0, site1, site2, site3: error: capacity.memory: a memory of 1MB is too small for any rank",
+        ),
+    ):
+        with pytest.raises(FedlmError, match=told):
+            run_recipe(tiny.recipe(*changes), base=tiny.base, run_dir=folder)
+        assert not folder.exists(), changes
 
 
 def test_a_fault_at_a_resume_discards_nothing(tiny: Tiny, tmp_path: Path) -> None:

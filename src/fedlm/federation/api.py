@@ -94,12 +94,11 @@ def run_recipe(
 
 @contextlib.contextmanager
 def using(directory: RunDir) -> Iterator[RunDir]:
-    """Closes the directory at the end. If the model or the data turn out to be unusable before the silos were greeted,
-    the directory is removed, so that the mistake can be mended and the same command given again."""
+    """Closes the directory at the end. If the model, the data or what silos say at the greeting turn out to be unusable
+    before anything was computed, the directory is removed: the mistake can be mended, and the same command given again.
+    """
     try:
         yield directory
-    except RunError:
-        raise
     except FedlmError:
         if not directory.begun:
             directory.discard()

@@ -78,9 +78,17 @@ def failure_lines(failures: Iterable[Failure]) -> list[dict[str, str]]:
 
 
 def reasons(failures: Sequence[Failure], limit: int = 5) -> str:
-    shown = "; ".join(f"{f.silo}: {f.kind.value}: {f.reason}" for f in failures[:limit])
-    more = f"; and {len(failures) - limit} more" if len(failures) > limit else ""
-    return (shown or "no silo answered") + more
+    """Who failed and why; what several silos say alike is said once."""
+    by_words: dict[str, list[str]] = {}
+    for failure in failures:
+        by_words.setdefault(f"{failure.kind.value}: {failure.reason}", []).append(failure.silo)
+    lines = [f"{_some(silos, limit)}: {words}" for words, silos in by_words.items()]
+    more = f"; and {len(lines) - limit} more" if len(lines) > limit else ""
+    return ("; ".join(lines[:limit]) or "no silo answered") + more
+
+
+def _some(silos: Sequence[str], limit: int) -> str:
+    return ", ".join(silos[:limit]) + (f" and {len(silos) - limit} more" if len(silos) > limit else "")
 
 
 def summarise_run(run_dir: RunDir, status: str, message: str, evaluation: dict[str, Any] | None) -> RunResult:

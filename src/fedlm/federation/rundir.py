@@ -172,8 +172,8 @@ class RunDir:
 
     @property
     def begun(self) -> bool:
-        """Whether the silos were greeted or a round was begun: before that there is nothing to go on with."""
-        return bool(self.checkpoint_rounds()) or any((self.path / n).exists() for n in ("data.json", "rounds.jsonl"))
+        """Whether the first model was measured or a round done: before that there is nothing to go on with."""
+        return bool(self.checkpoint_rounds()) or (self.path / "rounds.jsonl").exists()
 
     def discard(self) -> None:
         """Remove the whole directory."""
