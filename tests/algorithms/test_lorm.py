@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,13 @@ import torch
 
 from fedlm.algorithms import get_algorithm
 from fedlm.algorithms.base import Place
-from fedlm.algorithms.lorm import gram_of
+from fedlm.algorithms.lorm import gram_of, measured_grams
+from fedlm.data.federated import load_data
+from fedlm.federation.silo import Workbench
+from fedlm.federation.silo.session import SiloSession
+from fedlm.models.adapters import lora_layers
 from fedlm.recipe.schema import AdapterSpec, AlgorithmSpec
+from fedlm.training.plan import Plan
 from tests.federation.conftest import Tiny
 
 from .observed import federate
@@ -89,6 +95,36 @@ def test_directions_that_no_input_has_keep_the_present_factor() -> None:
     assert (ours @ seen - factors[B] @ seen).norm() > 0.1
     ours = merged(1, factors, made)
     assert torch.equal(ours[:, :9], factors[A].float().double()[:, :9])
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_every_token_of_a_row_counts_once_whatever_shares_its_pass(tiny: Tiny, tmp_path: Path, packing: bool) -> None:
+    """Rows begin alike, and packing computes what they share once; without it they are padded. Neither shows in the
+    mean of z z' and of x^2, which a plain forward pass for each row gives too."""
+    rows = [json.loads(line) for line in (tiny.base / "rows.jsonl").read_text().splitlines()[:12]]
+    long = " ".join(["money"] * 20)  # a beginning for half of them
+    rows = [row | {"prompt": long + " " + row["prompt"] if i % 2 else row["prompt"]} for i, row in enumerate(rows)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = ("data.partition={kind: iid, silos: 1}", "data.split={validation: 0, test: 0}", "adapter.rank=3")
+    recipe = tiny.recipe("federation.algorithm.name=lorm", f"training.packing={packing}", *changes)
+    bench = Workbench(recipe, load_data(recipe, tmp_path))
+    bench.load()
+    (name,) = bench.data.names
+    session = SiloSession(bench, Place(name, rank=3), {}, None, lambda: False, Plan())
+    session.loss({})  # training comes first: a model's first packed pass tries out packing, on rows of its own
+    layer, module = next(iter(lora_layers(bench.model).items()))
+    inputs: list[torch.Tensor] = []
+    grams = {full: measured_grams(session, {}, full=full)[layer] for full in (True, False)}
+    handle = module.register_forward_hook(lambda _, args, __: inputs.append(args[0].detach().double().flatten(0, -2)))
+    for row in (session.tokens[i] for i in range(len(session.tokens))):
+        with torch.no_grad():
+            bench.model(input_ids=torch.from_numpy(row.ids[:-1].astype("int64"))[None])
+    handle.remove()
+    x = torch.cat(inputs)
+    (a,) = (factor.weight.detach().double() for factor in module.lora_A.values())
+    z = x @ a.T
+    torch.testing.assert_close(grams[True].double(), z.T @ z / len(z), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(grams[False].double(), x.square().mean(0), rtol=1e-4, atol=1e-7)
 
 
 def test_four_rounds_of_real_silos(tiny: Tiny, tmp_path: Path) -> None:

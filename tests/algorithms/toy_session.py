@@ -50,7 +50,7 @@ class ToySession:
             stepper.step()
         return SimpleNamespace(steps=self.recipe.training.steps), {n: p.detach().clone() for n, p in parameters.items()}
 
-    def loss(self, tensors: Tensors, rows: int | None = None) -> float:  # noqa: ARG002
+    def loss(self, tensors: Tensors, rows: int | None = None, *, alone: bool = False) -> float:  # noqa: ARG002
         away = self.joined(self.put(tensors)).double() - self.silo.b
         return float(away @ self.silo.A @ away / 2)
 

@@ -212,8 +212,12 @@ class Session(Protocol):
         """
         ...
 
-    def loss(self, tensors: Tensors, rows: int | None = None) -> float:
-        """Mean loss over target tokens of (a fixed subset of) the silo's training rows with these values loaded."""
+    def loss(self, tensors: Tensors, rows: int | None = None, *, alone: bool = False) -> float:
+        """Mean loss over target tokens of (a fixed subset of) the silo's training rows with these values loaded.
+
+        `alone` reads each row in a forward pass of its own, so that layers see every token once for each row that has
+        it, and no padding.
+        """
         ...
 
     def should_stop(self) -> bool: ...

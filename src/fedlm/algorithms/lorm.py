@@ -126,7 +126,7 @@ def measured_grams(session: Session, tensors: Tensors, *, full: bool) -> Tensors
 
         handles.append(factor_a.register_forward_hook(look))
     try:
-        session.loss(tensors, rows=ROWS)
+        session.loss(tensors, rows=ROWS, alone=True)
     finally:
         for handle in handles:
             handle.remove()

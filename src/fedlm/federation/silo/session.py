@@ -115,8 +115,9 @@ class SiloSession:
         self.optimizer |= {prefix + name: moments for name, moments in result.optimizer_state.items()}
         return result, self._bench.take(chosen)
 
-    def loss(self, tensors: Tensors, rows: int | None = None) -> float:
-        """Mean loss over target tokens of the silo's training rows, or a keyed subset of them, with these values."""
+    def loss(self, tensors: Tensors, rows: int | None = None, *, alone: bool = False) -> float:
+        """Mean loss over target tokens of the silo's training rows, or a keyed subset of them, with these values;
+        `alone`: each row in a forward pass of its own."""
         from fedlm.training.forward import sequence_nll
 
         self.put(tensors)
@@ -127,7 +128,7 @@ class SiloSession:
         sums, counts = sequence_nll(
             self.model,
             [self.tokens[i] for i in chosen],
-            self.recipe.evaluation.batch_tokens,
+            1 if alone else self.recipe.evaluation.batch_tokens,
             packing=self.recipe.training.packing,
         )
         return float(sums.sum() / counts.sum())
