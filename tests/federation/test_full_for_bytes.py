@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ import fedlm.algorithms.zeroth
 from fedlm.algorithms.base import Place
 from fedlm.data.federated import load_data
 from fedlm.errors import ModelError, RecipeError
-from fedlm.federation.api import run_recipe
+from fedlm.federation import coordinator
+from fedlm.federation.api import about, new_run, run_recipe
 from fedlm.federation.rundir import RunDir
 from fedlm.federation.silo import Silo, Workbench
 from fedlm.messages import Failure, Reply, Request, Tensors
@@ -23,6 +26,7 @@ from fedlm.models.adapters import completed, get_tensors
 from fedlm.models.directions import SCALARS
 from fedlm.models.load import restore
 from fedlm.recipe.schema import Recipe
+from tests.algorithms.observed import Observed
 from tests.federation.conftest import Tiny
 
 METHODS = ["fedkseed", "feedsign", "ferret"]
@@ -114,12 +118,9 @@ def test_the_number_of_workers_changes_no_bit(
         assert one["validation"]["loss"] == other["validation"]["loss"] and one["loss"] == other["loss"]
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_resumed_run_ends_in_the_same_bits(
-    name: str, runs: dict[str, Path], tiny: Tiny, unequal: Path, tmp_path: Path
-) -> None:
+def test_a_resumed_run_ends_in_the_same_bits(runs: dict[str, Path], tiny: Tiny, unequal: Path, tmp_path: Path) -> None:
     """Put back to the state after round 0, with the silos' folders lost."""
-    run = tmp_path / "run"
+    name, run = "ferret", tmp_path / "run"
     shutil.copytree(runs[name], run)
     for gone in ("checkpoints/round-0001", "checkpoints/round-0002", "silos", "adapter"):
         shutil.rmtree(run / gone)
@@ -168,6 +169,27 @@ def test_feedsign_sends_one_bit_per_step(runs: dict[str, Path]) -> None:
         for silo in record["silos"].values():
             assert silo["bytes_up"] <= 1 + 96
             assert silo["bytes_down"] <= -(-5 * number // 8) + 8 + 192
+
+
+def test_no_silo_votes_on_more_steps_than_were_asked_for(tiny: Tiny, unequal: Path, tmp_path: Path) -> None:
+    """Else it would vote alone on the further ones, and everybody would take them."""
+
+    class Greedy(Observed):
+        def exchange(self, requests: Any, deadline: float | None = None) -> Any:
+            for answer in super().exchange(requests, deadline):
+                if answer.verb == "train" and answer.silo == "site1":
+                    votes = {"feedsign.votes": torch.full((2,), 255, dtype=torch.uint8)}
+                    answer = replace(answer, tensors=votes, fields={**answer.fields, "steps": 16})
+                yield answer
+
+    of = recipe(tiny, "feedsign", "federation.rounds=1", "federation.quorum=0.5")
+    engine = Greedy(of, unequal, tmp_path / "silos")
+    with closing(new_run(of, tmp_path / "run", base=unequal, **about(engine.data))) as directory:
+        coordinator.run(of, engine, directory)
+    record = lines(tmp_path / "run")[1]
+    assert record["replied"] == ["site0", "site2", "site3"]
+    assert [f["reason"] for f in record["failures"]] == ["the reply says 16 steps, and 5 were asked for"]
+    assert int(checkpoint(tmp_path / "run")["feedsign.steps"]) == 5
 
 
 @pytest.fixture(scope="module")

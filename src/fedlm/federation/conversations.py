@@ -300,6 +300,9 @@ class Conversations:
         silo, steps = reply.silo, reply.fields["steps"]
         if not isinstance(steps, int):
             raise UpdateRefused(f"the reply's number of steps is {steps}", where=silo)
+        asked = self.recipe.training.steps
+        if asked is not None and steps > asked:
+            raise UpdateRefused(f"the reply says {steps} steps, and {asked} were asked for", where=silo)
         most = self.rank(silo)
         rank = reply.fields.get("rank", most)
         if isinstance(rank, bool) or not isinstance(rank, int) or not min(1, most) <= rank <= most:
