@@ -11,7 +11,7 @@ from torch import Tensor
 from fedlm.algorithms import get_algorithm
 from fedlm.algorithms.base import Place
 from fedlm.algorithms.ifca import grouped
-from fedlm.errors import RecipeError
+from fedlm.errors import RecipeError, TrainingError
 from fedlm.recipe.schema import AdapterSpec, AlgorithmSpec
 
 from .quadratic import Quadratic, quadratics
@@ -113,6 +113,12 @@ def test_fedrep_trains_the_head_first_and_then_the_body() -> None:
         body = sum(bodies) / sum(silo.weight for silo in silos)
         for i in range(2):
             assert (federation.loaded(i).double() - torch.cat([body, heads[i]])).abs().max() < 1e-6
+
+
+def test_fedrep_with_one_step_a_round_is_refused() -> None:
+    """One part would never be trained, and an update of zeros would hold the mean back."""
+    with pytest.raises(TrainingError, match="at least 2 steps a round, one for each part"):
+        ToyFederation(quadratics(1), AlgorithmSpec(name="fedrep"), FIRST, steps=1).round()
 
 
 def test_an_adaptive_optimiser_leaves_the_other_part_alone() -> None:

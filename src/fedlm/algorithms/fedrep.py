@@ -9,7 +9,7 @@ import torch
 
 from fedlm.algorithms.base import LocalRule, Outcome, Place, Session
 from fedlm.algorithms.fedavg import FedAvg
-from fedlm.errors import RecipeError
+from fedlm.errors import RecipeError, TrainingError
 from fedlm.messages import Tensors
 from fedlm.recipe.schema import AlgorithmSpec
 from fedlm.training.batches import steps_per_round
@@ -63,7 +63,13 @@ class HeadThenBody(LocalRule):
                 if name not in self.received
             }
         steps = steps_per_round(session.recipe.training, len(session.tokens))
-        self.head_steps = min(max(1, round(self.spec.head_share * steps)), max(1, steps - 1))
+        if steps < 2:  # the recipe tells of `steps` itself
+            raise TrainingError(
+                "fedrep needs at least 2 steps a round, one for each part, and this silo's rows make 1",
+                where="training.epochs",
+                fix="raise it, or lower training.batch_size",
+            )
+        self.head_steps = min(max(1, round(self.spec.head_share * steps)), steps - 1)
         return super().run(session)
 
     def correct(self, parameters: dict[str, torch.nn.Parameter]) -> None:
