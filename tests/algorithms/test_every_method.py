@@ -1,5 +1,5 @@
-"""Every method there is, through real silos, with compressed updates wherever its facts allow that: simulated in one go,
-or over a network, resumed, and sent only what has changed, it ends in the same bits.
+"""Every method there is, through real silos, with compressed updates wherever its facts allow that: simulated in one
+go, or over a network, resumed, and sent only what has changed, it ends in the same bits.
 """
 
 from __future__ import annotations
@@ -119,9 +119,11 @@ def test_the_same_bits_over_a_network_and_resumed(name: str, tiny: Tiny, network
     recipe = recipe_of(tiny, name)
     here, there = tmp_path / "here", tmp_path / "there"
     data = load_data(recipe, tiny.base)
-    with closing(new_run(recipe, here, base=tiny.base, **about(data))) as directory:
-        with closing(LocalEngine(recipe, data, here, base=tiny.base)) as engine:
-            assert run(recipe, engine, directory).status == "finished"
+    with (
+        closing(new_run(recipe, here, base=tiny.base, **about(data))) as directory,
+        closing(LocalEngine(recipe, data, here, base=tiny.base)) as engine,
+    ):
+        assert run(recipe, engine, directory).status == "finished"
     if not ALGORITHMS[name].asynchronous:
         recipe = recipe_of(tiny, name, "federation.downlink={send: changed}")
     with closing(new_run(recipe, there, base=tiny.base, **about(data))) as directory:

@@ -22,7 +22,7 @@ class FedDPA(FedAvg):
 
     a is the recipe's `local_weight`. The paper then weighs the two anew for every text that is read, by how much it
     resembles the silo's own rows; that is not done here, a stays fixed. B_l is kept times a, which is the same model;
-    with an optimiser that scales its steps by itself (AdamW) B_l learns 1 / a times faster than in the paper.
+    B_l learns 1 / a times faster than in the paper with AdamW, which scales its steps by itself, and 1 / a^2 with SGD.
 
     The frozen adapter acts as a delta (`fedlm.models.deltas`). A round takes twice as long as FedAvg's.
     """

@@ -26,7 +26,8 @@ class FedNova(FedAvg):
     count for less. With equal steps it is FedAvg.
 
     |a_i|_1 is exact for SGD, with its momentum and the schedule of the rate. AdamW's step hardly depends on the size of
-    the gradient, and counts as one step of its rate. Clipping and weight decay are left out of it.
+    the gradient, and counts as one step of its rate. Clipping, weight decay and moments kept from earlier rounds are
+    left out of it.
     """
 
     def local(self, received: Tensors, silo_state: Tensors, place: Place) -> LocalRule:
