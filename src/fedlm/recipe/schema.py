@@ -237,7 +237,7 @@ class AlgorithmSpec(Strict):
     weights: Literal["tokens", "examples", "equal"] | None = Field(
         None,
         description="What a silo counts for in the mean: the examples it holds, their target tokens, or equal. "
-        "Defaults: examples; scaffold, feedsign, fedasync: always equal.",
+        "Defaults: examples; fedasync, feddyn, feedsign, hetlora, scaffold, task-arithmetic, ties: always equal.",
     )
     mu: Annotated[float, Field(ge=0.0)] = Field(0.01, description="fedprox, fedasync: strength of the proximal term.")
     server_lr: PositiveFloat | None = Field(
