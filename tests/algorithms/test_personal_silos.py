@@ -1,4 +1,4 @@
-"""Methods with models of the silos' own, through real silos on a real model: what each silo loads, and resuming."""
+"""Methods with models of the silos' own, through real silos on a real model: what each silo loads."""
 
 from __future__ import annotations
 
@@ -50,14 +50,8 @@ def runs(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tupl
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_interrupted_and_resumed_every_silo_ends_with_the_same_model(
-    name: str, runs: dict[str, Any], tiny: Tiny, tmp_path: Path
-) -> None:
-    whole, _ = runs[name]
-    recipe = tiny.recipe(*changes(name))
-    resumed, directory = federate(recipe, tiny.base, tmp_path / "run", interrupt=2)
-    for silo, model in whole.loaded[3].items():
-        assert all(torch.equal(model[layer], resumed.loaded[3][silo][layer]) for layer in model)
+def test_silos_end_with_a_better_model(name: str, runs: dict[str, Any]) -> None:
+    _, directory = runs[name]
     lines = [json.loads(line) for line in (directory.path / "rounds.jsonl").read_text().splitlines()]
     losses = [line["validation"]["loss"] for line in lines]
     assert losses[-1] < losses[0]
