@@ -48,6 +48,12 @@ def test_the_docstring_names_the_paper_of_the_facts(name: str) -> None:
     assert ALGORITHMS[name].paper in (CLASSES[name].__doc__ or "")
 
 
+def test_the_documentation_has_every_method_and_its_paper() -> None:
+    lines = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text().splitlines()
+    for name, method in ALGORITHMS.items():
+        assert any(f"`{name}`" in line and line.endswith(f"| {method.paper} |") for line in lines), name
+
+
 @pytest.mark.parametrize("name", GENERAL)
 def test_the_silo_keeps_state_exactly_where_the_facts_say(name: str) -> None:
     _, state, _ = updates(name)[0]
