@@ -76,6 +76,8 @@ def test_with_ia3(tiny: Tiny, tmp_path: Path, name: str) -> None:
         (["name=fedrep", "personal_part=lora_B", "adapter={kind: ia3}"], "a 'ia3' adapter has no lora_B"),
         (["name=fedrep", "training.steps=1"], "'fedrep' needs at least 2 steps a round"),
         (["name=lorm", "federation.rounds=1"], "'lorm' needs at least 2 rounds"),
+        (["name=rolora", "federation.rounds=1"], "'rolora' needs at least 2 rounds"),
+        (["name=ifca", "federation.rounds=1"], "'ifca' needs at least 2 rounds"),
         (["name=lorm", "training.keep_optimizer=true"], "keep_optimizer: has no effect with 'lorm'"),
         (["name=ifca", "training.keep_optimizer=true"], "keep_optimizer: has no effect with 'ifca'"),
     ],
