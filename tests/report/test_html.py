@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import pytest
 
 from fedlm.errors import RunError
 from fedlm.report.facts import read_run
-from fedlm.report.html import figure, page, write_report
+from fedlm.report.html import page, write_report
+from fedlm.report.markup import figure
 from fedlm.report.plots import BARS, LINES
 from fedlm.report.summary import summary_json, summary_lines
 
@@ -171,6 +173,58 @@ def test_every_figure_has_numbers_only_where_there_are_numbers(make_run: Any) ->
     html = page(read_run(make_run(comparison=True)))
     assert "NaN" not in re.sub(r"<script>.*?</script>", "", html, flags=re.DOTALL)
     assert len(outline(html).figures) >= 10
+
+
+def changed(run: Path, algorithm: str, change: Callable[[int, dict[str, Any]], dict[str, Any]]) -> str:
+    """The page of a run with another algorithm and rounds with something more."""
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(recipe.replace("name: fedavg", f"name: {algorithm}"))
+    lines = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+    (run / "rounds.jsonl").write_text("".join(json.dumps(line | change(line["round"], line)) + "\n" for line in lines))
+    return page(read_run(run))
+
+
+def test_it_shows_how_updates_became_one_model(make_run: Any) -> None:
+    def figures(number: int, _: dict[str, Any]) -> dict[str, Any]:
+        errors = {"2": 0.3, "8": 1e-7}
+        return {
+            "aggregation": {"aggregation_error": 1e-7, "error_by_rank": errors, "deltas": {"bytes": 10**6 * number}}
+        }
+
+    run = make_run(rounds=3)
+    data = json.loads((run / "data.json").read_text())
+    data["silos"]["silo-0001"]["plan"] = {"rank": 2, "first_layer": 1}
+    (run / "data.json").write_text(json.dumps(data))
+    text = changed(run, "flora", figures)
+    assert "rounds of FLoRA" in text and "rank: 2, first layer: 1" in text
+    drawn = {f["layout"]["yaxis"]["title"]["text"]: f["data"] for f in outline(text).figures}
+    assert [(line["name"], line["y"]) for line in drawn["relative error"]] == [
+        ("rank 2", [0.3] * 3),
+        ("rank 8", [1e-7] * 3),
+    ]
+    sizes = [f["data"][0]["y"] for f in outline(text).figures if f["data"][0].get("name") == "merged parts"]
+    assert sizes == [[0.0, 1.0, 2.0]]
+    plain = page(read_run(make_run(rounds=3)))
+    assert "How updates became one model" not in plain
+
+
+def test_late_answers_are_counted(make_run: Any) -> None:
+    late = [{"staleness": 1, "failure": None}, {"staleness": 0, "failure": None}, {"staleness": 9, "failure": "stale"}]
+    text = changed(make_run(rounds=2), "fedasync", lambda _, line: {"arrivals": late} if line["round"] >= 0 else {})
+    bars = next(f["data"][0] for f in outline(text).figures if f["layout"]["yaxis"]["title"]["text"] == "answers")
+    assert (bars["x"], bars["y"]) == ([0, 1], [2, 2])
+
+
+def test_personal_models_are_measured_on_both_kinds_of_rows(make_run: Any) -> None:
+    run = make_run(rounds=2)
+    measured = json.loads((run / "evaluation.json").read_text())
+    measured["others"] = {**measured["final"], "loss": 7.125}
+    (run / "evaluation.json").write_text(json.dumps(measured))
+    shared = page(read_run(run))
+    assert "7.125" not in shared and "Validation loss of the shared model at each silo" in shared
+    own = changed(run, "ditto", lambda *_: {})
+    assert "on the other silos&#x27; rows" in own and "7.125" in own
+    assert "Validation loss of its own model at each silo" in own
 
 
 def test_the_terminal_summary_is_a_small_table(make_run: Any) -> None:

@@ -13,7 +13,7 @@ from fedlm import __version__
 from fedlm.files import write_atomic
 from fedlm.report import plots
 from fedlm.report.format import MISSING, count, duration, is_number, metric, number, plural, size
-from fedlm.report.html import asset, card, document, e, figure, table
+from fedlm.report.markup import asset, card, document, e, figure, table
 
 Json = dict[str, Any]
 
@@ -60,7 +60,7 @@ def columns(outcome: Json) -> list[Column]:
         Column("worst silo's loss", lambda r: metric("loss", r["worst_loss"]), _get("worst_loss")),
         Column("loss on others' text", lambda r: metric("loss", r["others_loss"]), _get("others_loss")),
         Column("aggregation error, largest", _error("aggregation_error"), _get("aggregation_error")),
-        Column("mean over rounds", _error("mean_error"), _get("mean_error")),
+        Column("aggregation error, mean", _error("mean_error"), _get("mean_error")),
         Column("up per silo and round", lambda r: size(r["bytes_up"]), _get("bytes_up")),
         Column("down per silo and round", lambda r: size(r["bytes_down"]), _get("bytes_down")),
         Column("bytes in all", lambda r: size(r["bytes"]), _get("bytes")),
@@ -72,7 +72,7 @@ def columns(outcome: Json) -> list[Column]:
         Column("learning rate", _rate, _get("rate")),
         Column("local steps", lambda r: count(r["steps"]), _get("steps")),
         Column("training time", lambda r: duration(r["seconds"]), _get("seconds")),
-        Column("server time", lambda r: duration(r["server_seconds"]), _get("server_seconds")),
+        Column("server time", lambda r: f"{1000 * r['server_seconds']:,.1f} ms", _get("server_seconds")),
         Column("peak memory", lambda r: size(r["peak_rss"]), _get("peak_rss")),
     ]
     rows = measured(outcome)
@@ -202,8 +202,13 @@ def page(outcome: Json) -> str:
     ]
     if missing := _missing(outcome):
         body.append("<h2>Not in the table</h2>" + table(["row", "reason"], missing, text=2))
+    asked = outcome["settings"]
+    options = {"methods": [row["name"] for row in outcome["rows"]], "seeds": asked["seeds"]}
+    options |= {"tuning-seeds": asked["tuning_seeds"], "lrs": [asked["rates"]]}
+    command = "fedlm bench algorithms recipe.yaml"
+    command += "".join(f" --{name} {','.join(map(str, values))}" for name, values in options.items())
     body.append(
-        f"<h2>Reproduce</h2><pre>pip install fedlm=={e(__version__)}\nfedlm bench algorithms recipe.yaml</pre>"
+        f"<h2>Reproduce</h2><pre>pip install fedlm=={e(__version__)}\n{e(command)}</pre>"
         f"<details><summary>recipe.yaml, as resolved</summary><pre>{e(outcome['recipe'])}</pre></details>"
     )
     return document(f"{outcome['name']} · fedlm bench", "".join(body), asset("sort.js"))
@@ -243,6 +248,7 @@ def _notes(outcome: Json) -> list[str]:
         "silo's own model.",
         "Bytes are those of training alone, as the engine measured them; a set-up round's are in the sum, and not in "
         "those of a round.",
+        "Training time is that of all silos' rounds one after the other, server time that of all server steps.",
         "Peak memory is that of the one process in which coordinator and silos work in turn.",
     ]
     if outcome["budgets"]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlm.errors import RunError
+from fedlm.recipe.methods import ALGORITHMS
 from fedlm.report.format import METRICS, is_number, is_share, plural
 
 Json = dict[str, Any]
@@ -81,6 +82,12 @@ class RunFacts:
     def rounds_planned(self) -> int | None:
         planned = (self.recipe.get("federation") or {}).get("rounds")
         return int(planned) if is_number(planned) else None
+
+    @property
+    def personal(self) -> bool:
+        """Whether each silo has, and is measured with, a model of its own."""
+        name = ((self.recipe.get("federation") or {}).get("algorithm") or {}).get("name")
+        return name in ALGORITHMS and ALGORITHMS[name].personal
 
     def silos(self) -> list[str]:
         """Names of all silos that the data card or any round mentions, sorted."""

@@ -6,15 +6,9 @@ in the page forbids it to load anything.
 
 from __future__ import annotations
 
-import html
-import json
-from collections.abc import Iterable, Sequence
-from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from fedlm import __version__
 from fedlm.files import write_atomic
 from fedlm.report import plots
 from fedlm.report.facts import GROUPS, Estimate, Group, RunFacts, estimate, fairness, metric_keys, read_run, spread
@@ -31,6 +25,7 @@ from fedlm.report.format import (
     plural,
     size,
 )
+from fedlm.report.markup import card, document, e, figure, table
 from fedlm.report.words import federation_sentence, verdict
 
 ROWS = 40
@@ -59,74 +54,13 @@ def page(facts: RunFacts) -> str:
         _comparison(facts),
         _held_out(facts),
         _learning(facts),
+        _method(facts),
         _data(facts),
         _cost(facts),
         _failures(facts),
         _reproduce(facts),
     ]
     return document(f"{facts.name} · fedlm report", "".join(sections))
-
-
-def document(title: str, body: str, *scripts: str) -> str:
-    """A whole page around a body of escaped HTML, with the figures' library and these scripts in it."""
-    policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
-    run = "".join(f"<script>{script}</script>" for script in (_plotly(), asset("report.js"), *scripts))
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width,initial-scale=1"><title>{e(title)}</title>
-<style>{asset("report.css")}</style></head><body><main>
-{body}
-<footer>Written by fedlm {e(__version__)}. This file is complete in itself and loads nothing from the network.</footer>
-</main>{run}</body></html>
-"""
-
-
-def e(value: object) -> str:
-    """Escaped for HTML, attributes included."""
-    return html.escape(str(value))
-
-
-def asset(name: str) -> str:
-    """The text of a file of `assets/`."""
-    return (resources.files("fedlm.report") / "assets" / name).read_text(encoding="utf-8")
-
-
-@cache
-def _plotly() -> str:
-    from plotly.offline import get_plotlyjs
-
-    return str(get_plotlyjs())
-
-
-def figure(drawing: plots.Figure | None, title: str, note: str = "") -> str:
-    """A figure with its title; nothing where there is nothing to draw."""
-    if drawing is None:
-        return ""
-    source = json.dumps(drawing, allow_nan=False).replace("<", "\\u003c")
-    words = f'<p class="note">{e(note)}</p>' if note else ""
-    height = int(drawing["layout"]["height"])
-    return (
-        f'<div><h3>{e(title)}</h3>{words}<div style="height:{height}px" role="img" aria-label="{e(title)}"></div>'
-        f'<script type="application/json" class="figure">{source}</script></div>'
-    )
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, text: int = 1, main: Sequence[bool] = ()) -> str:
-    """A table whose first `text` columns are words and the others numbers; rows flagged in `main` are bold."""
-    kinds = [' class="text"' if i < text else "" for i in range(len(head))]
-    top = "".join(f"<th{k}>{e(h)}</th>" for h, k in zip(head, kinds, strict=True))
-    body = []
-    for i, row in enumerate(rows):
-        bold = ' class="main"' if i < len(main) and main[i] else ""
-        body.append(f"<tr{bold}>" + "".join(f"<td{k}>{e(c)}</td>" for c, k in zip(row, kinds, strict=True)) + "</tr>")
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
-
-
-def card(name: str, value: str, note: str = "", *, main: bool = False) -> str:
-    """One figure that stands out."""
-    chosen = " main" if main else ""
-    return f'<div class="card{chosen}"><span>{e(name)}</span><b>{e(value)}</b><span>{e(note)}</span></div>'
 
 
 def with_interval(key: str, found: Estimate | None, between: str = " ") -> str:
@@ -278,14 +212,21 @@ def _held_out(facts: RunFacts) -> str:
         return ""
     keys = metric_keys([s for s in (before, after) if s])
     rows = [[metric_name(k), with_interval(k, estimate(before, k)), with_interval(k, estimate(after, k))] for k in keys]
-    parts = [table(["all silos together", "base model", "after training"], rows)]
+    head = ["all silos together", "base model", "after training"]
+    others, personal = facts.evaluation.get("others") or {}, ""
+    if facts.personal:
+        personal = " Each silo is measured with its own model."
+        if others:
+            head.append("on the other silos' rows")
+            rows = [[*row, with_interval(k, estimate(others, k))] for row, k in zip(rows, keys, strict=True)]
+    parts = [table(head, rows)]
     examples = (after or before).get("examples")
     fair = _fairness(before, after, keys)
     return (
         f"<h2>Held-out results</h2>"
         f'<p class="note">{e(role.capitalize())} rows, never trained on'
         + (f": {e(count(examples))} examples" if is_number(examples) else "")
-        + f". Brackets are 95 % intervals.</p>{''.join(parts)}{fair}"
+        + f". Brackets are 95 % intervals.{personal}</p>{''.join(parts)}{fair}"
     )
 
 
@@ -313,12 +254,41 @@ def _fairness(before: dict[str, Any], after: dict[str, Any], keys: list[str]) ->
 
 
 def _learning(facts: RunFacts) -> str:
+    model = "its own model" if facts.personal else "the shared model"
     figures = [
         figure(plots.losses(facts), "Loss per round", "Round 0 is the base model before any training."),
         figure(plots.silo_train_loss(facts), "Training loss of each silo", "Click a name in the legend to hide it."),
-        figure(plots.silo_validation_loss(facts), "Validation loss of the shared model at each silo"),
+        figure(plots.silo_validation_loss(facts), f"Validation loss of {model} at each silo"),
     ]
     return _section("Learning", figures)
+
+
+def _method(facts: RunFacts) -> str:
+    """What there is to see only with some algorithms, and silos that do a part of the work."""
+    figures = [
+        figure(
+            plots.aggregation_error(facts),
+            "Aggregation error",
+            "What silos load after a round against the weighted mean of the products B A that they trained, in Frobenius "
+            "norm over all layers. An exact method is below 1e-5: what is left is rounding.",
+        ),
+        figure(
+            plots.merged(facts),
+            "What is merged beside the frozen weights",
+            "Kept in fp32, in every silo's memory too; `recompress` limits it.",
+        ),
+        figure(
+            plots.staleness(facts),
+            "Staleness of the answers",
+            "The recipe's `staleness` says how much an answer counts that comes so late.",
+        ),
+    ]
+    cards = facts.data.get("silos") or {}
+    plans = [(name, card["plan"]) for name, card in sorted(cards.items()) if card.get("plan")]
+    words = [[name, ", ".join(f"{k.replace('_', ' ')}: {v}" for k, v in plan.items())] for name, plan in plans[:ROWS]]
+    more = f'<p class="note">… and {len(plans) - ROWS:,} more in data.json.</p>' if len(plans) > ROWS else ""
+    mixed = f"<h2>What each silo does</h2>{table(['silo', 'its plan'], words, text=2)}{more}" if plans else ""
+    return _section("How updates became one model", figures) + mixed
 
 
 def _data(facts: RunFacts) -> str:

@@ -266,6 +266,49 @@ def memory(facts: RunFacts) -> Figure | None:
     return figure and _from_zero(figure)
 
 
+def aggregation_error(facts: RunFacts) -> Figure | None:
+    """What silos load against the mean of what they trained, per round; a line for each of several ranks."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    for line in facts.rounds:
+        told = line.get("aggregation") or {}
+        for rank, error in (told.get("error_by_rank") or {"": told.get("aggregation_error")}).items():
+            if is_number(error):
+                series.setdefault(str(rank), []).append((int(line["round"]) + 1, float(error)))
+    data = [
+        _line(f"rank {safe(rank)}" if rank else "error", [x for x, _ in points], [y for _, y in points], i)
+        for i, (rank, points) in enumerate(sorted(series.items(), key=lambda item: item[0].zfill(6)))
+    ]
+    axis = {"type": "log", "exponentformat": "power"}
+    return _figure(data, x="round", y="relative error", xaxis=_rounds_axis(facts), yaxis=axis) if data else None
+
+
+def merged(facts: RunFacts) -> Figure | None:
+    """Size of what a method has merged beside the frozen weights."""
+    grown = [
+        (int(r["round"]) + 1, ((r.get("aggregation") or {}).get("deltas") or {}).get("bytes")) for r in facts.rounds
+    ]
+    points = [(x, size / 1e6) for x, size in grown if is_number(size)]
+    if not points:
+        return None
+    data = [_line("merged parts", [x for x, _ in points], [y for _, y in points])]
+    return _from_zero(_figure(data, x="round", y="MB", xaxis=_rounds_axis(facts)))
+
+
+def staleness(facts: RunFacts) -> Figure | None:
+    """Answers of an asynchronous federation by the server steps that passed while they were made."""
+    late = Counter(
+        answer["staleness"]
+        for line in facts.rounds
+        for answer in line.get("arrivals") or []
+        if answer.get("failure") is None and is_number(answer.get("staleness"))
+    )
+    if not late:
+        return None
+    at = sorted(late)
+    bars = {"type": "bar", "x": at, "y": [late[i] for i in at], "marker": {"color": PALETTE[0]}, "showlegend": False}
+    return _figure([bars], x="server steps since the model it started from", y="answers")
+
+
 def silo_train_loss(facts: RunFacts) -> Figure | None:
     return by_silo(facts, lambda line, name: _of(line, name, "loss"), "training loss")
 

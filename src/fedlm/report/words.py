@@ -15,6 +15,34 @@ ALGORITHMS = {
     "fedadam": "FedAdam",
     "fedyogi": "FedYogi",
     "fedadagrad": "FedAdagrad",
+    "fednova": "FedNova",
+    "feddyn": "FedDyn",
+    "ditto": "Ditto",
+    "feddpa": "FedDPA",
+    "fedrep": "FedRep",
+    "ifca": "IFCA",
+    "fedit": "FedIT",
+    "ffa-lora": "FFA-LoRA",
+    "rolora": "RoLoRA",
+    "fedsa-lora": "FedSA-LoRA",
+    "fedrot-lora": "FedRot-LoRA",
+    "lora-fair": "LoRA-FAIR",
+    "fedsvd": "FedSVD",
+    "fed-sb": "Fed-SB",
+    "fedex-lora": "FedEx-LoRA",
+    "flora": "FLoRA",
+    "flexlora": "FlexLoRA",
+    "hetlora": "HetLoRA",
+    "frlora": "FRLoRA",
+    "lorm": "LoRM",
+    "task-arithmetic": "task arithmetic",
+    "ties": "TIES merging",
+    "fedasync": "FedAsync",
+    "fedbuff": "FedBuff",
+    "fedmezo": "FedMeZO",
+    "fedkseed": "FedKSeed",
+    "feedsign": "FeedSign",
+    "ferret": "Ferret",
 }
 
 
@@ -44,7 +72,9 @@ def federation_sentence(facts: RunFacts) -> str:
         sentence += f" in {plural(rounds, 'round')}{of}"
     elif planned:
         sentence += f" in {plural(planned, 'round')}"
-    return f"{sentence} of {how}. They exchanged model updates, never text."
+    guards = " and then ".join(f"`{guard.get('name')}`" for guard in recipe.get("guards") or [])
+    compressed = f", compressed by {guards} on the way up" if guards else ""
+    return f"{sentence} of {how}. They exchanged model updates{compressed}, never text."
 
 
 def verdict(facts: RunFacts) -> str:
