@@ -211,7 +211,7 @@ import sys
 from pathlib import Path
 from fedlm.federation.api import run_recipe
 from fedlm.recipe.load import load_recipe
-recipe = load_recipe(Path({str(tiny.base)!r}) / "recipe.yaml", ["training.steps=200", "federation.rounds=2"])
+recipe = load_recipe(Path({str(tiny.base)!r}) / "recipe.yaml", ["training.steps=60", "federation.rounds=2"])
 def observe(event):
     if event["kind"] == "step" and event["step"] == 5:
         print("training", flush=True)
