@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from fedlm.recipe.fields import models_in, parts
 from fedlm.recipe.guards import GUARDS
-from fedlm.recipe.methods import ALGORITHMS
+from fedlm.recipe.methods import ALGORITHMS, Method
 from fedlm.recipe.schema import Recipe
 
 _WORDS = {str: "text", int: "integer", float: "number", bool: "true or false"}
@@ -62,10 +62,37 @@ def _section(prefix: str, model: type[BaseModel]) -> str:
     return "\n".join([*lines, ""])
 
 
+_FACTS = """\
+What can be combined with an algorithm; anything else is an error that says why. *Adapters* are the values of
+`adapter.kind`. *Ranks*: silos may have LoRA factors of different ranks. *Part*: silos may train some layers or modules.
+*Personal*: each silo has, and is measured with, a model of its own. *State*: the silo keeps tensors between rounds.
+*Guards* compress what goes up; *way down* are guards of `federation.downlink`.
+"""
+
+
 def _algorithms() -> str:
-    lines = ["## Algorithms", "", "| `federation.algorithm.name` | paper | keeps state in the silo |", "|---|---|---|"]
-    lines += [f"| `{name}` | {m.paper} | {'yes' if m.silo_state else 'no'} |" for name, m in ALGORITHMS.items()]
+    heads = ("`federation.algorithm.name`", "adapters", "ranks", "part", "personal", "state", "guards", "way down")
+    lines = ["## Algorithms", "", _FACTS, f"| {' | '.join((*heads, 'options', 'paper'))} |", "|---" * 10 + "|"]
+    for name, m in ALGORITHMS.items():
+        facts = (m.mixed_ranks, m.partial, m.personal, m.silo_state)
+        down = m.plain_broadcast and not m.asynchronous
+        cells = [f"`{name}`", ", ".join(m.adapters), *map(_yes, facts), _compressed(m), _yes(down)]
+        options = [*m.options, *(("server_lr",) if m.server_rate else ())]
+        lines.append(f"| {' | '.join([*cells, ', '.join(f'`{o}`' for o in options), m.paper])} |")
     return "\n".join([*lines, ""])
+
+
+def _yes(fact: bool) -> str:
+    return "yes" if fact else "no"
+
+
+def _compressed(method: Method) -> str:
+    """Whether, and how, a method's updates can be compressed."""
+    if method.no_guards:
+        return "no"
+    if method.no_feedback:
+        return "without error feedback"
+    return "with error feedback" if method.needs_feedback else "yes"
 
 
 def _guards() -> str:
