@@ -269,7 +269,7 @@ def _method(facts: RunFacts) -> str:
         figure(
             plots.aggregation_error(facts),
             "Aggregation error",
-            "What silos load after a round against the weighted mean of the products B A that they trained, in Frobenius "
+            "What silos load after a round against the weighted mean of the products B A they trained, in Frobenius "
             "norm over all layers. An exact method is below 1e-5: what is left is rounding.",
         ),
         figure(
