@@ -40,6 +40,17 @@ def test_merged_is_exact_by_default_and_says_what_bf16_costs(tiny_model_dir: Pat
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "bf16").dtype == torch.bfloat16
 
 
+def test_of_a_personal_method_it_says_that_a_part_is_missing(run_path: Path, tmp_path: Path) -> None:  # noqa: F811
+    file = run_path / "recipe.yaml"
+    text = file.read_text()
+    assert "with 'fedavg'" not in fedlm("export", str(run_path), "--out", str(tmp_path / "shared")).stderr
+    assert "name: fedavg" in text
+    file.write_text(text.replace("name: fedavg", "name: ditto"))
+    told = "Note: with 'ditto' each silo has a model of its own"
+    assert told in fedlm("export", str(run_path), "--out", str(tmp_path / "part")).stderr
+    assert told in fedlm("chat", str(run_path), "--prompt", "hello", "--max-new-tokens", "1").stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -104,11 +104,11 @@ def algorithms(
         raise RunError("--resume goes on with the bench in --out", fix="name it: --out DIR --resume")
     folder = out or Path("runs") / f"{loaded.name}-bench-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     console = Console(stderr=True, quiet=as_json, highlight=False)
-    with _Trainings(console) as trainings:
-        from fedlm.comparison.bench.driver import Settings, bench
-        from fedlm.report.bench import write_bench
+    from fedlm.comparison.bench.driver import Settings, bench
+    from fedlm.report.bench import write_bench
 
-        settings = Settings(seeds_in(seeds, "--seeds"), seeds_in(tuning_seeds, "--tuning-seeds"), lrs, _sizes(bytes_))
+    settings = Settings(seeds_in(seeds, "--seeds"), seeds_in(tuning_seeds, "--tuning-seeds"), lrs, _sizes(bytes_))
+    with _Trainings(console) as trainings:
         try:
             outcome = bench(
                 recipe,
@@ -167,7 +167,8 @@ class _Trainings:
         if not event["stored"]:
             self._ran += 1
             per = (time.monotonic() - self._began) / self._ran
-            left = f"about {duration(per * (event['total'] - event['done']))} left"
+            ahead = event["total"] - event["done"]
+            left = f"about {duration(per * ahead)} left" if ahead else ""
         self._bar.update(self._task, total=event["total"], completed=event["done"], description=left)
         if event["stored"]:
             return

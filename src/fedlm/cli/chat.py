@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedlm.cli.models import Json, model_spec
-from fedlm.cli.output import print_json
+from fedlm.cli.output import print_json, warn_of_shared_part
 
 if TYPE_CHECKING:
     from fedlm.inference.generate import Sampling
@@ -55,7 +55,7 @@ def chat(
     """
     from fedlm.errors import ModelError
     from fedlm.inference.generate import Sampling
-    from fedlm.inference.session import is_run, open_chat
+    from fedlm.inference.session import is_run, open_chat, run_recipe
     from fedlm.models.folders import local_path
 
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -71,6 +71,8 @@ def chat(
     spec = None if of_run else model_spec(source, sha256, revision, dtype or "bfloat16")
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     session = open_chat(source, spec, round_)
+    if of_run:
+        warn_of_shared_part(run_recipe(local_path(source)).federation.algorithm.name)
     if base:
         session.toggle_base()
     if prompt is not None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fedlm.cli.models import Json
-from fedlm.cli.output import print_json
+from fedlm.cli.output import print_json, warn_of_shared_part
 
 
 def register(app: typer.Typer) -> None:
@@ -46,6 +46,7 @@ def export(
     check_empty(out)
     recipe = run_recipe(run)
     tensors, name = run_tensors(run, round_)
+    warn_of_shared_part(recipe.federation.algorithm.name)
     loss = 0.0
     if merged:
         loss = save_merged(out, tensors, recipe, dtype)

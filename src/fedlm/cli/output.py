@@ -11,3 +11,16 @@ import typer
 def print_json(value: Any) -> None:
     """Print one JSON value; NaN and infinities are refused, since JSON has none."""
     typer.echo(json.dumps(value, indent=1, sort_keys=True, allow_nan=False))
+
+
+def warn_of_shared_part(algorithm: str) -> None:
+    """Say on stderr that a run's adapter is not what its silos were measured with, where each has its own model."""
+    from fedlm.recipe.methods import ALGORITHMS
+
+    if ALGORITHMS[algorithm].personal:
+        typer.secho(
+            f"Note: with '{algorithm}' each silo has a model of its own, part of which never leaves it. This is the "
+            "shared part alone, which may do much less.",
+            fg=typer.colors.YELLOW,
+            err=True,
+        )
