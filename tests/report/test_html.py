@@ -218,12 +218,17 @@ def test_late_answers_are_counted(make_run: Any) -> None:
 def test_personal_models_are_measured_on_both_kinds_of_rows(make_run: Any) -> None:
     run = make_run(rounds=2)
     measured = json.loads((run / "evaluation.json").read_text())
-    measured["others"] = {**measured["final"], "loss": 7.125}
+    silos = {
+        name: {**silo, "accuracy": (i + 1) / 8} for i, (name, silo) in enumerate(measured["final"]["silos"].items())
+    }
+    measured["others"] = {**measured["final"], "loss": 7.125, "silos": silos}
     (run / "evaluation.json").write_text(json.dumps(measured))
     shared = page(read_run(run))
     assert "7.125" not in shared and "Validation loss of the shared model at each silo" in shared
     own = changed(run, "ditto", lambda *_: {})
     assert "on the other silos&#x27; rows" in own and "7.125" in own
+    bars = next(f["data"] for f in outline(own).figures if f["data"][-1].get("name") == "on the other silos' rows")
+    assert bars[-1]["y"] == [12.5 * (i + 1) for i in range(len(silos))] and bars[-1]["x"] == bars[0]["x"]
     assert "Validation loss of its own model at each silo" in own
 
 

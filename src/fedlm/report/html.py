@@ -213,15 +213,15 @@ def _held_out(facts: RunFacts) -> str:
     keys = metric_keys([s for s in (before, after) if s])
     rows = [[metric_name(k), with_interval(k, estimate(before, k)), with_interval(k, estimate(after, k))] for k in keys]
     head = ["all silos together", "base model", "after training"]
-    others, personal = facts.evaluation.get("others") or {}, ""
+    others, personal = {}, ""
     if facts.personal:
         personal = " Each silo is measured with its own model."
-        if others:
+        if others := facts.evaluation.get("others") or {}:
             head.append("on the other silos' rows")
             rows = [[*row, with_interval(k, estimate(others, k))] for row, k in zip(rows, keys, strict=True)]
     parts = [table(head, rows)]
     examples = (after or before).get("examples")
-    fair = _fairness(before, after, keys)
+    fair = _fairness({"base model": before, "after training": after, "on the other silos' rows": others}, keys)
     return (
         f"<h2>Held-out results</h2>"
         f'<p class="note">{e(role.capitalize())} rows, never trained on'
@@ -230,13 +230,14 @@ def _held_out(facts: RunFacts) -> str:
     )
 
 
-def _fairness(before: dict[str, Any], after: dict[str, Any], keys: list[str]) -> str:
-    known = [k for k in keys if len(fairness(after, k)) > 1 and k != "perplexity"]
+def _fairness(measured: dict[str, dict[str, Any]], keys: list[str]) -> str:
+    """How silos differ, by what each was measured with or on."""
+    known = [k for k in keys if len(fairness(measured["after training"], k)) > 1 and k != "perplexity"]
     if not known:
         return ""
     rows = []
     for key in known:
-        for label, summary in (("base model", before), ("after training", after)):
+        for label, summary in measured.items():
             values = fairness(summary, key)
             if values:
                 s = spread(values.values(), key)
@@ -249,7 +250,7 @@ def _fairness(before: dict[str, Any], after: dict[str, Any], keys: list[str]) ->
         "<h3>Is every silo served?</h3>"
         '<p class="note">Every silo counts the same here, however many rows it holds.</p>'
         + table(head, rows, text=2)
-        + figure(plots.fairness_bars(before, after, known[0]), f"{metric_name(known[0]).capitalize()} of each silo")
+        + figure(plots.fairness_bars(measured, known[0]), f"{metric_name(known[0]).capitalize()} of each silo")
     )
 
 

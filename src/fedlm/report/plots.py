@@ -321,14 +321,18 @@ def silo_validation_loss(facts: RunFacts) -> Figure | None:
     return by_silo(facts, of_silo, "validation loss")
 
 
-def fairness_bars(base: dict[str, Any], final: dict[str, Any], key: str) -> Figure | None:
-    """A metric of every silo before and after; a histogram where there are many silos."""
-    after, before = fairness(final, key), fairness(base, key)
+def fairness_bars(measured: dict[str, dict[str, Any]], key: str) -> Figure | None:
+    """A metric of every silo in each of these summaries, by what they are of; a histogram where there are many silos.
+
+    "after training" is among them.
+    """
+    found = {name: fairness(summary, key) for name, summary in measured.items()}
+    after = found["after training"]
     if len(after) < 2:
         return None
     factor = 100 if is_share(key) else 1
     title = metric_name(key) + (" (%)" if factor == 100 else "")
-    both = [("base model", before, PALETTE[6]), ("after", after, PALETTE[0])]
+    shown = list(zip(found.items(), (PALETTE[6], PALETTE[0], PALETTE[1]), strict=True))
     if len(after) > BARS:
         data = [
             {
@@ -338,7 +342,7 @@ def fairness_bars(base: dict[str, Any], final: dict[str, Any], key: str) -> Figu
                 "marker": {"color": colour},
                 "opacity": 0.7,
             }
-            for name, values, colour in both
+            for (name, values), colour in shown
             if values
         ]
         return _figure(data, x=title, y="silos", barmode="overlay")
@@ -350,7 +354,7 @@ def fairness_bars(base: dict[str, Any], final: dict[str, Any], key: str) -> Figu
             "y": [factor * v for v in values.values()],
             "marker": {"color": colour},
         }
-        for name, values, colour in both
+        for (name, values), colour in shown
         if values
     ]
     return _figure(data, y=title, barmode="group", xaxis={"type": "category"}, yaxis={"rangemode": "tozero"})
