@@ -213,7 +213,8 @@ def _held_out(facts: RunFacts) -> str:
     keys = metric_keys([s for s in (before, after) if s])
     rows = [[metric_name(k), with_interval(k, estimate(before, k)), with_interval(k, estimate(after, k))] for k in keys]
     head = ["all silos together", "base model", "after training"]
-    others, personal = {}, ""
+    others: dict[str, Any] = {}
+    personal = ""
     if facts.personal:
         personal = " Each silo is measured with its own model."
         if others := facts.evaluation.get("others") or {}:
