@@ -4,9 +4,10 @@ go, or over a network, resumed, and sent only what has changed, it ends in the s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,8 +87,11 @@ class Interrupted:
     def __init__(self, engine: Engine, before: int) -> None:
         self.engine, self.before = engine, before
 
-    def silos(self) -> Iterable[str]:
+    def silos(self) -> Sequence[str]:
         return self.engine.silos()
+
+    def close(self) -> None:
+        self.engine.close()
 
     def exchange(
         self, requests: Iterable[Request], deadline: float | None = None, stop: Stop | None = None
@@ -98,7 +102,7 @@ class Interrupted:
         yield from self.engine.exchange(asked, deadline, stop)
 
 
-def ended(folder: Path) -> tuple[dict[str, Tensors], list[object]]:
+def ended(folder: Path) -> tuple[dict[str, Tensors], list[list[Any]]]:
     """The last checkpoint, what silos keep of the last round, and what was measured."""
     directory = RunDir.open(folder, write=False)
     checkpoint = directory.load_checkpoint()
