@@ -53,11 +53,19 @@ class Flight:
     """What is under way in one run.
 
     Raises:
-        RunError: even equally fast silos could not keep within the staleness bound; or what the clock refuses.
+        RunError: more silos shall work at once than there are; even equally fast ones could not keep within the
+            staleness bound; or what the clock refuses.
     """
 
     def __init__(self, recipe: Recipe, silos: Conversations, run_dir: RunDir, algorithm: FedBuff) -> None:
         self.spec, self.silos, self.dir, self.algorithm = recipe.federation, silos, run_dir, algorithm
+        at_once, known = self.spec.concurrency, len(silos.names)
+        if isinstance(at_once, int) and at_once > known:  # a recipe need not say how many silos its data makes
+            raise RunError(
+                f"{at_once} silos cannot work at once where there are {known}",
+                where="federation.concurrency",
+                fix=f"give at most {known}, or 'all'",
+            )
         if problem := too_stale(self.spec, len(silos.trainers)):
             raise RunError(problem, where="federation.algorithm.max_staleness", fix="raise it, or lower concurrency")
         self.clock = choose_clock(recipe, silos, run_dir)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from fedlm.algorithms.base import Accumulator, Algorithm, Place, weight_of
-from fedlm.errors import RecipeError, RunError, UpdateRefused
+from fedlm.errors import RecipeError, RunError, UpdateRefused, nearest
 from fedlm.evaluation import summarise
 from fedlm.federation.disk import disk_errors
 from fedlm.federation.figures import check_card, check_counts, check_training
@@ -77,8 +77,14 @@ class Conversations:
         A resumed run keeps the cards it has, and greets the silos that did not answer before.
 
         Raises:
-            RunError: fewer silos than the quorum take part.
+            RunError: fewer silos than the quorum take part, or the recipe says what a silo can do that there is not.
         """
+        known = self.engine.silos()
+        for name in self.spec.capacity.silos:
+            if name not in known:
+                raise RunError(
+                    f"there is no silo '{name}'", where="federation.capacity.silos", fix=nearest(name, known)
+                )
         file = self.dir.path / "data.json"
         cards = self._known_cards(file)
         if strangers := [name for name in self.names if name not in cards]:
