@@ -66,7 +66,7 @@ class Flight:
                 where="federation.concurrency",
                 fix=f"give at most {known}, or 'all'",
             )
-        if problem := too_stale(self.spec, len(silos.trainers)):
+        if problem := too_stale(self.spec, len(silos.enrolled.trainers)):
             raise RunError(problem, where="federation.algorithm.max_staleness", fix="raise it, or lower concurrency")
         self.clock = choose_clock(recipe, silos, run_dir)
         self._asked: dict[int, _Asked] = {}
@@ -146,7 +146,7 @@ class Flight:
 
     def _give_out(self, number: int, parameters: Tensors) -> None:
         """Give work to silos until as many are at work as may be."""
-        trainers = self.silos.trainers
+        trainers = self.silos.enrolled.trainers
         most = invited(self.spec, len(trainers))
         while True:
             busy = {asked.work.silo for asked in self._asked.values()}
@@ -174,7 +174,7 @@ class Flight:
     def _set_aside(self, number: int, failure: Failure) -> None:
         self._aside.add(failure.silo)
         self._down[failure.silo] = failure
-        total = len(self.silos.trainers)
+        total = len(self.silos.enrolled.trainers)
         alive, needed = total - len(self._down), quorum(self.spec, total)
         if alive < needed:
             raise RunError(
@@ -282,7 +282,7 @@ def choose_clock(recipe: Recipe, silos: Conversations, run_dir: RunDir) -> Clock
         return RecordedOrder(recipe, Path(run_dir.meta["base"]) / log)
     if run_dir.meta.get("network"):
         return Clock(recipe)
-    return VirtualClock(recipe, silos.training_rows, silos.plan)
+    return VirtualClock(recipe, silos.enrolled.training_rows, silos.plan)
 
 
 def _enter(result: FoldResult, silo: str, fields: Fields, weight: float) -> None:

@@ -1,46 +1,37 @@
-"""What the coordinator says to the silos and what it makes of their answers: hello, train, evaluate."""
+"""What the coordinator says to the silos and what it makes of their answers: train, evaluate."""
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from fedlm.algorithms.base import Accumulator, Algorithm, Place, weight_of
-from fedlm.errors import RecipeError, RunError, UpdateRefused, nearest
+from fedlm.errors import RecipeError, RunError, UpdateRefused
 from fedlm.evaluation import summarise
-from fedlm.federation.disk import disk_errors
-from fedlm.federation.figures import check_card, check_counts, check_training
+from fedlm.federation.enrolment import Enrolment
+from fedlm.federation.figures import check_counts, check_training
 from fedlm.federation.folding import FoldResult, Verdict, fold_in_order
-from fedlm.federation.memory import release_freed
 from fedlm.federation.records import Traffic, failure_lines, reasons, silo_line
 from fedlm.federation.rundir import RunDir
-from fedlm.federation.sampling import quorum, sample, wanted
-from fedlm.federation.silo import PROTOCOL
+from fedlm.federation.sampling import quorum, sample
 from fedlm.federation.updates import check_update, largest_weight
 from fedlm.federation.versions import Downlink
-from fedlm.files import read_json, write_json
 from fedlm.guards import get_chain, update_key
 from fedlm.messages import Engine, Event, Failure, FailureKind, Fields, Observe, Reply, Request, Tensors
 from fedlm.recipe.schema import Recipe
-from fedlm.training.plan import Plan, parse_plan, whole
+from fedlm.training.plan import Plan, whole
 
 
 class Conversations:
     """One run's exchanges with its silos.
 
     Attributes:
-        training_rows: after `enrol`, by silo, its number of training rows.
-        trainers: after `enrol`, names of the silos with training rows, sorted.
-        measured_rows: by role, its number of rows by silo, of the silos that have any.
+        enrolled: who takes part.
         role: the rows that the model is measured on between rounds.
-        not_greeted: after `enrol`, why silos do not take part; written down with the next round.
     """
 
     def __init__(
@@ -56,139 +47,11 @@ class Conversations:
         self.algorithm, self.names, self.chain = algorithm, names, get_chain(recipe.guards)
         self._whole = whole(recipe)
         self.downlink = Downlink(recipe, self.rank) if self.spec.downlink.send == "changed" else None
-        self.training_rows: dict[str, int] = {}
-        self.trainers: list[str] = []
-        self.measured_rows: dict[str, dict[str, int]] = {}
+        self.enrolled = Enrolment(recipe, run_dir, self)
         self.role = "validation"
-        self.not_greeted: list[Failure] = []
-        self._missing: list[str] = []
-        self._late: queue.SimpleQueue[Reply] = queue.SimpleQueue()
-        """Answers to `hello` of silos that were missing, not yet taken in."""
-        self._greeter: threading.Thread | None = None
-        self._plans: dict[str, Plan] = {}
-        """By silo that has one, what it does of a round."""
         self._parts: tuple[Tensors, dict[int, Tensors]] | None = None
         """The last broadcast and, by rank, what of it travels."""
         self._observe = observe
-
-    def enrol(self) -> None:
-        """Ask every silo for its versions and row counts; those without training rows are not sampled later.
-
-        A resumed run keeps the cards it has, and greets the silos that did not answer before.
-
-        Raises:
-            RunError: fewer silos than the quorum take part, or the recipe says what a silo can do that there is not.
-        """
-        known = self.engine.silos()
-        for name in self.spec.capacity.silos:
-            if name not in known:
-                raise RunError(
-                    f"there is no silo '{name}'", where="federation.capacity.silos", fix=nearest(name, known)
-                )
-        file = self.dir.path / "data.json"
-        cards = self._known_cards(file)
-        if strangers := [name for name in self.names if name not in cards]:
-            self.phase("greeting the silos")
-            refused = self.not_greeted = []
-            versions: dict[str, Any] = {}
-            for answer in self._greet(strangers):
-                if isinstance(answer, Failure):
-                    refused.append(answer)
-                    self.failed(-1, answer)
-                else:
-                    cards[answer.silo] = answer.fields["card"]
-                    versions = versions or answer.fields["versions"]
-            mismatch = [f for f in refused if f.kind is FailureKind.VERSION_MISMATCH]
-            needed = quorum(self.spec, wanted(self.spec, len(self.names)))
-            if len(cards) < needed:
-                raise RunError(
-                    f"no run is possible: {len(cards)} of {len(self.names)} silos take part, the quorum is {needed} ("
-                    f"{reasons([*mismatch, *(f for f in refused if f not in mismatch)])})",
-                    where=str(self.dir.path),
-                    fix="mend the silos and try again",
-                )
-            with disk_errors(file):
-                write_json(file, {"silos": {name: cards[name] for name in sorted(cards)}})
-            if versions:
-                self.dir.update_meta(versions=versions)
-        self._index(cards)
-        del cards
-        release_freed()
-        if not self.trainers:
-            raise RunError("no silo holds a training row", fix="check the sources, the partition and the split")
-        if idle := len(self.names) - len(self.trainers):
-            self.phase(f"{idle} of {len(self.names)} silos hold no training row or did not answer, and are not sampled")
-
-    def greet_again(self) -> None:
-        """Between two rounds of organisations: let those take part that have come since, and ask those that are still
-        missing, without waiting for them. (Simulated silos do not come late.)"""
-        if not self.dir.meta.get("network"):
-            return
-        late: dict[str, Fields] = {}
-        while not self._late.empty():
-            reply = self._late.get()
-            late[reply.silo] = reply.fields["card"]
-        if late:
-            file = self.dir.path / "data.json"
-            cards = {**self._known_cards(file), **late}
-            with disk_errors(file):
-                write_json(file, {"silos": {name: cards[name] for name in sorted(cards)}})
-            self._index(cards)
-            self.phase(f"joining now: {', '.join(sorted(late))}")
-        if self._missing and (self._greeter is None or not self._greeter.is_alive()):
-            self._greeter = threading.Thread(
-                target=self._greet_late, args=[list(self._missing)], name="fedlm-greeter", daemon=True
-            )
-            self._greeter.start()
-
-    def _greet_late(self, names: list[str]) -> None:
-        for answer in self._greet(names):
-            if isinstance(answer, Reply):
-                self._late.put(answer)
-
-    def _greet(self, names: list[str]) -> Iterator[Reply | Failure]:
-        """Each silo's answer to `hello`; a good one has a data card and versions."""
-        capacity, order = self.spec.capacity, {name: position for position, name in enumerate(self.names)}
-
-        def asked(name: str) -> Fields:
-            given = capacity.of(name, order[name]).given
-            return {"protocol": PROTOCOL, **({"capacity": given} if given else {})}
-
-        hello = (self.request(name, "hello", -1, {}, asked(name)) for name in names)
-        for answer in self.engine.exchange(hello):
-            try:
-                if isinstance(answer, Reply):
-                    parse_plan(check_card(answer.silo, answer.fields).get("plan"), self.recipe)
-            except UpdateRefused as refusal:
-                answer = Failure(answer.silo, FailureKind.BAD_UPDATE, refusal.what)
-            yield answer
-
-    def _index(self, cards: dict[str, Fields]) -> None:
-        """Who can train and measure, of the silos with a card, and what each does of a round.
-
-        Raises:
-            UpdateRefused: a plan on a card is none.
-        """
-        plans = {name: parse_plan(card["plan"], self.recipe) for name, card in cards.items() if "plan" in card}
-        alike = {plan: plan for plan in plans.values()}  # one object for all silos with the same
-        self._plans = {name: alike[plan] for name, plan in plans.items()}
-        rows = {name: cards[name]["rows"] for name in self.names if name in cards}
-        self._missing = [name for name in self.names if name not in cards]
-        self.training_rows = {name: counts["train"] for name, counts in rows.items() if counts["train"] > 0}
-        self.trainers = list(self.training_rows)
-        for role in ("validation", "test"):
-            self.measured_rows[role] = {name: counts[role] for name, counts in rows.items() if counts[role] > 0}
-
-    def _known_cards(self, file: Path) -> dict[str, Fields]:
-        if not file.exists():
-            return {}
-        try:
-            stored = read_json(file)["silos"]
-            return {name: check_card(name, {"card": card, "versions": {}}) for name, card in stored.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, UpdateRefused):
-            raise RunError(
-                "data.json is damaged", where=str(file), fix="remove it: --resume then asks the silos again"
-            ) from None
 
     def train(
         self,
@@ -250,7 +113,7 @@ class Conversations:
         """
         place, expected = self._expected(reply, parameters)
         weight = weight_of(self.spec.algorithm, reply.fields)
-        most = largest_weight(self.recipe, self.training_rows[reply.silo])
+        most = largest_weight(self.recipe, self.enrolled.training_rows[reply.silo])
         dtypes = self.algorithm.update_dtypes
         check_update(reply.silo, reply.tensors, expected, weight, max_weight=most, dtypes=dtypes)
         return Verdict(weight, place)
@@ -264,7 +127,7 @@ class Conversations:
         if self.chain is None:
             return
         rounds, seed = self.spec.rounds, self.recipe.seed
-        place = Place(self.trainers[0], 0, rounds, seed, self.rank(self.trainers[0]))
+        place = Place(self.enrolled.trainers[0], 0, rounds, seed, self.rank(self.enrolled.trainers[0]))
         try:
             self.chain.layouts(self.algorithm.expected_update(parameters, place))
         except UpdateRefused as refusal:
@@ -293,7 +156,7 @@ class Conversations:
             UpdateRefused: the reply's figures cannot be written down.
         """
         check_training(reply)
-        place, plan = self._place(reply), self._plans.get(reply.silo)
+        place, plan = self._place(reply), self.enrolled.plans.get(reply.silo)
         expected = self.algorithm.expected_update(parameters, place)
         if plan is not None and plan.partial:
             expected = {n: shape for n, shape in expected.items() if ".lora_" not in n or plan.trains(n)}
@@ -320,12 +183,12 @@ class Conversations:
             rows = {name: int(fields[figure]) for name, fields in result.fields.items() if fields[figure]}
             if rows:
                 limit = self.recipe.training.max_length
-                of = sum(self.training_rows[name] for name in rows)
+                of = sum(self.enrolled.training_rows[name] for name in rows)
                 self.phase(f"{sum(rows.values())} of {of} rows {what} at {limit} tokens (in {len(rows)} silos)")
 
     def validate(self, tensors: Tensors, number: int, traffic: Traffic, accepted: Mapping[str, int]) -> Fields | None:
         """Summary on the rows that are measured between rounds; None when no silo has any."""
-        if not self.measured_rows[self.role]:
+        if not self.enrolled.measured_rows[self.role]:
             return None
         return self.measure(tensors, self.role, number, traffic, accepted)
 
@@ -348,7 +211,7 @@ class Conversations:
         Raises:
             RunError: fewer answers than the quorum.
         """
-        rows = self.measured_rows[role]
+        rows = self.enrolled.measured_rows[role]
         names = list(rows)
         panel = sample(names, self.recipe.evaluation.silos or len(names), self.recipe.seed, "panel")
         asked: Fields = {"role": role, "items": False, "rows_of": rows_of}
@@ -393,13 +256,13 @@ class Conversations:
 
     def plan(self, silo: str) -> Plan:
         """What a silo does of a round."""
-        return self._plans.get(silo) or self._whole
+        return self.enrolled.plans.get(silo) or self._whole
 
     def request(self, silo: str, verb: str, number: int, tensors: Tensors, fields: Fields) -> Request:
         if tensors:
             tensors = self._for_rank(tensors, self.rank(silo))
-        if silo in self._plans:
-            fields = {**fields, "plan": self._plans[silo].fields()}
+        if silo in self.enrolled.plans:
+            fields = {**fields, "plan": self.enrolled.plans[silo].fields()}
         attempt = int(self.dir.meta.get("restarts", 0))
         return Request(silo, verb, self.dir.run, number, attempt, tensors, fields)
 

@@ -128,7 +128,7 @@ class Federation:
         self.silos.tell(
             {"kind": "run_started", "rounds": self.spec.rounds, "silos": self.names, "run_dir": str(self.dir.path)}
         )
-        self.silos.enrol()
+        self.silos.enrolled.greet()
         if isinstance(self.algorithm, FedBuff):
             self.flight = Flight(self.recipe, self.silos, self.dir, self.algorithm)
         state = self.restore() if resume else None
@@ -167,7 +167,7 @@ class Federation:
         number, started, traffic = state.progress.round + 1, time.monotonic(), Traffic()
 
         # 1 and 2. Sample, exchange, fold. (In an asynchronous federation silos are at work across rounds.)
-        self.silos.greet_again()
+        self.silos.enrolled.greet_again()
         accumulator = self.algorithm.accumulator(self.dir.spool)
         if self.flight is None:
             folded = self.collect(state, number, accumulator, traffic)
@@ -177,7 +177,7 @@ class Federation:
         # 3. Server step: the folded updates become the next global model.
         stepping = time.monotonic()
         parameters, server = self.algorithm.server_step(
-            state.parameters, accumulator, state.server, silos_total=len(self.silos.trainers), round_=number
+            state.parameters, accumulator, state.server, silos_total=len(self.silos.enrolled.trainers), round_=number
         )
         figures: Fields = {"server_seconds": time.monotonic() - stepping, **folded.figures}
         if self.silos.downlink is not None:  # what silos will load is the model from here on
@@ -221,7 +221,7 @@ class Federation:
             RunError: fewer good ones than the quorum.
         """
         # Sample: who takes part is keyed by the seed and the round alone.
-        trainers = self.silos.trainers
+        trainers = self.silos.enrolled.trainers
         want = wanted(self.spec, len(trainers))
         sampled = sample(trainers, invited(self.spec, len(trainers)), self.recipe.seed, "sample", number)
         self.silos.tell({"kind": "round_started", "round": number, "sampled": sampled})
@@ -259,13 +259,14 @@ class Federation:
             assert checkpoint is not None
             state = _State(checkpoint.parameters, without_reserved(checkpoint.server_state), state.progress)
         evaluation = None
-        if final_test and self.silos.measured_rows["test"]:
+        if final_test and self.silos.enrolled.measured_rows["test"]:
             self.silos.phase("measuring the base and the best model on test rows")
             evaluation = {
                 "base": self.silos.measure(self.evaluated(self.fresh()), "test", -1, Traffic(), {}),
                 "final": self.silos.measure(self.evaluated(state), "test", best, Traffic(), state.progress.accepted),
             }
-            if self.personal and len(self.silos.measured_rows["test"]) > 1 and not self.dir.meta.get("network"):
+            several = len(self.silos.enrolled.measured_rows["test"]) > 1
+            if self.personal and several and not self.dir.meta.get("network"):
                 evaluation["others"] = self.silos.measure(
                     self.evaluated(state), "test", best, Traffic(), state.progress.accepted, "others"
                 )
@@ -347,7 +348,7 @@ class Federation:
         figures: Fields | None = None,
     ) -> None:
         """Build the round's object, commit it undisturbed by Ctrl-C, then tell."""
-        absent, self.silos.not_greeted = self.silos.not_greeted, []
+        absent, self.silos.enrolled.refused = self.silos.enrolled.refused, []
         record = {
             "round": number,
             "sampled": folded.asked,
