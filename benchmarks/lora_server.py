@@ -27,7 +27,7 @@ from torch import Tensor
 
 from aggregation import LINEAR
 from fedlm.algorithms import get_algorithm
-from fedlm.algorithms.base import Algorithm, Place
+from fedlm.algorithms.base import Algorithm, Place, Step
 from fedlm.algorithms.lora import LoRAMethod, Trained
 from fedlm.algorithms.lowrank import LowRank, add_up, truncated
 from fedlm.algorithms.stored import Stored
@@ -140,7 +140,7 @@ def measure(case: str, options: argparse.Namespace, unit: Unit, spool: Path) -> 
 
     def step() -> None:
         nonlocal after
-        after = algorithm.server_step(theta, accumulator, state, silos_total=options.silos, round_=ROUND)
+        after = algorithm.server_step(theta, accumulator, state, Step(ROUND, options.silos))
 
     for _ in range(options.repeats):
         row["unit"] = min(row["unit"], clock(unit))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fedlm.algorithms import get_algorithm
-from fedlm.algorithms.base import LocalRule, Place
+from fedlm.algorithms.base import LocalRule, Place, Step
 from fedlm.messages import Fields, Tensors
 from fedlm.models.deltas import deltas_of
 from fedlm.recipe.methods import ALGORITHMS
@@ -137,7 +137,7 @@ class LayerFederation:
             self.algorithm.fold(accumulator, outcome.update, self.weights[i], told)
         before = (self.theta, self.server)
         self.theta, self.server = self.algorithm.server_step(
-            self.theta, accumulator, self.server, silos_total=len(self.ranks), round_=self.done
+            self.theta, accumulator, self.server, Step(self.done, len(self.ranks))
         )
         self.figures = self.algorithm.measure(before, accumulator, (self.theta, self.server), self.done)
         self.done += 1

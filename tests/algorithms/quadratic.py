@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedlm.algorithms import get_algorithm
-from fedlm.algorithms.base import Algorithm, Place, weight_of
+from fedlm.algorithms.base import Algorithm, Place, Step, weight_of
 from fedlm.messages import Tensors
 from fedlm.recipe.schema import AlgorithmSpec
 
@@ -112,7 +112,7 @@ class Federation:
             )
             self.algorithm.fold(accumulator, update, weight_of(self.spec, {"rows": self.silos[i].weight}), place)
         self.theta, self.state = self.algorithm.server_step(
-            self.theta, accumulator, self.state, silos_total=len(self.silos), round_=self.done
+            self.theta, accumulator, self.state, Step(self.done, len(self.silos))
         )
         self.done += 1
         return to_vector(self.theta)

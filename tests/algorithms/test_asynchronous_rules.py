@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedlm.algorithms import get_algorithm
-from fedlm.algorithms.base import Place
+from fedlm.algorithms.base import Place, Step
 from fedlm.algorithms.fedbuff import FedBuff, staleness_weight
 from fedlm.recipe.schema import AlgorithmSpec
 
@@ -53,7 +53,7 @@ def models(spec: AlgorithmSpec, per_round: int) -> tuple[list[torch.Tensor], lis
             algorithm.fold(accumulator, algorithm.counted(update, place, start, theta), weight, place)
             told[-1].append((theta_i, tau))
         before = to_vector(theta).clone()
-        stepped, state = algorithm.server_step(theta, accumulator, state, silos_total=3, round_=0)
+        stepped, state = algorithm.server_step(theta, accumulator, state, Step(0, 3))
         assert torch.equal(to_vector(theta), before), "silos still train from this model"
         history.append(stepped)
     return [to_vector(theta).double() for theta in history], told
@@ -97,7 +97,7 @@ def test_one_silo_that_is_never_late_is_centralised_training() -> None:
             update, _, _ = train(algorithm, theta, {}, silo, steps=4, optimizer=sgd(0.2))
             accumulator = algorithm.accumulator(Path())
             algorithm.fold(accumulator, update, 1.0, Place())
-            theta, _ = algorithm.server_step(theta, accumulator, {}, silos_total=1, round_=0)
+            theta, _ = algorithm.server_step(theta, accumulator, {}, Step(0, 1))
         torch.testing.assert_close(to_vector(theta), w, rtol=0, atol=1e-6)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedlm.algorithms import get_algorithm
-from fedlm.algorithms.base import Algorithm, Place
+from fedlm.algorithms.base import Algorithm, Place, Step
 from fedlm.algorithms.fedkseed import STEPS, candidates
 from fedlm.algorithms.feedsign import VOTES
 from fedlm.messages import Tensors
@@ -43,7 +43,7 @@ def step(algorithm: Algorithm, theta: Tensors, updates: list[tuple[Tensors, floa
         assert {n: t.shape for n, t in update.items()} == algorithm.expected_update(theta, where)
         assert all(t.dtype in algorithm.update_dtypes for t in update.values())
         algorithm.fold(accumulator, update, weight, where)
-    theta, state = algorithm.server_step(theta, accumulator, {}, silos_total=4, round_=updates[0][2].round)
+    theta, state = algorithm.server_step(theta, accumulator, {}, Step(updates[0][2].round, 4))
     assert state == {}
     return theta
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedlm.algorithms import get_algorithm
-from fedlm.algorithms.base import Place
+from fedlm.algorithms.base import Place, Step
 from fedlm.algorithms.fednova import gradient_weight
 from fedlm.recipe.schema import AlgorithmSpec, TrainingSpec
 from fedlm.training.schedule import learning_rate
@@ -27,7 +27,7 @@ def after(name: str, silos: list[Quadratic], steps: list[int], rate: float, roun
         for silo, taken in zip(silos, steps, strict=True):
             update, _, _ = train(algorithm, theta, {}, silo, steps=taken, optimizer=sgd(rate))
             algorithm.fold(accumulator, update, silo.weight, Place())
-        theta, state = algorithm.server_step(theta, accumulator, state, silos_total=len(silos), round_=round_)
+        theta, state = algorithm.server_step(theta, accumulator, state, Step(round_, len(silos)))
     return to_vector(theta)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedlm.algorithms import get_algorithm
-from fedlm.algorithms.base import Place
+from fedlm.algorithms.base import Place, Step
 from fedlm.algorithms.fedrot_lora import aligning
 from fedlm.algorithms.fedsvd import orthonormal
 from fedlm.messages import Tensors
@@ -37,7 +37,7 @@ def aggregate(
         place = Place(f"silo-{i}", round_, 9, rank=R)
         update, _ = algorithm.local(theta, {}, place).finish(factors)
         algorithm.fold(accumulator, update, weight, place)
-    stepped, _ = algorithm.server_step(theta, accumulator, algorithm.init_state(theta), silos_total=3, round_=round_)
+    stepped, _ = algorithm.server_step(theta, accumulator, algorithm.init_state(theta), Step(round_, 3))
     return stepped
 
 
@@ -121,7 +121,7 @@ def test_fedsvd_averages_b_first(tmp_path: Path) -> None:
         update, _ = algorithm.local(theta, {}, Place()).finish({B: silo[B]})
         assert set(update) == set(algorithm.expected_update(theta, Place(rank=R))) == {B}
         algorithm.fold(accumulator, update, weight, Place(rank=R))
-    stepped, _ = algorithm.server_step(theta, accumulator, {}, silos_total=3, round_=0)
+    stepped, _ = algorithm.server_step(theta, accumulator, {}, Step(0, 3))
     assert error(stepped, silos) < 1e-6
     torch.testing.assert_close(stepped[A] @ stepped[A].t(), torch.eye(R), rtol=0, atol=1e-6)
 
@@ -196,13 +196,13 @@ def test_a_layer_is_the_mean_of_the_silos_that_trained_it(name: str, tmp_path: P
         update, _ = algorithm.local(both, {}, Place(round=1, rank=R)).finish(trained)
         expected = algorithm.expected_update(both, Place(round=1, rank=R))
         algorithm.fold(accumulator, {n: u for n, u in update.items() if n in expected}, weight, Place(rank=R))
-    stepped, _ = algorithm.server_step(both, accumulator, {}, silos_total=3, round_=1)
+    stepped, _ = algorithm.server_step(both, accumulator, {}, Step(1, 3))
     sent = set(algorithm.expected_update(theta, Place(round=1, rank=R)))
     for layer, names, of in (("layer", {n: n for n in theta}, slice(0, 3)), ("other", second, slice(1, 3))):
         alone = algorithm.accumulator(tmp_path)
         for factors, weight in zip(silos[of], WEIGHTS[of], strict=True):
             update, _ = algorithm.local(theta, {}, Place(round=1, rank=R)).finish(factors)
             algorithm.fold(alone, {n: u for n, u in update.items() if n in sent}, weight, Place(rank=R))
-        wanted, _ = algorithm.server_step(theta, alone, {}, silos_total=3, round_=1)
+        wanted, _ = algorithm.server_step(theta, alone, {}, Step(1, 3))
         for n in theta:
             torch.testing.assert_close(stepped[names[n]], wanted[n], rtol=0, atol=1e-5, msg=f"{layer} {n}")

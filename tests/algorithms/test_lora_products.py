@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedlm.algorithms.base import Step
 from fedlm.algorithms.lora import layers_of
 from fedlm.algorithms.merged import DENSE, dense_from
 from fedlm.models.deltas import is_delta, pieces_of
@@ -206,7 +207,7 @@ def test_what_no_silo_trained_stays(tmp_path: Path) -> None:
             place = federation.places[i]
             part = {n: v for n, v in update.items() if n.startswith("a.")}
             federation.algorithm.fold(accumulator, part, federation.weights[i], place)
-        after, _ = federation.algorithm.server_step(before, accumulator, {}, silos_total=3, round_=0)
+        after, _ = federation.algorithm.server_step(before, accumulator, {}, Step(0, 3))
         untouched = {n for n in before if n.startswith("b.")}
         assert untouched and all(torch.equal(after[n], before[n]) for n in untouched)
         assert not any(n.startswith("b.") for n in after.keys() - untouched)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedlm.algorithms import get_algorithm
-from fedlm.algorithms.base import Place
+from fedlm.algorithms.base import Place, Step
 from fedlm.algorithms.lorm import gram_of, measured_grams
 from fedlm.data.federated import load_data
 from fedlm.federation.silo import Workbench
@@ -52,7 +52,7 @@ def merged(round_: int, factors, made, *, server_lr: float | None = None):
         place = Place(round=round_, rank=R)
         assert {n: t.shape for n, t in update.items()} == algorithm.expected_update(theta, place)
         algorithm.fold(accumulator, update, float(silo["weight"]), place)
-    stepped, _ = algorithm.server_step(theta, accumulator, {}, silos_total=4, round_=round_)
+    stepped, _ = algorithm.server_step(theta, accumulator, {}, Step(round_, 4))
     other = B if round_ % 2 else A
     assert torch.equal(stepped[other], theta[other])
     return stepped[name].double()

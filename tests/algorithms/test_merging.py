@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedlm.algorithms import get_algorithm
-from fedlm.algorithms.base import Place
+from fedlm.algorithms.base import Place, Step
 from fedlm.algorithms.ties import trimmed
 from fedlm.messages import Tensors
 from fedlm.recipe.schema import AlgorithmSpec
@@ -38,7 +38,7 @@ def merged(spec: AlgorithmSpec, updates: list[Tensors]) -> torch.Tensor:
     for i, update in enumerate(updates):
         # in any order of names and any layout
         algorithm.fold(accumulator, dict(reversed(update.items())) if i % 2 else update, 1.0, Place())
-    stepped, _ = algorithm.server_step(theta, accumulator, {}, silos_total=9, round_=0)
+    stepped, _ = algorithm.server_step(theta, accumulator, {}, Step(0, 9))
     return flat(stepped) - flat(theta)
 
 
@@ -63,7 +63,7 @@ def test_ties_takes_no_mean_over_those_who_disagree() -> None:
     accumulator = generator.accumulator(Path())
     for row in ([4.0, 1.0, 0.0], [2.0, 0.0, 0.0], [-5.0, -3.0, 0.0]):
         generator.fold(accumulator, {"w": torch.tensor(row)}, 1.0, Place())
-    stepped, _ = generator.server_step({"w": torch.zeros(3)}, accumulator, {}, silos_total=3, round_=0)
+    stepped, _ = generator.server_step({"w": torch.zeros(3)}, accumulator, {}, Step(0, 3))
     assert torch.equal(stepped["w"], torch.tensor([3.0, -3.0, 0.0]))
 
 

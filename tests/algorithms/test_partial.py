@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedlm.algorithms import get_algorithm
-from fedlm.algorithms.base import Accumulator, Algorithm, Place
+from fedlm.algorithms.base import Accumulator, Algorithm, Place, Step
 from fedlm.messages import Tensors
 from fedlm.recipe.methods import ALGORITHMS
 from fedlm.recipe.schema import AlgorithmSpec
@@ -69,7 +69,7 @@ def trajectory(algorithm: Algorithm, parts: dict[str, str], names: str) -> Tenso
             if algorithm.spec.name == "scaffold":
                 sent |= {f"variate/{name}": value / 7 for name, value in sent.items()}
             algorithm.fold(accumulator, sent, WEIGHTS[silo], Place(silo=silo))
-        theta, state = algorithm.server_step(theta, accumulator, state, silos_total=3, round_=round_)
+        theta, state = algorithm.server_step(theta, accumulator, state, Step(round_, 3))
     return theta
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedlm.algorithms import get_algorithm
-from fedlm.algorithms.base import Place
+from fedlm.algorithms.base import Place, Step
 from fedlm.algorithms.ifca import grouped
 from fedlm.errors import RecipeError, TrainingError
 from fedlm.recipe.schema import AdapterSpec, AlgorithmSpec
@@ -251,6 +251,6 @@ def test_of_lora_directions_are_those_of_b() -> None:
         noise = 100 * torch.randn(2, 5, generator=torch.Generator().manual_seed(i))
         update = {a: noise, b: torch.full((4, 2), sign), "choice": torch.tensor([1.0, 0.0])}
         algorithm.fold(accumulator, update, 1.0, Place(f"silo-{i}", 0, rank=2))
-    after = algorithm.server_step(theta, accumulator, algorithm.init_state(theta), silos_total=4, round_=0)
+    after = algorithm.server_step(theta, accumulator, algorithm.init_state(theta), Step(0, 4))
     clusters = algorithm.measure((theta, {}), accumulator, after, 0)["clusters"]
     assert clusters == [["silo-0", "silo-2"], ["silo-1", "silo-3"]]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedlm.algorithms import CLASSES, get_algorithm
-from fedlm.algorithms.base import Place, weight_of
+from fedlm.algorithms.base import Place, Step, weight_of
 from fedlm.errors import RecipeError, UpdateRefused
 from fedlm.recipe.methods import ALGORITHMS, KINDS
 from fedlm.recipe.schema import AlgorithmSpec
@@ -83,8 +83,8 @@ def test_the_step_depends_on_the_weighted_sum_alone_where_the_facts_say(name: st
     algorithm.fold(summed, total, 1.0, Place())
     summed.weight, summed.count = sum(weights), len(sent)  # what a masked sum would carry beside it
 
-    one, _ = algorithm.server_step(THETA, each, algorithm.init_state(THETA), silos_total=3, round_=0)
-    other, _ = algorithm.server_step(THETA, summed, algorithm.init_state(THETA), silos_total=3, round_=0)
+    one, _ = algorithm.server_step(THETA, each, algorithm.init_state(THETA), Step(0, 3))
+    other, _ = algorithm.server_step(THETA, summed, algorithm.init_state(THETA), Step(0, 3))
     for key in one:
         torch.testing.assert_close(one[key], other[key], rtol=0, atol=1e-6)
         assert not torch.equal(one[key], THETA[key])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fedlm.algorithms import get_algorithm
-from fedlm.algorithms.base import Accumulator, Place
+from fedlm.algorithms.base import Accumulator, Place, Step
 from fedlm.errors import RecipeError, RunError
 from fedlm.recipe.schema import AdapterSpec, AlgorithmSpec
 
@@ -40,7 +40,7 @@ def trajectory(spec: AlgorithmSpec) -> list[torch.Tensor]:
         for i, u in enumerate(updates):
             algorithm.fold(accumulator, {"w": u}, i + 1.0, Place())
         before = theta["w"].clone()
-        new, state = algorithm.server_step(theta, accumulator, state, silos_total=3, round_=0)
+        new, state = algorithm.server_step(theta, accumulator, state, Step(0, 3))
         assert torch.equal(theta["w"], before), "the round's model must survive the step"
         theta = new
         models.append(theta["w"])

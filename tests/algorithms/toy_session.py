@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fedlm.algorithms import get_algorithm
-from fedlm.algorithms.base import LocalRule, Place, weight_of
+from fedlm.algorithms.base import LocalRule, Place, Step, weight_of
 from fedlm.messages import Tensors
 from fedlm.recipe.schema import AlgorithmSpec, TrainingSpec
 
@@ -98,7 +98,7 @@ class ToyFederation:
             self.algorithm.fold(accumulator, outcome.update, weight, place)
         before = (self.theta, self.server)
         self.theta, self.server = self.algorithm.server_step(
-            self.theta, accumulator, self.server, silos_total=len(self.silos), round_=self.done
+            self.theta, accumulator, self.server, Step(self.done, len(self.silos))
         )
         self.figures = self.algorithm.measure(before, accumulator, (self.theta, self.server), self.done)
         self.done += 1

@@ -225,6 +225,15 @@ class Session(Protocol):
     def observe(self, event: Event) -> None: ...
 
 
+@dataclass(frozen=True)
+class Step:
+    """Which step of the server this is."""
+
+    round: int
+    silos_total: int
+    """How many silos have training rows, whether or not they were asked."""
+
+
 class LocalRule:
     """One silo's side of one round. The base class is plain local training (FedAvg).
 
@@ -243,7 +252,7 @@ class LocalRule:
         """
         return self.received
 
-    def trains(self, name: str) -> bool:  # noqa: ARG002
+    def trains(self, name: str) -> bool:
         """Whether this parameter of the adapter is trained in this round."""
         return True
 
@@ -277,7 +286,7 @@ class Algorithm:
         return self.default_server_lr if self.spec.server_lr is None else self.spec.server_lr
 
     # at both ends
-    def trainable(self, name: str) -> bool:  # noqa: ARG002
+    def trainable(self, name: str) -> bool:
         """Whether the adapter's parameter of this name is ever trained or exchanged; the others keep their first
         values."""
         return True
@@ -286,7 +295,7 @@ class Algorithm:
     def local(self, received: Tensors, silo_state: Tensors, place: Place) -> LocalRule:
         return LocalRule(received, silo_state, place)
 
-    def measured(self, received: Tensors, silo_state: Tensors, place: Place) -> Tensors:  # noqa: ARG002
+    def measured(self, received: Tensors, silo_state: Tensors, place: Place) -> Tensors:
         """What a silo loads to measure the model (`received` is what `evaluated` gave): a method with personal models
         answers with the silo's own."""
         return received
@@ -296,45 +305,45 @@ class Algorithm:
         """The global model at round 0, from the adapter's shared first values."""
         return {name: value for name, value in first().items() if self.trainable(name)}
 
-    def init_state(self, parameters: Tensors) -> Tensors:  # noqa: ARG002
+    def init_state(self, parameters: Tensors) -> Tensors:
         """The server's own tensors at round 0 (momentum, variates ...), checkpointed with the model."""
         return {}
 
-    def broadcast(self, parameters: Tensors, state: Tensors, round_: int) -> Tensors:  # noqa: ARG002
+    def broadcast(self, parameters: Tensors, state: Tensors, round_: int) -> Tensors:
         """What travels to the silos for this round's training."""
         return parameters
 
-    def evaluated(self, parameters: Tensors, state: Tensors) -> Tensors:  # noqa: ARG002
+    def evaluated(self, parameters: Tensors, state: Tensors) -> Tensors:
         """What travels to the silos to be measured."""
         return parameters
 
-    def for_rank(self, tensors: Tensors, rank: int) -> Tensors:  # noqa: ARG002
+    def for_rank(self, tensors: Tensors, rank: int) -> Tensors:
         """The part of a broadcast that a silo of this LoRA rank receives."""
         return tensors
 
-    def expected_update(self, parameters: Tensors, place: Place) -> dict[str, torch.Size]:  # noqa: ARG002
+    def expected_update(self, parameters: Tensors, place: Place) -> dict[str, torch.Size]:
         """Names and shapes that an update must have; anything else is refused."""
         return {name: value.shape for name, value in parameters.items()}
 
-    def accumulator(self, spool: Path) -> Accumulator:  # noqa: ARG002
+    def accumulator(self, spool: Path) -> Accumulator:
         """Where a round's updates are folded; `spool` is a folder for what must wait on disk."""
         return Accumulator()
 
-    def fold(self, accumulator: Accumulator, update: Mapping[str, Tensor], weight: float, place: Place) -> None:  # noqa: ARG002
+    def fold(self, accumulator: Accumulator, update: Mapping[str, Tensor], weight: float, place: Place) -> None:
         accumulator.add(update, weight)
 
     def server_step(
-        self, parameters: Tensors, accumulator: Accumulator, state: Tensors, *, silos_total: int, round_: int
+        self, parameters: Tensors, accumulator: Accumulator, state: Tensors, step: Step
     ) -> tuple[Tensors, Tensors]:
         """The next global model and server state. May reuse the accumulator's and the state's memory."""
         raise NotImplementedError
 
     def measure(
         self,
-        before: tuple[Tensors, Tensors],  # noqa: ARG002
-        accumulator: Accumulator,  # noqa: ARG002
-        after: tuple[Tensors, Tensors],  # noqa: ARG002
-        round_: int,  # noqa: ARG002
+        before: tuple[Tensors, Tensors],
+        accumulator: Accumulator,
+        after: tuple[Tensors, Tensors],
+        round_: int,
     ) -> Fields:
         """Figures of the server step for rounds.jsonl, such as the aggregation error; called after it.
 

@@ -27,7 +27,7 @@ class Ditto(FedAvg):
     def local(self, received: Tensors, silo_state: Tensors, place: Place) -> LocalRule:
         return Twofold(received, silo_state, place, self.spec.ditto_lambda)
 
-    def measured(self, received: Tensors, silo_state: Tensors, place: Place) -> Tensors:  # noqa: ARG002
+    def measured(self, received: Tensors, silo_state: Tensors, place: Place) -> Tensors:
         return personal(received, silo_state)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedlm.algorithms.base import Accumulator
+from fedlm.algorithms.base import Accumulator, Step
 from fedlm.algorithms.fedavg import FedAvg
 from fedlm.errors import RecipeError
 from fedlm.messages import Tensors
@@ -53,13 +53,7 @@ class FedAdam(FedAvg):
         return state
 
     def server_step(
-        self,
-        parameters: Tensors,
-        accumulator: Accumulator,
-        state: Tensors,
-        *,
-        silos_total: int,  # noqa: ARG002
-        round_: int,  # noqa: ARG002
+        self, parameters: Tensors, accumulator: Accumulator, state: Tensors, step: Step
     ) -> tuple[Tensors, Tensors]:
         beta1, tau = self.spec.server_momentum, self.spec.tau
         stepped = dict(parameters)  # what no silo trained stays

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fedlm.algorithms.base import Accumulator, Algorithm
+from fedlm.algorithms.base import Accumulator, Algorithm, Step
 from fedlm.messages import Tensors
 
 
@@ -15,13 +15,7 @@ class FedAvg(Algorithm):
     """
 
     def server_step(
-        self,
-        parameters: Tensors,
-        accumulator: Accumulator,
-        state: Tensors,
-        *,
-        silos_total: int,  # noqa: ARG002
-        round_: int,  # noqa: ARG002
+        self, parameters: Tensors, accumulator: Accumulator, state: Tensors, step: Step
     ) -> tuple[Tensors, Tensors]:
         moved = {name: torch.add(parameters[name], u, alpha=self.server_lr) for name, u in accumulator.mean()}
         return parameters | moved, state  # what no silo trained stays

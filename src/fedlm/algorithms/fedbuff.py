@@ -41,11 +41,7 @@ class FedBuff(FedAvg):
     """
 
     def counted(
-        self,
-        update: Mapping[str, Tensor],
-        place: Place,  # noqa: ARG002
-        start: Tensors,  # noqa: ARG002
-        theta: Tensors,  # noqa: ARG002
+        self, update: Mapping[str, Tensor], place: Place, start: Tensors, theta: Tensors
     ) -> Mapping[str, Tensor]:
         """The difference that enters the mean.
 

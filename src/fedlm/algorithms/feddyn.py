@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fedlm.algorithms.base import Accumulator, LocalRule, Place
+from fedlm.algorithms.base import Accumulator, LocalRule, Place, Step
 from fedlm.algorithms.fedavg import FedAvg
 from fedlm.messages import Tensors
 
@@ -35,17 +35,11 @@ class FedDyn(FedAvg):
         return {f"h/{name}": torch.zeros_like(theta, dtype=torch.float32) for name, theta in parameters.items()}
 
     def server_step(
-        self,
-        parameters: Tensors,
-        accumulator: Accumulator,
-        state: Tensors,
-        *,
-        silos_total: int,
-        round_: int,  # noqa: ARG002
+        self, parameters: Tensors, accumulator: Accumulator, state: Tensors, step: Step
     ) -> tuple[Tensors, Tensors]:
         alpha, stepped, following = self.spec.dyn_alpha, dict(parameters), dict(state)
         for name, mean in accumulator.mean():
-            share = accumulator.counted(name) / silos_total  # |S| / N
+            share = accumulator.counted(name) / step.silos_total  # |S| / N
             h = following[f"h/{name}"] = torch.add(state[f"h/{name}"], mean, alpha=-alpha * share)
             stepped[name] = parameters[name] + mean - h / alpha
         return stepped, following

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fedlm.algorithms.base import Accumulator
+from fedlm.algorithms.base import Accumulator, Step
 from fedlm.algorithms.fedit import FedIT
 from fedlm.algorithms.lora import Trained, factors_of
 from fedlm.algorithms.lowrank import Matrix, Term, add_up
@@ -27,11 +27,11 @@ class FedExLoRA(FedIT):
     """
 
     def server_step(
-        self, parameters: Tensors, accumulator: Accumulator, state: Tensors, *, silos_total: int, round_: int
+        self, parameters: Tensors, accumulator: Accumulator, state: Tensors, step: Step
     ) -> tuple[Tensors, Tensors]:
         assert isinstance(accumulator, Stored)
-        trained = Trained(self, (parameters, state), accumulator, round_)
-        stepped, state = super().server_step(parameters, accumulator, state, silos_total=silos_total, round_=round_)
+        trained = Trained(self, (parameters, state), accumulator, step.round)
+        stepped, state = super().server_step(parameters, accumulator, state, step)
 
         def residuals() -> Iterator[tuple[str, Matrix]]:
             for layer, shape in trained.layers.items():
@@ -44,4 +44,4 @@ class FedExLoRA(FedIT):
             for term in terms:
                 yield Term(term.c, term.B - stepped[b], term.A - first.A)
 
-        return merged(stepped, residuals(), str(round_), self.spec.recompress), state
+        return merged(stepped, residuals(), str(step.round), self.spec.recompress), state

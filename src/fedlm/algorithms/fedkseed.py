@@ -33,13 +33,13 @@ class FedKSeed(FedAvg):
     FedKSeed-Pro (seeds drawn by their past amplitude) is not built.
     """
 
-    def initial(self, first: Callable[[], Tensors]) -> Tensors:  # noqa: ARG002
+    def initial(self, first: Callable[[], Tensors]) -> Tensors:
         return {SCALARS: torch.zeros(self.spec.seeds)}
 
     def local(self, received: Tensors, silo_state: Tensors, place: Place) -> LocalRule:
         return SeededSteps(received, silo_state, place, self.spec)
 
-    def expected_update(self, parameters: Tensors, place: Place) -> dict[str, torch.Size]:  # noqa: ARG002
+    def expected_update(self, parameters: Tensors, place: Place) -> dict[str, torch.Size]:
         return {STEPS: torch.Size([place.steps])}
 
     def fold(self, accumulator: Accumulator, update: Mapping[str, Tensor], weight: float, place: Place) -> None:

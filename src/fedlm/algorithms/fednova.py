@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import Parameter
 
-from fedlm.algorithms.base import Accumulator, LocalRule, Outcome, Place, Session
+from fedlm.algorithms.base import Accumulator, LocalRule, Outcome, Place, Session, Step
 from fedlm.algorithms.fedavg import FedAvg
 from fedlm.messages import Tensors
 from fedlm.recipe.schema import TrainingSpec
@@ -37,13 +37,7 @@ class FedNova(FedAvg):
         return super().expected_update(parameters, place) | {TAU: torch.Size([1])}
 
     def server_step(
-        self,
-        parameters: Tensors,
-        accumulator: Accumulator,
-        state: Tensors,
-        *,
-        silos_total: int,  # noqa: ARG002
-        round_: int,  # noqa: ARG002
+        self, parameters: Tensors, accumulator: Accumulator, state: Tensors, step: Step
     ) -> tuple[Tensors, Tensors]:
         stepped, mean = dict(parameters), dict(accumulator.mean())
         tau = float(mean.pop(TAU))
@@ -60,7 +54,7 @@ class Normalised(LocalRule):
         self.tau = 0.0
         """|a_i|_1; of plain SGD at a constant rate until the round's end says better."""
 
-    def correct(self, parameters: dict[str, Parameter]) -> None:  # noqa: ARG002
+    def correct(self, parameters: dict[str, Parameter]) -> None:
         self.tau += 1
 
     def run(self, session: Session) -> Outcome:

@@ -22,13 +22,13 @@ class FedSALoRA(FedIT):
     def initial(self, first: Callable[[], Tensors]) -> Tensors:
         return {name: value for name, value in first().items() if ".lora_A." in name}
 
-    def expected_update(self, parameters: Tensors, place: Place) -> dict[str, torch.Size]:  # noqa: ARG002
+    def expected_update(self, parameters: Tensors, place: Place) -> dict[str, torch.Size]:
         return {name: value.shape for name, value in parameters.items()}
 
     def local(self, received: Tensors, silo_state: Tensors, place: Place) -> LocalRule:
         return OwnB(received, silo_state, place)
 
-    def measured(self, received: Tensors, silo_state: Tensors, place: Place) -> Tensors:  # noqa: ARG002
+    def measured(self, received: Tensors, silo_state: Tensors, place: Place) -> Tensors:
         return received | silo_state
 
 

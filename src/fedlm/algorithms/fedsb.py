@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedlm.algorithms.base import Accumulator, Algorithm, LocalRule, Outcome, Place, Session
+from fedlm.algorithms.base import Accumulator, Algorithm, LocalRule, Outcome, Place, Session, Step
 from fedlm.algorithms.lowrank import LowRank, squared_norm
 from fedlm.algorithms.stored import Stored
 from fedlm.messages import Fields, Tensors
@@ -45,7 +45,7 @@ class FedSB(Algorithm):
             return Sketching(received, silo_state, place, self.adapter.rank)
         return SquareOnly(received, silo_state, place)
 
-    def broadcast(self, parameters: Tensors, state: Tensors, round_: int) -> Tensors:  # noqa: ARG002
+    def broadcast(self, parameters: Tensors, state: Tensors, round_: int) -> Tensors:
         return parameters if round_ else {}
 
     def expected_update(self, parameters: Tensors, place: Place) -> dict[str, torch.Size]:
@@ -71,18 +71,12 @@ class FedSB(Algorithm):
             accumulator.add(update, weight)  # of sketches the mean is all that matters
 
     def server_step(
-        self,
-        parameters: Tensors,
-        accumulator: Accumulator,
-        state: Tensors,
-        *,
-        silos_total: int,  # noqa: ARG002
-        round_: int,
+        self, parameters: Tensors, accumulator: Accumulator, state: Tensors, step: Step
     ) -> tuple[Tensors, Tensors]:
         mean, stepped = dict(accumulator.mean()), dict(parameters)
         for i, layer in enumerate(layers_of(parameters)):
             name = f"{layer}.lora_{{}}.weight"
-            if round_:
+            if step.round:
                 r = name.format("R")
                 stepped[r] = torch.add(parameters[r], mean[SQUARES][i], alpha=self.server_lr)
                 continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedlm.algorithms.base import Accumulator, LocalRule, Place
+from fedlm.algorithms.base import Accumulator, LocalRule, Place, Step
 from fedlm.algorithms.fedit import FedIT
 from fedlm.algorithms.rolora import OneFactor
 from fedlm.messages import Tensors
@@ -27,9 +27,9 @@ class FedSVD(FedIT):
         return {name: shape for name, shape in both.items() if ".lora_B." in name}
 
     def server_step(
-        self, parameters: Tensors, accumulator: Accumulator, state: Tensors, *, silos_total: int, round_: int
+        self, parameters: Tensors, accumulator: Accumulator, state: Tensors, step: Step
     ) -> tuple[Tensors, Tensors]:
-        stepped, state = super().server_step(parameters, accumulator, state, silos_total=silos_total, round_=round_)
+        stepped, state = super().server_step(parameters, accumulator, state, step)
         for name in parameters:
             if ".lora_A." in name:
                 other = name.replace(".lora_A.", ".lora_B.")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedlm.algorithms.base import Accumulator, Algorithm, LocalRule, Outcome, Place, Session
+from fedlm.algorithms.base import Accumulator, Algorithm, LocalRule, Outcome, Place, Session, Step
 from fedlm.algorithms.zeroth import ZerothOrder
 from fedlm.messages import Tensors
 from fedlm.models.directions import SCALARS, direction
@@ -33,19 +33,19 @@ class FeedSign(Algorithm):
     default_server_lr = 1e-4
     update_dtypes = (torch.uint8,)
 
-    def initial(self, first: Callable[[], Tensors]) -> Tensors:  # noqa: ARG002
+    def initial(self, first: Callable[[], Tensors]) -> Tensors:
         return {VOTES: torch.zeros(0, dtype=torch.uint8), STEPS: torch.zeros(1, dtype=torch.int64)}
 
     def local(self, received: Tensors, silo_state: Tensors, place: Place) -> LocalRule:
         return Voter(received, silo_state, place, self.spec, self.server_lr)
 
-    def measured(self, received: Tensors, silo_state: Tensors, place: Place) -> Tensors:  # noqa: ARG002
+    def measured(self, received: Tensors, silo_state: Tensors, place: Place) -> Tensors:
         return described(received, self.server_lr)
 
-    def exported(self, parameters: Tensors, state: Tensors) -> Tensors:  # noqa: ARG002
+    def exported(self, parameters: Tensors, state: Tensors) -> Tensors:
         return described(parameters, self.server_lr)
 
-    def expected_update(self, parameters: Tensors, place: Place) -> dict[str, torch.Size]:  # noqa: ARG002
+    def expected_update(self, parameters: Tensors, place: Place) -> dict[str, torch.Size]:
         return {VOTES: torch.Size([-(-place.steps // 8)])}
 
     def fold(self, accumulator: Accumulator, update: Mapping[str, Tensor], weight: float, place: Place) -> None:
@@ -58,13 +58,7 @@ class FeedSign(Algorithm):
         accumulator.count += 1
 
     def server_step(
-        self,
-        parameters: Tensors,
-        accumulator: Accumulator,
-        state: Tensors,
-        *,
-        silos_total: int,  # noqa: ARG002
-        round_: int,  # noqa: ARG002
+        self, parameters: Tensors, accumulator: Accumulator, state: Tensors, step: Step
     ) -> tuple[Tensors, Tensors]:
         signs = torch.cat([_signs(parameters[VOTES], int(parameters[STEPS])), accumulator.total[VOTES]])
         return {VOTES: _packed(signs >= 0), STEPS: torch.tensor([len(signs)])}, state

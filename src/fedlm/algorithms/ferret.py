@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from fedlm.algorithms.base import Accumulator, Algorithm, LocalRule, Outcome, Place, Session
+from fedlm.algorithms.base import Accumulator, Algorithm, LocalRule, Outcome, Place, Session, Step
 from fedlm.messages import Tensors
 from fedlm.models.directions import COORDINATES, project
 from fedlm.recipe.schema import AlgorithmSpec
@@ -32,24 +32,18 @@ class Ferret(Algorithm):
     weights of the round before, with the same bits. The way down grows by 4 K bytes a round.
     """
 
-    def initial(self, first: Callable[[], Tensors]) -> Tensors:  # noqa: ARG002
+    def initial(self, first: Callable[[], Tensors]) -> Tensors:
         per_block = self.spec.per_block
         return {COORDINATES: torch.zeros(0, self.spec.seeds // per_block, per_block)}
 
     def local(self, received: Tensors, silo_state: Tensors, place: Place) -> LocalRule:
         return Projected(received, silo_state, place, self.spec)
 
-    def expected_update(self, parameters: Tensors, place: Place) -> dict[str, torch.Size]:  # noqa: ARG002
+    def expected_update(self, parameters: Tensors, place: Place) -> dict[str, torch.Size]:
         return {COORDINATES: parameters[COORDINATES].shape[1:]}
 
     def server_step(
-        self,
-        parameters: Tensors,
-        accumulator: Accumulator,
-        state: Tensors,
-        *,
-        silos_total: int,  # noqa: ARG002
-        round_: int,  # noqa: ARG002
+        self, parameters: Tensors, accumulator: Accumulator, state: Tensors, step: Step
     ) -> tuple[Tensors, Tensors]:
         ((_, mean),) = accumulator.mean()
         return {COORDINATES: torch.cat([parameters[COORDINATES], mean[None] * self.server_lr])}, state

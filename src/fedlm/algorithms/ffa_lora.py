@@ -24,10 +24,10 @@ class FFALoRA(FedIT):
     def initial(self, first: Callable[[], Tensors]) -> Tensors:
         return first()
 
-    def broadcast(self, parameters: Tensors, state: Tensors, round_: int) -> Tensors:  # noqa: ARG002
+    def broadcast(self, parameters: Tensors, state: Tensors, round_: int) -> Tensors:
         return self.evaluated(parameters, state)
 
-    def evaluated(self, parameters: Tensors, state: Tensors) -> Tensors:  # noqa: ARG002
+    def evaluated(self, parameters: Tensors, state: Tensors) -> Tensors:
         return {name: value for name, value in parameters.items() if self.trainable(name)}
 
     def expected_update(self, parameters: Tensors, place: Place) -> dict[str, torch.Size]:

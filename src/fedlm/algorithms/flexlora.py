@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedlm.algorithms.base import Accumulator
+from fedlm.algorithms.base import Accumulator, Step
 from fedlm.algorithms.lora import LoRAMethod, Trained, factors_of
 from fedlm.algorithms.lowrank import LowRank, add_up, truncated
 from fedlm.algorithms.stored import Stored
@@ -36,20 +36,14 @@ class FlexLoRA(LoRAMethod):
         return {name: v[:rank] if ".lora_A." in name else v[:, :rank] * ratio for name, v in tensors.items()}
 
     def server_step(
-        self,
-        parameters: Tensors,
-        accumulator: Accumulator,
-        state: Tensors,
-        *,
-        silos_total: int,  # noqa: ARG002
-        round_: int,
+        self, parameters: Tensors, accumulator: Accumulator, state: Tensors, step: Step
     ) -> tuple[Tensors, Tensors]:
         assert isinstance(accumulator, Stored)
-        trained, stepped = Trained(self, (parameters, state), accumulator, round_), dict(parameters)
+        trained, stepped = Trained(self, (parameters, state), accumulator, step.round), dict(parameters)
         seed, most = accumulator.kept[0].place.seed, self.adapter.rank
         for layer, shape in trained.layers.items():
             a, b = factors_of(layer)
-            draw = torch_generator(seed, "svd", layer, round_) if self.spec.svd == "randomised" else None
+            draw = torch_generator(seed, "svd", layer, step.round) if self.spec.svd == "randomised" else None
             best = filled(truncated(add_up(trained.terms(layer), *shape), most, generator=draw), parameters[a])
             stepped[a], stepped[b] = best.A, best.B / self.adapter.scale(most)
         return stepped, state

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from fedlm.algorithms.base import Accumulator, LocalRule, Place
+from fedlm.algorithms.base import Accumulator, LocalRule, Place, Step
 from fedlm.algorithms.lora import LoRAMethod, Trained, factors_of, layers_of
 from fedlm.algorithms.lowrank import add_up
 from fedlm.algorithms.merged import dense_from, merged
@@ -41,21 +41,15 @@ class FLoRA(LoRAMethod):
         }
 
     def server_step(
-        self,
-        parameters: Tensors,
-        accumulator: Accumulator,
-        state: Tensors,
-        *,
-        silos_total: int,  # noqa: ARG002
-        round_: int,
+        self, parameters: Tensors, accumulator: Accumulator, state: Tensors, step: Step
     ) -> tuple[Tensors, Tensors]:
         assert isinstance(accumulator, Stored)
-        trained = Trained(self, (parameters, state), accumulator, round_)
+        trained = Trained(self, (parameters, state), accumulator, step.round)
         changes = (
             (layer, add_up(trained.terms(layer), *shape, limit=dense_from(*shape)))
             for layer, shape in trained.layers.items()
         )
-        stepped = merged(parameters, changes, str(round_), self.spec.recompress)
+        stepped = merged(parameters, changes, str(step.round), self.spec.recompress)
         spent = {name for layer in trained.layers for name in factors_of(layer)}
         return {name: value for name, value in stepped.items() if name not in spent}, state
 

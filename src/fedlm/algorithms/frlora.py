@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fedlm.algorithms.base import Accumulator, LocalRule, Place
+from fedlm.algorithms.base import Accumulator, LocalRule, Place, Step
 from fedlm.algorithms.fedavg import FedAvg
 from fedlm.algorithms.lora import factors_of, grown, layers_of
 from fedlm.algorithms.lowrank import LowRank
@@ -31,21 +31,15 @@ class FRLoRA(FedAvg):
     def local(self, received: Tensors, silo_state: Tensors, place: Place) -> LocalRule:
         return Residual(received, silo_state, place, self.adapter.scale(place.rank))
 
-    def evaluated(self, parameters: Tensors, state: Tensors) -> Tensors:  # noqa: ARG002
+    def evaluated(self, parameters: Tensors, state: Tensors) -> Tensors:
         """W_t: without B_0, since s B_0 A_0 is in the frozen weight."""
         return {name: torch.zeros_like(v) if ".lora_B." in name else v for name, v in parameters.items()}
 
-    def expected_update(self, parameters: Tensors, place: Place) -> dict[str, torch.Size]:  # noqa: ARG002
+    def expected_update(self, parameters: Tensors, place: Place) -> dict[str, torch.Size]:
         return {name: value.shape for name, value in parameters.items() if ".lora_" in name}
 
     def server_step(
-        self,
-        parameters: Tensors,
-        accumulator: Accumulator,
-        state: Tensors,
-        *,
-        silos_total: int,  # noqa: ARG002
-        round_: int,
+        self, parameters: Tensors, accumulator: Accumulator, state: Tensors, step: Step
     ) -> tuple[Tensors, Tensors]:
         s, means = self.adapter.scale(self.adapter.rank) * self.server_lr, dict(accumulator.mean())
         changes = []
@@ -54,14 +48,14 @@ class FRLoRA(FedAvg):
             u_a, u_b = means[a], means[b]
             factors = LowRank(torch.cat([u_b, parameters[b]], dim=1) * s, torch.cat([parameters[a] + u_a, u_a]))
             changes.append((layer, factors))
-        return merged(parameters, changes, str(round_), self.spec.recompress), state
+        return merged(parameters, changes, str(step.round), self.spec.recompress), state
 
     def measure(
         self,
-        before: tuple[Tensors, Tensors],  # noqa: ARG002
-        accumulator: Accumulator,  # noqa: ARG002
+        before: tuple[Tensors, Tensors],
+        accumulator: Accumulator,
         after: tuple[Tensors, Tensors],
-        round_: int,  # noqa: ARG002
+        round_: int,
     ) -> Fields:
         """How far the deltas have grown. (The mean of the silos' changes is not known: updates are averaged.)"""
         return {"deltas": grown(pieces_of(after[0]))}

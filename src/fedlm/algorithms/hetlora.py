@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fedlm.algorithms.base import Accumulator, LocalRule, Outcome, Place, Session
+from fedlm.algorithms.base import Accumulator, LocalRule, Outcome, Place, Session, Step
 from fedlm.algorithms.lora import LoRAMethod, Trained, factors_of
 from fedlm.algorithms.stored import Stored
 from fedlm.messages import Tensors
@@ -44,16 +44,10 @@ class HetLoRA(LoRAMethod):
         return cut(tensors, rank, self.adapter.scale(self.adapter.rank) / self.adapter.scale(rank))
 
     def server_step(
-        self,
-        parameters: Tensors,
-        accumulator: Accumulator,
-        state: Tensors,
-        *,
-        silos_total: int,  # noqa: ARG002
-        round_: int,
+        self, parameters: Tensors, accumulator: Accumulator, state: Tensors, step: Step
     ) -> tuple[Tensors, Tensors]:
         assert isinstance(accumulator, Stored)
-        trained, stepped = Trained(self, (parameters, state), accumulator, round_), dict(parameters)
+        trained, stepped = Trained(self, (parameters, state), accumulator, step.round), dict(parameters)
         squares: dict[str, float] = {}
         for layer in trained.layers:
             for kept, b_i, a_i in trained.silos(layer):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedlm.algorithms.base import Accumulator, LocalRule, Outcome, Place, Session
+from fedlm.algorithms.base import Accumulator, LocalRule, Outcome, Place, Session, Step
 from fedlm.algorithms.fedavg import FedAvg
 from fedlm.algorithms.stored import Stored
 from fedlm.messages import Fields, Tensors
@@ -52,17 +52,17 @@ class IFCA(FedAvg):
         values = super().initial(first)
         return {f"cluster/{j}/{name}": v.clone() for j in range(self.spec.clusters) for name, v in values.items()}
 
-    def init_state(self, parameters: Tensors) -> Tensors:  # noqa: ARG002
+    def init_state(self, parameters: Tensors) -> Tensors:
         return {WEIGHTS: torch.zeros(self.spec.clusters)}
 
-    def broadcast(self, parameters: Tensors, state: Tensors, round_: int) -> Tensors:  # noqa: ARG002
+    def broadcast(self, parameters: Tensors, state: Tensors, round_: int) -> Tensors:
         """All models; in round 0, when they are one, the first."""
         return parameters if round_ else {n: v for n, v in parameters.items() if n.startswith("cluster/0/")}
 
     def local(self, received: Tensors, silo_state: Tensors, place: Place) -> LocalRule:
         return Chooser(received, silo_state, place, self.spec.clusters)
 
-    def measured(self, received: Tensors, silo_state: Tensors, place: Place) -> Tensors:  # noqa: ARG002
+    def measured(self, received: Tensors, silo_state: Tensors, place: Place) -> Tensors:
         if CHOICE in silo_state:
             return cluster(received, int(silo_state[CHOICE]))
         away = [
@@ -71,7 +71,7 @@ class IFCA(FedAvg):
         ]
         return cluster(received, away.index(min(away)))
 
-    def expected_update(self, parameters: Tensors, place: Place) -> dict[str, torch.Size]:  # noqa: ARG002
+    def expected_update(self, parameters: Tensors, place: Place) -> dict[str, torch.Size]:
         shapes = {name: value.shape for name, value in cluster(parameters, 0).items()}
         return {**shapes, CHOICE: torch.Size([self.spec.clusters])}
 
@@ -83,17 +83,11 @@ class IFCA(FedAvg):
         accumulator.keep(update, weight, place)
 
     def server_step(
-        self,
-        parameters: Tensors,
-        accumulator: Accumulator,
-        state: Tensors,  # noqa: ARG002
-        *,
-        silos_total: int,  # noqa: ARG002
-        round_: int,
+        self, parameters: Tensors, accumulator: Accumulator, state: Tensors, step: Step
     ) -> tuple[Tensors, Tensors]:
         assert isinstance(accumulator, Clusters)
         names, k = list(cluster(parameters, 0)), self.spec.clusters
-        if round_ == 0:
+        if step.round == 0:
             accumulator.choices = grouped(lambda: map(_flat, accumulator.tensors(compared(names))), k)
         else:
             accumulator.choices = [int(update[CHOICE].argmax()) for update in accumulator.tensors([CHOICE])]
@@ -109,10 +103,10 @@ class IFCA(FedAvg):
 
     def measure(
         self,
-        before: tuple[Tensors, Tensors],  # noqa: ARG002
+        before: tuple[Tensors, Tensors],
         accumulator: Accumulator,
-        after: tuple[Tensors, Tensors],  # noqa: ARG002
-        round_: int,  # noqa: ARG002
+        after: tuple[Tensors, Tensors],
+        round_: int,
     ) -> Fields:
         """Which silos are in which cluster."""
         assert isinstance(accumulator, Clusters)

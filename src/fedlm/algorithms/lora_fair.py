@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedlm.algorithms.base import Accumulator
+from fedlm.algorithms.base import Accumulator, Step
 from fedlm.algorithms.fedit import FedIT
 from fedlm.algorithms.lora import Trained
 from fedlm.algorithms.stored import Stored
@@ -28,11 +28,11 @@ class LoRAFAIR(FedIT):
     """
 
     def server_step(
-        self, parameters: Tensors, accumulator: Accumulator, state: Tensors, *, silos_total: int, round_: int
+        self, parameters: Tensors, accumulator: Accumulator, state: Tensors, step: Step
     ) -> tuple[Tensors, Tensors]:
         assert isinstance(accumulator, Stored)
-        trained = Trained(self, (parameters, state), accumulator, round_)
-        stepped, state = super().server_step(parameters, accumulator, state, silos_total=silos_total, round_=round_)
+        trained = Trained(self, (parameters, state), accumulator, step.round)
+        stepped, state = super().server_step(parameters, accumulator, state, step)
         for layer in trained.layers:
             b, mean = f"{layer}.lora_B.weight", stepped[f"{layer}.lora_A.weight"].double()
             seen = torch.zeros(stepped[b].shape, dtype=torch.float64)  # sum p_i B_i A_i A_m'

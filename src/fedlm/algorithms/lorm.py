@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from fedlm.algorithms.base import Accumulator, LocalRule, Outcome, Place, Session
+from fedlm.algorithms.base import Accumulator, LocalRule, Outcome, Place, Session, Step
 from fedlm.algorithms.fedavg import FedAvg
 from fedlm.messages import Tensors
 from fedlm.models.adapters import lora_layers
@@ -51,19 +51,13 @@ class LoRM(FedAvg):
         return shapes
 
     def server_step(
-        self,
-        parameters: Tensors,
-        accumulator: Accumulator,
-        state: Tensors,
-        *,
-        silos_total: int,  # noqa: ARG002
-        round_: int,
+        self, parameters: Tensors, accumulator: Accumulator, state: Tensors, step: Step
     ) -> tuple[Tensors, Tensors]:
         means, stepped = dict(accumulator.mean()), dict(parameters)
         for name in parameters:
-            if turn(round_) in name:
-                step = solved(means[name], means[gram_of(name)])
-                stepped[name] = torch.add(parameters[name], step, alpha=self.server_lr)
+            if turn(step.round) in name:
+                change = solved(means[name], means[gram_of(name)])
+                stepped[name] = torch.add(parameters[name], change, alpha=self.server_lr)
         return stepped, state
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fedlm.algorithms.base import Accumulator, LocalRule, Place
+from fedlm.algorithms.base import Accumulator, LocalRule, Place, Step
 from fedlm.algorithms.fedavg import FedAvg
 from fedlm.messages import Tensors
 
@@ -29,7 +29,7 @@ class Scaffold(FedAvg):
     def init_state(self, parameters: Tensors) -> Tensors:
         return {VARIATE + name: torch.zeros_like(theta, dtype=torch.float32) for name, theta in parameters.items()}
 
-    def broadcast(self, parameters: Tensors, state: Tensors, round_: int) -> Tensors:  # noqa: ARG002
+    def broadcast(self, parameters: Tensors, state: Tensors, round_: int) -> Tensors:
         return parameters | state
 
     def expected_update(self, parameters: Tensors, place: Place) -> dict[str, torch.Size]:
@@ -37,18 +37,12 @@ class Scaffold(FedAvg):
         return shapes | {VARIATE + name: shape for name, shape in shapes.items()}
 
     def server_step(
-        self,
-        parameters: Tensors,
-        accumulator: Accumulator,
-        state: Tensors,
-        *,
-        silos_total: int,
-        round_: int,  # noqa: ARG002
+        self, parameters: Tensors, accumulator: Accumulator, state: Tensors, step: Step
     ) -> tuple[Tensors, Tensors]:
         stepped, variates = dict(parameters), dict(state)
         for name, mean in accumulator.mean():
             if name.startswith(VARIATE):
-                share = accumulator.counted(name) / silos_total  # |S| / N
+                share = accumulator.counted(name) / step.silos_total  # |S| / N
                 variates[name] = torch.add(state[name], mean, alpha=share)
             else:
                 stepped[name] = torch.add(parameters[name], mean, alpha=self.server_lr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fedlm.algorithms.base import Accumulator
+from fedlm.algorithms.base import Accumulator, Step
 from fedlm.algorithms.fedavg import FedAvg
 from fedlm.messages import Tensors
 
@@ -20,13 +20,7 @@ class TaskArithmetic(FedAvg):
     default_server_lr = 0.3
 
     def server_step(
-        self,
-        parameters: Tensors,
-        accumulator: Accumulator,
-        state: Tensors,
-        *,
-        silos_total: int,  # noqa: ARG002
-        round_: int,  # noqa: ARG002
+        self, parameters: Tensors, accumulator: Accumulator, state: Tensors, step: Step
     ) -> tuple[Tensors, Tensors]:
         stepped = dict(parameters)  # what no silo trained stays
         for name, mean in accumulator.mean():

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedlm.algorithms.base import Accumulator, Algorithm, Place
+from fedlm.algorithms.base import Accumulator, Algorithm, Place, Step
 from fedlm.messages import Tensors
 
 GAINS, LOSSES, RISING, FALLING = "gains", "losses", "rising", "falling"
@@ -27,7 +27,7 @@ class Ties(Algorithm):
     folded as they come: four copies of an update in memory, however many silos there are.
     """
 
-    def fold(self, accumulator: Accumulator, update: Mapping[str, Tensor], weight: float, place: Place) -> None:  # noqa: ARG002
+    def fold(self, accumulator: Accumulator, update: Mapping[str, Tensor], weight: float, place: Place) -> None:
         names = sorted(update)
         t = trimmed(torch.cat([update[name].reshape(-1).to(torch.float32) for name in names]), self.spec.density)
         rising, falling = t > 0, t < 0
@@ -36,13 +36,7 @@ class Ties(Algorithm):
         )
 
     def server_step(
-        self,
-        parameters: Tensors,
-        accumulator: Accumulator,
-        state: Tensors,
-        *,
-        silos_total: int,  # noqa: ARG002
-        round_: int,  # noqa: ARG002
+        self, parameters: Tensors, accumulator: Accumulator, state: Tensors, step: Step
     ) -> tuple[Tensors, Tensors]:
         means = dict(accumulator.mean())
         up = means[GAINS] + means[LOSSES] >= 0

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedlm.algorithms import get_algorithm
-from fedlm.algorithms.base import Accumulator
+from fedlm.algorithms.base import Accumulator, Step
 from fedlm.algorithms.fedbuff import FedBuff
 from fedlm.errors import RunError
 from fedlm.federation.asynchronous import Flight, checkpoints_needed
@@ -177,7 +177,7 @@ class Federation:
         # 3. Server step: the folded updates become the next global model.
         stepping = time.monotonic()
         parameters, server = self.algorithm.server_step(
-            state.parameters, accumulator, state.server, silos_total=len(self.silos.enrolled.trainers), round_=number
+            state.parameters, accumulator, state.server, Step(number, len(self.silos.enrolled.trainers))
         )
         figures: Fields = {"server_seconds": time.monotonic() - stepping, **folded.figures}
         if self.silos.downlink is not None:  # what silos will load is the model from here on
