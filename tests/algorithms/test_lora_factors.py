@@ -13,7 +13,8 @@ from fedlm.algorithms.base import Place, Step
 from fedlm.algorithms.fedrot_lora import aligning
 from fedlm.algorithms.fedsvd import orthonormal
 from fedlm.messages import Tensors
-from fedlm.recipe.schema import AlgorithmSpec
+from fedlm.models.deltas import deltas_of
+from fedlm.recipe.schema import AdapterSpec, AlgorithmSpec
 
 A, B = "layer.lora_A.weight", "layer.lora_B.weight"
 D_OUT, D_IN, R, WEIGHTS = 20, 30, 4, (1.0, 5.0, 2.0)
@@ -31,7 +32,7 @@ def aggregate(
     name: str, theta: Tensors, trained: list[Tensors], round_: int, folder: Path, **options: float
 ) -> Tensors:
     """The server's new factors when silos of these weights have trained these."""
-    algorithm = get_algorithm(AlgorithmSpec(name=name, **options))
+    algorithm = get_algorithm(AlgorithmSpec(name=name, **options), AdapterSpec(rank=R))
     accumulator = algorithm.accumulator(folder)
     for i, (factors, weight) in enumerate(zip(trained, WEIGHTS, strict=True)):
         place = Place(f"silo-{i}", round_, 9, rank=R)
@@ -39,6 +40,27 @@ def aggregate(
         algorithm.fold(accumulator, update, weight, place)
     stepped, _ = algorithm.server_step(theta, accumulator, algorithm.init_state(theta), Step(round_, 3))
     return stepped
+
+
+@pytest.mark.parametrize("name", ["fedex-lora", "flora", "flexlora", "hetlora", "lora-fair"])
+def test_how_many_silos_are_read_at_once_changes_nothing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theta, trained = turned(0.3)
+    whole = aggregate(name, theta, trained, 1, tmp_path)
+    for module in ("lora", "hetlora"):
+        monkeypatch.setattr(f"fedlm.algorithms.{module}.STACK", R)
+    one_by_one = aggregate(name, theta, trained, 1, tmp_path)
+    assert whole.keys() == one_by_one.keys()
+    for added, other in zip(*map(pieces, (whole, one_by_one)), strict=True):
+        assert (added - other).norm() < 1e-6 * added.norm()
+
+
+def pieces(stepped: Tensors) -> list[Tensor]:
+    """The product of the factors, and what was merged, in fp64."""
+    low = [stepped[B].double() @ stepped[A].double()] if A in stepped else []
+    merged = (delta for delta in deltas_of(stepped).values())
+    return [*low, *(d.W.double() if d.W is not None else d.B.double() @ d.A.double() for d in merged)]  # type: ignore[union-attr]
 
 
 def error(got: Tensors, trained: list[Tensors]) -> float:

@@ -229,6 +229,23 @@ def test_updates_come_back_layer_by_layer_from_memory_and_disk(tmp_path: Path, h
     assert on_disk == 0, "the file has no name, so that no crash leaves it behind"
 
 
+@pytest.mark.parametrize("held_bytes", [0, 300, 2**20])
+@pytest.mark.parametrize("ranks", [1, 4, 100])
+def test_silos_that_are_alike_are_read_together(tmp_path: Path, held_bytes: int, ranks: int) -> None:
+    kept = Stored(tmp_path, summed=False, held_bytes=held_bytes)
+    for i, update in enumerate(updates(7)):
+        part = {n: t for n, t in update.items() if n.startswith("a.")} if i == 3 else update
+        kept.keep(part, 1.0, Place(f"silo-{i}", rank=1 if i == 5 else 2))
+    for names in (("a.lora_A.weight", "a.lora_B.weight"), ("a.lora_A.weight", "b.lora_B.weight"), ("c",)):
+        single, groups = list(kept.read(names)), list(kept.read_together(names, ranks))
+        assert [entry for silos, _ in groups for entry in silos] == [entry for entry, _ in single]
+        rows = [{n: t[i] for n, t in tensors.items()} for silos, tensors in groups for i in range(len(silos))]
+        for got, (_, want) in zip(rows, single, strict=True):
+            assert got.keys() == want.keys() and all(torch.equal(got[n], want[n]) for n in want)
+        assert all(len(silos) <= max(1, ranks // silos[0].place.rank) for silos, _ in groups)
+    assert [len(silos) for silos, _ in kept.read_together(["a.lora_A.weight"], 100)] == [3, 1, 1, 1, 1]
+
+
 def test_updates_may_lack_tensors_and_differ_in_rank_and_dtype(tmp_path: Path) -> None:
     kept = Stored(tmp_path, summed=False, held_bytes=0)
     first, second, third = updates(3)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from torch import Tensor
+
 from fedlm.algorithms.base import Accumulator, Step
 from fedlm.algorithms.fedit import FedIT
 from fedlm.algorithms.lora import Trained, factors_of
-from fedlm.algorithms.lowrank import Matrix, Term, add_up
+from fedlm.algorithms.lowrank import Matrix, Term, add_up, side_by_side
 from fedlm.algorithms.merged import dense_from, merged
 from fedlm.algorithms.stored import Stored
 from fedlm.messages import Tensors
@@ -39,9 +41,14 @@ class FedExLoRA(FedIT):
 
         def centred(layer: str) -> Iterator[Term]:
             _, b = factors_of(layer)
-            terms = trained.terms(layer)
-            first = next(terms)
-            for term in terms:
-                yield Term(term.c, term.B - stepped[b], term.A - first.A)
+            first: Tensor | None = None
+            for silos, b_n, a_n in trained.silos(layer):
+                rest = 0 if first is not None else 1
+                first = a_n[0].clone() if first is None else first
+                if len(silos) == rest:
+                    continue
+                c = trained.shares(layer, silos[rest:]) * self.adapter.scale(len(first))
+                factors = side_by_side(b_n[rest:] - stepped[b], a_n[rest:] - first)
+                yield Term(c.repeat_interleave(len(first)), *factors)
 
         return merged(stepped, residuals(), str(step.round), self.spec.recompress), state

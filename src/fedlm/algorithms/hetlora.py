@@ -10,6 +10,7 @@ from torch.nn import Parameter
 
 from fedlm.algorithms.base import Accumulator, LocalRule, Outcome, Place, Session, Step
 from fedlm.algorithms.lora import LoRAMethod, Trained, factors_of
+from fedlm.algorithms.lowrank import STACK
 from fedlm.algorithms.stored import Stored
 from fedlm.messages import Tensors
 from fedlm.recipe.schema import AdapterSpec, AlgorithmSpec
@@ -50,21 +51,24 @@ class HetLoRA(LoRAMethod):
         trained, stepped = Trained(self, (parameters, state), accumulator, step.round), dict(parameters)
         squares: dict[str, float] = {}
         for layer in trained.layers:
-            for kept, b_i, a_i in trained.silos(layer):
-                square = self.adapter.scale(len(a_i)) ** 2 * product_square(b_i, a_i)
-                squares[kept.place.silo] = squares.get(kept.place.silo, 0.0) + square
+            for silos, b_n, a_n in trained.silos(layer):
+                found = self.adapter.scale(a_n.shape[1]) ** 2 * product_squares(b_n, a_n)
+                for kept, square in zip(silos, found.tolist(), strict=True):
+                    squares[kept.place.silo] = squares.get(kept.place.silo, 0.0) + square
         norms = {silo: math.sqrt(square) for silo, square in squares.items()}
         if not any(norms.values()):  # nobody has learnt anything
             norms = dict.fromkeys(norms, 1.0)
         for layer in trained.layers:
             a, b = factors_of(layer)
             stepped[a], stepped[b] = torch.zeros_like(parameters[a]), torch.zeros_like(parameters[b])
-            among = sum(norms[kept.place.silo] for kept, _ in accumulator.read((a, b)))
-            for kept, b_i, a_i in trained.silos(layer):
-                w, r = norms[kept.place.silo] / among, len(a_i)
-                stepped[a][:r].add_(a_i, alpha=w)
+            among = sum(norms[kept.place.silo] for kept in accumulator.kept if a in kept.layout)
+            for silos, update in accumulator.read_together((a, b), STACK):
+                start, r = trained.start(silos[0].place), silos[0].place.rank
+                w = torch.tensor([norms[kept.place.silo] / among for kept in silos])
                 ratio = self.adapter.scale(r) / self.adapter.scale(self.adapter.rank)
-                stepped[b][:, :r].add_(b_i, alpha=w * ratio)
+                for into, name, c in ((stepped[a][:r], a, 1.0), (stepped[b][:, :r], b, ratio)):  # of start + update
+                    into.add_(start[name], alpha=c * float(w.sum()))
+                    into.add_(torch.tensordot(w, update[name], 1), alpha=c)
         return stepped, state
 
 
@@ -124,6 +128,6 @@ def cut(tensors: Tensors, rank: int, ratio: float) -> Tensors:
     return {name: v[:rank] if ".lora_A." in name else v[:, :rank] * ratio for name, v in tensors.items()}
 
 
-def product_square(b: Tensor, a: Tensor) -> float:
-    """|B A|_F^2 without the product: trace((B' B) (A A'))."""
-    return max(float(((b.t() @ b) * (a @ a.t())).sum()), 0.0)
+def product_squares(b: Tensor, a: Tensor) -> Tensor:
+    """|B A|_F^2 [n] of B [n, d_out, r] and A [n, r, d_in], without the products: trace((B' B) (A A'))."""
+    return ((b.transpose(1, 2) @ b) * (a @ a.transpose(1, 2))).sum((1, 2), dtype=torch.float64).clamp(min=0)

@@ -7,7 +7,7 @@ rsLoRA.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedlm.algorithms.base import Accumulator, Algorithm, Place
-from fedlm.algorithms.lowrank import Term, add_up, plus, squared_norm
+from fedlm.algorithms.lowrank import STACK, Term, add_up, plus, side_by_side, squared_norm
 from fedlm.algorithms.stored import Kept, Stored
 from fedlm.messages import Fields, Tensors
 from fedlm.models.deltas import Pieces, pieces_of
@@ -86,23 +86,36 @@ class Trained:
         }
         """Those that any silo trained: [d_out, d_in] by name."""
 
-    def silos(self, layer: str) -> Iterator[tuple[Kept, Tensor, Tensor]]:
-        """By silo, in canonical order: its update, and B_i [d_out, r_i] and A_i [r_i, d_in] after its training."""
+    def silos(self, layer: str) -> Iterator[tuple[list[Kept], Tensor, Tensor]]:
+        """In canonical order, several silos of one rank at once: their updates, and B_i [n, d_out, r] and
+        A_i [n, r, d_in] after their training."""
         a, b = factors_of(layer)
-        for kept, update in self._stored.read((a, b)):
-            rank = kept.place.rank
-            if rank not in self._starts:
-                self._starts[rank] = loaded(self._method, self._before, kept.place, self._round)
-            start = self._starts[rank]
+        for silos, update in self._stored.read_together((a, b), STACK):
+            start = self.start(silos[0].place)
             # A method that trains one factor sends no other.
-            a_i, b_i = (start[name] + update[name] if name in update else start[name] for name in (a, b))
-            yield kept, b_i, a_i
+            a_n, b_n = (
+                update[name].add_(start[name]) if name in update else start[name].expand(len(silos), -1, -1)
+                for name in (a, b)
+            )
+            yield silos, b_n, a_n
+
+    def start(self, place: Place) -> Tensors:
+        """What silos of this rank began the round with."""
+        if place.rank not in self._starts:
+            self._starts[place.rank] = loaded(self._method, self._before, place, self._round)
+        return self._starts[place.rank]
+
+    def shares(self, layer: str, silos: Sequence[Kept]) -> Tensor:
+        """p_i of these silos [n], in fp64, among those that trained a layer."""
+        weight = self._stored.weight_of(factors_of(layer))
+        return torch.tensor([kept.weight / weight for kept in silos], dtype=torch.float64)
 
     def terms(self, layer: str) -> Iterator[Term]:
         """The mean change sum_i p_i s_i B_i A_i of a layer, over the silos that trained it."""
-        weight = self._stored.weight_of(factors_of(layer))
-        for kept, b_i, a_i in self.silos(layer):
-            yield Term(kept.weight / weight * self._method.adapter.scale(len(a_i)), b_i, a_i)
+        for silos, b_n, a_n in self.silos(layer):
+            rank = a_n.shape[1]
+            c = self.shares(layer, silos) * self._method.adapter.scale(rank)
+            yield Term(c.repeat_interleave(rank), *side_by_side(b_n, a_n))
 
 
 def loaded(method: Algorithm, model: tuple[Tensors, Tensors], place: Place, round_: int) -> Tensors:

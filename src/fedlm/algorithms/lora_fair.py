@@ -8,6 +8,7 @@ from torch import Tensor
 from fedlm.algorithms.base import Accumulator, Step
 from fedlm.algorithms.fedit import FedIT
 from fedlm.algorithms.lora import Trained
+from fedlm.algorithms.lowrank import side_by_side
 from fedlm.algorithms.stored import Stored
 from fedlm.messages import Tensors
 
@@ -20,7 +21,6 @@ class LoRAFAIR(FedIT):
     squared distance and the penalty is squared too, which has a closed form (ridge regression):
 
         dB = (W - B_m A_m) A_m' (A_m A_m' + lambda I)^-1
-        B_m + dB = (sum p_i B_i (A_i A_m') + lambda B_m) (A_m A_m' + lambda I)^-1
 
     It needs no learning rate, no number of steps and no dense matrix, gets the length of W right beside its direction,
     and never has a larger error than B_m. lambda (`fair_lambda`) is on the scale of A A', whose eigenvalues begin at
@@ -34,17 +34,19 @@ class LoRAFAIR(FedIT):
         trained = Trained(self, (parameters, state), accumulator, step.round)
         stepped, state = super().server_step(parameters, accumulator, state, step)
         for layer in trained.layers:
-            b, mean = f"{layer}.lora_B.weight", stepped[f"{layer}.lora_A.weight"].double()
-            seen = torch.zeros(stepped[b].shape, dtype=torch.float64)  # sum p_i B_i A_i A_m'
-            weight = accumulator.weight_of((f"{layer}.lora_A.weight", b))
-            for kept, b_i, a_i in trained.silos(layer):
-                seen.addmm_(b_i.double(), a_i.double() @ mean.t(), alpha=kept.weight / weight)
-            stepped[b] = corrected(stepped[b].double(), mean, seen, self.spec.fair_lambda).float()
+            a, b = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
+            # (W - B_m A_m) A_m' is a covariance, sum p_i (B_i - B_m) A_i A_m': small terms, so fp32 is enough.
+            rest = torch.zeros_like(stepped[b])
+            for silos, b_n, a_n in trained.silos(layer):
+                p = trained.shares(layer, silos).float()[:, None, None]
+                rest.addmm_(*side_by_side(b_n - stepped[b], p * (a_n @ stepped[a].t())))
+            stepped[b] = stepped[b] + correction(stepped[a], rest, self.spec.fair_lambda)
         return stepped, state
 
 
-def corrected(b: Tensor, a: Tensor, seen: Tensor, strength: float) -> Tensor:
-    """B_m + dB [d_out, r], given W A_m' (`seen`, [d_out, r])."""
-    ridge = strength * torch.eye(len(a), dtype=a.dtype)
-    corrected: Tensor = torch.linalg.solve(a @ a.t() + ridge, seen + strength * b, left=False)
-    return corrected
+def correction(a: Tensor, rest: Tensor, strength: float) -> Tensor:
+    """dB [d_out, r], given (W - B_m A_m) A_m' (`rest`, [d_out, r])."""
+    mean = a.double()
+    ridge = strength * torch.eye(len(a), dtype=mean.dtype)
+    solved: Tensor = torch.linalg.solve(mean @ mean.t() + ridge, rest.double(), left=False)
+    return solved.float()

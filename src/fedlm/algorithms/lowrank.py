@@ -32,9 +32,10 @@ NEGLIGIBLE = 1e-6
 
 @dataclass(frozen=True)
 class Term:
-    """c B A with B [d_out, r] and A [r, d_in]."""
+    """B diag(c) A with B [d_out, r] and A [r, d_in]."""
 
-    c: float
+    c: float | Tensor
+    """One number, or one for each column of B [r]."""
     B: Tensor
     A: Tensor
 
@@ -84,18 +85,24 @@ def stacked(terms: list[Term], d_out: int, d_in: int, dtype: torch.dtype = torch
     start = 0
     for term in terms:
         rows = slice(start, start + len(term.A))
-        torch.mul(term.B, term.c, out=b[:, rows]) if term.B.dtype is dtype else b[:, rows].copy_(term.B).mul_(term.c)
+        c = term.c.to(dtype) if isinstance(term.c, Tensor) else term.c
+        torch.mul(term.B, c, out=b[:, rows]) if term.B.dtype is dtype else b[:, rows].copy_(term.B).mul_(c)
         a[rows] = term.A
         start = rows.stop
     return LowRank(b, a)
 
 
+def side_by_side(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of n silos, B [n, d_out, r] and A [n, r, d_in], as those of their sum: [d_out, n r] and [n r, d_in]."""
+    return b.transpose(0, 1).flatten(1), a.flatten(0, 1)
+
+
 def _added(total: Tensor | None, terms: list[Term], d_out: int, d_in: int, dtype: torch.dtype) -> Tensor:
     """total + the terms: one product over all their ranks."""
-    side_by_side = stacked(terms, d_out, d_in, dtype)
+    stack = stacked(terms, d_out, d_in, dtype)
     if total is None:
-        return side_by_side.dense()
-    return total.addmm_(side_by_side.B, side_by_side.A)
+        return stack.dense()
+    return total.addmm_(stack.B, stack.A)
 
 
 def plus(matrix: Matrix, other: Matrix, sign: float = 1.0) -> Matrix:

@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import IO
 
@@ -92,6 +93,16 @@ class Stored(Accumulator):
             if found:
                 yield kept, self._tensors(kept, found)
 
+    def read_together(self, names: Sequence[str], ranks: int) -> Iterator[tuple[list[Kept], Tensors]]:
+        """As `read`, with several silos at once: those that follow each other with updates of one layout and rank, as
+        many as make up `ranks`. Values have a first dimension more, and are copies."""
+        for (_, rank), alike in groupby(self.kept, key=lambda kept: (id(kept.layout), kept.place.rank)):
+            silos = list(alike)
+            found = sorted(name for name in names if name in silos[0].layout)
+            most = max(1, ranks // max(rank, 1))
+            for start in range(0, len(silos) if found else 0, most):
+                yield silos[start : start + most], self._together(silos[start : start + most], found)
+
     def weight_of(self, names: Sequence[str]) -> float:
         """The weights together of the silos whose update has any of these tensors."""
         return sum(kept.weight for kept in self.kept if any(name in kept.layout for name in names))
@@ -141,15 +152,46 @@ class Stored(Accumulator):
             for name, (start, shape) in zip(names, places, strict=True)
         }
 
+    def _together(self, silos: Sequence[Kept], names: list[str]) -> Tensors:
+        """As `_tensors`, of several updates of one layout."""
+        found: Tensors = {}
+        runs: list[list[str]] = []
+        for name in names:  # tensors that lie side by side are read at once
+            start, _ = silos[0].layout[name]
+            if runs and _end(silos[0].layout[runs[-1][-1]]) == start:
+                runs[-1].append(name)
+            else:
+                runs.append([name])
+        for run in runs:
+            first, end = silos[0].layout[run[0]][0], _end(silos[0].layout[run[-1]])
+            block = torch.empty(len(silos), end - first)
+            for row, kept in zip(block, silos, strict=True):
+                self._fill(row, kept, first)
+            for name in run:
+                start, shape = silos[0].layout[name]
+                found[name] = block[:, start - first : start - first + shape.numel()].view(len(silos), *shape)
+        return found
+
     def _span(self, kept: Kept, start: int, end: int) -> Tensor:
         if kept.held is not None:
             return kept.held[start:end]
-        assert self._file is not None
         span = torch.empty(end - start)
+        self._fill(span, kept, start)
+        return span
+
+    def _fill(self, span: Tensor, kept: Kept, start: int) -> None:
+        """Copy what begins at this element of an update."""
+        if kept.held is not None:
+            span.copy_(kept.held[start : start + len(span)])
+            return
+        assert self._file is not None
         view, at = span.numpy().data.cast("B"), kept.offset + 4 * start
         while view:
             count = os.preadv(self._file.fileno(), [view], at)
             if count == 0:
                 raise RunError("updates that waited on disk are cut short", where=str(self._spool))
             view, at = view[count:], at + count
-        return span
+
+
+def _end(place: tuple[int, torch.Size]) -> int:
+    return place[0] + place[1].numel()
