@@ -1,4 +1,4 @@
-"""Bench h: what asynchronous federation gains where some silos are much slower than others.
+"""Bench: what asynchronous federation gains where some silos are much slower than others.
 
     python benchmarks/asynchronous.py [--silos 20] [--at-once 10] [--trainings 200] [--sigma 1.0] [--seed 0]
 
