@@ -65,6 +65,8 @@ class _Job:
 _Answers = queue.SimpleQueue[tuple[_Job, Message] | None]
 """What came for one exchange; None: its caller was told to stop waiting."""
 
+_TOO_LATE = "no reply within the round's deadline"
+
 
 class FlareEngine:
     """Carries requests to the silos of a network.
@@ -139,6 +141,9 @@ class FlareEngine:
                 if request.silo not in self._names:
                     yield Failure(request.silo, FailureKind.UNREACHABLE, "there is no silo of this name")
                     continue
+                if stop.called:  # nothing begins that nobody waits for
+                    yield Failure(request.silo, FailureKind.TIMED_OUT, _TOO_LATE)
+                    continue
                 job = self._send(request, answers, self._broadcast(request.tensors, files))
                 open_jobs[job.number] = job
             while open_jobs:
@@ -153,7 +158,7 @@ class FlareEngine:
                 del open_jobs[job.number]
                 yield self._receive(job, message)
             for job in open_jobs.values():
-                yield Failure(job.request.silo, FailureKind.TIMED_OUT, "no reply within the round's deadline")
+                yield Failure(job.request.silo, FailureKind.TIMED_OUT, _TOO_LATE)
         finally:
             for job in open_jobs.values():
                 self._abandon(job)
