@@ -69,9 +69,11 @@ ROWS = (
     Row("fedit", "fedit", "lora"),
     Row("frlora", "frlora", "lora", lr=0.3),
     Row("fed-sb", "fed-sb", "lora", spacing=_WIDE),
-    Row("fedavgm", "fedavgm", "optimiser", server_lr=0.3),
-    Row("fedadam", "fedadam", "optimiser", server_lr=0.01),
-    Row("fedyogi", "fedyogi", "optimiser", server_lr=0.01),
+    Row("fedavgm", "fedavgm", "optimiser", server_lr=0.1),
+    Row("fedadam", "fedadam", "optimiser", server_lr=0.003),
+    Row("fedyogi", "fedyogi", "optimiser", server_lr=0.003),
+    Row("feddyn", "feddyn", "optimiser", lr=1 / 3),
+    Row("ties", "ties", "merge", lr=1 / 3),
     Row("fedadagrad", "fedadagrad", "optimiser", server_lr=0.03),
     Row("flexlora-mixed", "flexlora", "mixed", ranks=_THIRDS),
     Row("hetlora-mixed", "hetlora", "mixed", ranks=_THIRDS),
@@ -91,10 +93,10 @@ ROWS = (
     Row("fed-sb-x4+int4", "fed-sb", "compression", spacing=_WIDE, rank=4.0, change=_INT4_ALONE, note="rank times 4"),
     Row("fedbuff", "fedbuff", "asynchronous", buffer=_BUFFER, change=(f"federation.algorithm.buffer={_BUFFER}",)),
     Row("fedavg-full", "fedavg", "full", lr=0.1, change=("adapter={kind: full}",), note="every weight travels"),
-    Row("ferret", "ferret", "full", lr=2e-2, note="rate of about K / d of plain training's"),
+    Row("ferret", "ferret", "full", lr=2e-2 / 3, note="rate of about K / d of plain training's"),
     Row("fedkseed", "fedkseed", "zeroth", lr=0.02, steps=5),
-    Row("fedmezo", "fedmezo", "zeroth", lr=0.07, steps=5),
-    Row("feedsign", "feedsign", "zeroth", server_lr=1e-4),
+    Row("fedmezo", "fedmezo", "zeroth", lr=0.6, steps=5),
+    Row("feedsign", "feedsign", "zeroth", server_lr=3e-5),
 )
 
 
