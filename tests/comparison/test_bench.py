@@ -282,8 +282,8 @@ def test_equal_bytes_and_the_frontier() -> None:
     dear = row_figures({1: run([5.0, 4.0, 3.0])})
     rows = {"fedit": dear, "cheap": cheap}
     shared = compared(rows)
-    assert shared["reference"] == "fedit" and shared["budgets"] == [60.0, pytest.approx(math.sqrt(60 * 600))]
-    assert cheap["at_bytes"] == [4.6, 4.6] and dear["at_bytes"] == [5.0, 5.0]  # a round of fedit costs 300
+    assert shared["reference"] == "fedit" and shared["budgets"] == [200.0, 600.0]
+    assert cheap["at_bytes"] == [4.6, 4.6] and dear["at_bytes"] == [5.0, 3.0]  # a round of fedit costs 300
     assert cheap["fewer_up"] == 10.0
     assert compared(rows, [300.0])["budgets"] == [300.0] and dear["at_bytes"] == [4.0]
     assert at_bytes(dear["curve"], 299.0) == 5.0

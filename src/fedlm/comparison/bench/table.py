@@ -70,8 +70,7 @@ def compared(rows: Mapping[str, Fields], budgets: Sequence[float] | None = None)
     Args:
         rows: by name, what `row_figures` gave; "difference", "difference_interval" (paired by seed), "fewer_up" (times
             fewer bytes up than the reference), and "at_bytes" (losses at the budgets) are added to each.
-        budgets: bytes of a whole training; by default the total of the cheapest row, which all rows reach, and the
-            geometric mean of this and the total of the dearest.
+        budgets: bytes of a whole training; by default a third of what the reference takes in all, and all of that.
 
     Returns:
         {"reference", "budgets", "frontier"}.
@@ -79,8 +78,8 @@ def compared(rows: Mapping[str, Fields], budgets: Sequence[float] | None = None)
     reference = next((name for name in REFERENCES if name in rows), next(iter(rows), None))
     if reference is None:
         return {"reference": None, "budgets": [], "frontier": []}
-    totals = sorted(row["bytes"] for row in rows.values())
-    chosen = list(budgets) if budgets is not None else sorted({totals[0], math.sqrt(totals[0] * totals[-1])})
+    whole = rows[reference]["bytes"]
+    chosen = list(budgets) if budgets is not None else [whole / 3, whole]
     for name, row in rows.items():
         none = {"difference": None, "difference_interval": None}
         row |= none if name == reference else difference(row, rows[reference])
