@@ -389,7 +389,7 @@ def test_a_log_that_does_not_fit(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_what_cannot_be_is_said_before_anything_is_trained(tiny: Tiny, tmp_path: Path) -> None:
     toys = Paced()
-    with pytest.raises(RunError, match=r"there is no silo 's9' that trains.*valid names: s0, s1"):
+    with pytest.raises(RunError, match=r"speeds.silos: there is no silo 's9'.*valid names: s0, s1"):
         begun(tiny, tmp_path / "1", "fedasync", "federation.speeds={silos: {s9: 1.0}}").run(toys)
     with pytest.raises(RunError, match=r"with 4 silos at work at once .* 3 steps late, and 2 are allowed"):
         begun(tiny, tmp_path / "2", "fedasync", "federation.algorithm.max_staleness=2").run(toys)

@@ -97,6 +97,10 @@ def test_a_mistake_at_the_start_leaves_nothing_in_the_way(tiny: Tiny, tmp_path: 
         (["adapter.rank=9999"], "rank 9999 is above the size of"),
         ([*asynchronous[:1], "federation.concurrency=5"], "5 silos cannot work at once where there are 4"),
         (["federation.capacity.silos={sit1: {steps: 1}}"], "there is no silo 'sit1'.*did you mean 'site1'"),
+        (
+            ["federation.capacity.default={seconds: 9.0}", "federation.speeds.silos={sit1: 1.0}"],
+            "speeds.silos: there is no silo 'sit1'.*did you mean 'site1'",
+        ),
         (asynchronous, "even equally fast ones are . steps late, and 0 are allowed"),
         (["guards=[{name: topk, k: 99999999}]"], "k"),
         # What all silos say alike is said once.

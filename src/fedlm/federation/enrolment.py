@@ -58,11 +58,12 @@ class Enrolment:
             RunError: fewer silos than the quorum take part, or the recipe says what a silo can do that there is not.
         """
         known = self._silos.engine.silos()
-        for name in self._spec.capacity.silos:
-            if name not in known:
-                raise RunError(
-                    f"there is no silo '{name}'", where="federation.capacity.silos", fix=nearest(name, known)
-                )
+        for field, named in (("capacity", self._spec.capacity.silos), ("speeds", self._spec.speeds.silos)):
+            for name in named:
+                if name not in known:
+                    raise RunError(
+                        f"there is no silo '{name}'", where=f"federation.{field}.silos", fix=nearest(name, known)
+                    )
         file = self._dir.path / "data.json"
         cards = self._known_cards(file)
         if strangers := [name for name in self._names if name not in cards]:

@@ -329,6 +329,10 @@ def _asynchronous(recipe: Recipe) -> Iterator[Problem]:
                     (*here, field),
                     f"has no effect with '{algorithm.name}' (it belongs to {able})",
                 )
+        if timed and spec.speeds.kind == "recorded":
+            yield (*here, "speeds", "kind"), f"there is no order of answers with '{algorithm.name}' (only with {able})"
+        elif timed:
+            yield from _speeds(recipe)
         return
     for field in ("sample", "oversample"):
         if _changed(spec, field):
@@ -349,8 +353,13 @@ def _asynchronous(recipe: Recipe) -> Iterator[Problem]:
         yield (*here, "concurrency"), f"{spec.concurrency} silos cannot work at once where there are {silos}"
     elif silos is not None and (problem := too_stale(spec, silos)):
         yield (*here, "algorithm", "max_staleness"), problem
-    speeds, uses = spec.speeds, {"lognormal": "sigma", "pareto": "shape", "recorded": "log"}
-    for kind, field in uses.items():
+    yield from _speeds(recipe)
+
+
+def _speeds(recipe: Recipe) -> Iterator[Problem]:
+    """What a simulation's clock does not read."""
+    here, speeds = ("federation",), recipe.federation.speeds
+    for kind, field in {"lognormal": "sigma", "pareto": "shape", "recorded": "log"}.items():
         if speeds.kind != kind and _changed(speeds, field):
             yield (*here, "speeds", field), f"has no effect with '{speeds.kind}' (it belongs to {kind})"
     if speeds.kind == "recorded":
@@ -359,7 +368,7 @@ def _asynchronous(recipe: Recipe) -> Iterator[Problem]:
         for field in ("seconds", "silos"):
             if _changed(speeds, field):
                 yield (*here, "speeds", field), "has no effect with 'recorded'"
-    if recipe.data.at_silos and _changed(spec, "speeds"):
+    if recipe.data.at_silos and _changed(recipe.federation, "speeds"):
         yield (*here, "speeds"), "has no effect over a network, where answers come when they come"
 
 
