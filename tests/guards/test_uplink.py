@@ -292,7 +292,23 @@ def test_chains_that_cannot_be(tiny: Tiny, guards: str, wanted: str) -> None:
     assert wanted in asked(tiny, "fedavg", guards)
 
 
-def test_k_beyond_the_update_is_said_before_anything_is_trained(tiny: Tiny, tmp_path: Path) -> None:
-    recipe = tiny.recipe("federation.algorithm.name=fedavg", "guards=[{name: topk, k: 10000000}]")
-    with pytest.raises(RecipeError, match=r"k = 10000000 values cannot be kept of \d+"):
+K = "[{name: topk, k: 900}]"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("fedavg", "guards=[{name: topk, k: 100000}]"),
+        ("fedavg", f"guards={K}", "federation.capacity.silos={site3: {layers: 1, targets: [v_proj]}}"),
+        ("rolora", f"guards={K}", "federation.capacity.default={layers: 1, targets: [up_proj]}", "adapter.rank=8"),
+        ("fedavg", "federation.downlink={send: changed, guards: [{name: topk, k: 100000}]}"),
+    ],
+    ids=["all", "one silo", "the other factor", "down"],
+)
+def test_k_beyond_the_update_is_said_before_anything_is_trained(
+    tiny: Tiny, tmp_path: Path, change: tuple[str, ...]
+) -> None:
+    recipe = tiny.recipe(f"federation.algorithm.name={change[0]}", *change[1:])
+    with pytest.raises(RecipeError, match=r"guards: k = \d+ values cannot be kept of \d+"):
         run_recipe(recipe, base=tiny.base, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run" / "rounds.jsonl").exists()

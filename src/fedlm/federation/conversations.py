@@ -119,19 +119,28 @@ class Conversations:
         return Verdict(weight, place)
 
     def check_guards(self, parameters: Tensors) -> None:
-        """Before anything is trained: whether the guards fit updates of this model.
+        """Before anything is trained: whether the guards fit the updates of every silo, and the model's own steps.
 
         Raises:
             RecipeError: they do not.
         """
-        if self.chain is None:
-            return
-        rounds, seed = self.spec.rounds, self.recipe.seed
-        place = Place(self.enrolled.trainers[0], 0, rounds, seed, self.rank(self.enrolled.trainers[0]))
+        rounds, where = self.spec.rounds, "guards"
+        alike = {self.plan(silo): silo for silo in self.enrolled.trainers}
         try:
-            self.chain.layouts(self.algorithm.expected_update(parameters, place))
+            for round_ in range(min(2, rounds)):  # methods that set up at first, or that send A and B in turn
+                moving: dict[str, torch.Size] = {}
+                for plan, silo in alike.items():
+                    place = Place(silo, round_, rounds, self.recipe.seed, plan.rank)
+                    shapes = self._shapes(parameters, place)
+                    moving |= {name: shape for name, shape in shapes.items() if name in parameters}
+                    if self.chain is not None:
+                        where = "guards"
+                        self.chain.layouts(shapes)
+                if self.downlink is not None:
+                    where = "federation.downlink.guards"
+                    self.downlink.check(moving)
         except UpdateRefused as refusal:
-            raise RecipeError(refusal.what, where="guards", fix=refusal.fix) from None
+            raise RecipeError(refusal.what, where=where, fix=refusal.fix) from None
 
     def opened(self, reply: Reply, parameters: Tensors, dispatch: int | None = None) -> Reply | Failure:
         """The reply with its update as it was before the guards; a failure where no honest silo sent this.
@@ -156,13 +165,16 @@ class Conversations:
             UpdateRefused: the reply's figures cannot be written down.
         """
         check_training(reply)
-        place, plan = self._place(reply), self.enrolled.plans.get(reply.silo)
-        expected = self.algorithm.expected_update(parameters, place)
-        if plan is not None and plan.partial:
-            expected = {n: shape for n, shape in expected.items() if ".lora_" not in n or plan.trains(n)}
-            if not any(".lora_" in name for name in expected):
-                raise UpdateRefused("the silo's plan trains nothing of this model", where=reply.silo)
+        place = self._place(reply)
+        expected = self._shapes(parameters, place)
+        if self.plan(reply.silo).partial and not any(".lora_" in name for name in expected):
+            raise UpdateRefused("the silo's plan trains nothing of this model", where=reply.silo)
         return place, expected
+
+    def _shapes(self, parameters: Tensors, place: Place) -> dict[str, torch.Size]:
+        """Names and shapes of an update that was made there, by what its silo trains."""
+        plan, shapes = self.plan(place.silo), self.algorithm.expected_update(parameters, place)
+        return {n: shape for n, shape in shapes.items() if not plan.partial or ".lora_" not in n or plan.trains(n)}
 
     def _place(self, reply: Reply) -> Place:
         """Where an update was made; a silo may have worked with a smaller rank than its own, and says so."""

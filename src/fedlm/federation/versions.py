@@ -266,6 +266,11 @@ class Downlink:
 
     # ---------------------------------------------------------------- guards
 
+    def check(self, shapes: dict[str, torch.Size]) -> None:
+        """Whether the guards fit a step of these tensors. Raises UpdateRefused."""
+        if self._chain is not None and shapes:
+            self._chain.layouts({name: shapes[name] for name in sorted(shapes)})
+
     def rounded(self, before: Tensors, after: Tensors, round_: int) -> Tensors:
         """The model that silos move to, when the server's step leads from `before` to `after`: `after` itself without
         guards.

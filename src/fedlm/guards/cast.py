@@ -43,7 +43,7 @@ class Float16(Guard):
 
 
 def power_above(values: Tensor) -> Tensor:
-    """The smallest power of two that is not below any magnitude, fp32 [1]; within what fp32 can be divided by."""
+    """The smallest power of two above every magnitude, fp32 [1]; within what fp32 can hold and be divided by."""
     largest = max(map(float, torch.aminmax(values)), key=abs) if len(values) else 0.0
     exponent = int(np.frexp(abs(largest))[1])
     return torch.tensor([2.0 ** min(max(exponent, SMALLEST), 127)])
