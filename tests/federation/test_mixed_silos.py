@@ -20,7 +20,7 @@ from fedlm.federation.conversations import Conversations
 from fedlm.federation.silo.own import OwnSilo
 from fedlm.federation.silo.workbench import Workbench
 from fedlm.files import read_tensors
-from fedlm.messages import Failure, FailureKind, Tensors
+from fedlm.messages import Failure, FailureKind, Request, Tensors
 from fedlm.models.adapters import initial_tensors
 from fedlm.models.fingerprint import fingerprint
 from fedlm.recipe.schema import Recipe
@@ -376,12 +376,41 @@ def test_a_real_silo_does_no_more_than_it_said_also_after_a_restart(
 
 
 def test_a_real_silo_s_time_is_real(tiny: Tiny, owner: Callable[..., OwnSilo], tmp_path: Path) -> None:
-    """A thousandth of a second has room for the first step alone."""
+    """A thousandth of a second has room for the first step alone; an owner's limit above the recipe's adds no step."""
     recipe = tiny.recipe(*SHORT, "federation.algorithm.name=fedavg", "training.steps=5")
-    silos = {s: owner(s, "capacity: {seconds: 0.001}\n" if s == "site2" else "") for s in SITES}
+    limits = {"site1": "capacity: {steps: 50}\n", "site2": "capacity: {seconds: 0.001}\n"}
+    silos = {s: owner(s, limits.get(s, "")) for s in SITES}
     written = lines(over_network(recipe, silos, tmp_path / "network"))
     for line in written:
         assert {s: line["silos"][s]["steps"] for s in SITES} == {s: 1 if s == "site2" else 5 for s in SITES}
+
+
+def test_a_request_cannot_ask_a_real_silo_for_more_than_the_recipe(
+    tiny: Tiny, owner: Callable[..., OwnSilo], seen: Seen
+) -> None:
+    """Of a silo without limits: its policy judged the recipe's steps, and its weights' type is its own affair."""
+    silo = owner("site1", "max_steps_per_round: 2\n")
+    train = request_to(silo, tiny, "training.steps=2")
+    refused = silo.handle(replace(train, attempt=7, fields={**train.fields, "plan": {"rank": 4, "steps": 3}}))
+    assert isinstance(refused, Failure) and "has 3 steps, the run 2" in refused.reason
+    plan = {"rank": 4, "steps": 1, "dtype": "bfloat16", "micro_batch_size": 1}
+    answer = silo.handle(replace(train, attempt=8, fields={**train.fields, "plan": plan}))
+    assert not isinstance(answer, Failure) and answer.fields["steps"] == 1
+    assert seen.dtypes["site1"] == torch.float32 and seen.specs["site1"].micro_batch_size is None
+    silo = owner("site2", "max_steps_per_round: 9\n")
+    train = request_to(silo, tiny, "training.steps=null", "training.epochs=1")
+    answer = silo.handle(replace(train, attempt=7, fields={**train.fields, "plan": {"rank": 4, "steps": 1000}}))
+    assert not isinstance(answer, Failure) and answer.fields["steps"] <= 9, "an epoch"
+
+
+def request_to(silo: OwnSilo, tiny: Tiny, *changes: str) -> Request:
+    """The request for the first training, of a run that the silo has agreed to."""
+    recipe = tiny.recipe(*SHORT, "federation.algorithm.name=fedavg", *changes)
+    network = Network(recipe, {silo.name: silo}, fingerprint(recipe.model))
+    (hello,) = network.exchange([Request(silo.name, "hello", "run", -1, 0, {}, {})])
+    assert not isinstance(hello, Failure), hello
+    fields = {"round": 0, "rounds": 3, "accepted": -1}
+    return Request(silo.name, "train", "run", 0, 0, initial_tensors(recipe), fields)
 
 
 # ------------------------------------------------------------------------------------------------ bad input
@@ -404,6 +433,18 @@ def test_a_real_silo_s_time_is_real(tiny: Tiny, owner: Callable[..., OwnSilo], t
         ("federation.capacity.default={rank: 1}|adapter={kind: ia3}", "only LoRA adapters differ"),
         ("federation.capacity.default={layers: 1}|federation.algorithm={name: lorm}", "needs the whole adapter"),
         ("federation.speeds={kind: pareto}", "speeds: has no effect with 'scaffold'"),
+        (
+            "federation.speeds={kind: pareto, sigma: 2.0}|federation.capacity.default={seconds: 9.0}",
+            "'pareto' .*lognormal",
+        ),
+        (
+            "federation.speeds={kind: recorded, log: x}|federation.capacity.default={seconds: 9.0}",
+            "no order of answers",
+        ),
+        (
+            "federation.algorithm={name: flora}|federation.capacity.default={memory: 2GB, quantise: 4bit}",
+            "planned for training on a CPU, and 4-bit weights need a GPU",
+        ),
     ],
 )
 def test_what_cannot_be_kept_is_refused_at_load(changes: str, told: str, tiny: Tiny) -> None:
@@ -450,9 +491,19 @@ def test_a_silo_s_plan_is_judged_before_it_is_believed(plan: Any, tiny: Tiny) ->
 def test_plans_that_the_algorithm_cannot_use_are_refused(tiny: Tiny) -> None:
     recipe = tiny.recipe("federation.algorithm.name=lorm", "adapter.rank=4")
     assert parse_plan({"rank": 4, "steps": 1}, recipe) == Plan(rank=4, steps=1)
-    for plan in ({"rank": 2}, {"first_layer": 1}, {"targets": ["q_proj"]}):
+    for plan in ({"rank": 2}, {"first_layer": 1}, {"targets": ["q_proj"]}, {"steps": 4}):
         with pytest.raises(UpdateRefused):
             parse_plan(plan, recipe)
+    full = ("adapter={kind: full}", "model.dtype=float32", "training={steps: 3}")
+    cases: tuple[tuple[str, tuple[str, ...], dict[str, float], str], ...] = (
+        ("fedrep", (), {"steps": 1}, "needs at least 2"),
+        ("feedsign", full, {"steps": 2}, "take the same 3"),
+        ("feedsign", full, {"seconds": 1.0}, "takes all its steps"),
+        ("fedkseed", full, {"seconds": 1.0}, "takes all its steps"),
+    )
+    for name, changes, asked, told in cases:
+        with pytest.raises(UpdateRefused, match=told):
+            parse_plan(asked, tiny.recipe(f"federation.algorithm={{name: {name}}}", *changes))
 
 
 def test_a_silo_with_a_hostile_plan_does_not_take_part(

@@ -200,6 +200,30 @@ def test_the_lesser_of_two_capacities_keeps_within_both() -> None:
         memory="1GiB", rank=8, targets=["k_proj"], steps=3, seconds=9.0, dtype="bfloat16"
     )
     assert lesser(Capacity(), Capacity()) == Capacity()
+    gpu = Capacity(quantise="4bit")
+    assert lesser(gpu, owner).given == owner.given, "the owner's weights, not some of each"
+    assert lesser(run, gpu).dtype is None and lesser(gpu, Capacity(rank=2)).quantise == "4bit"
+
+
+def test_an_owner_s_limit_that_cannot_be_kept_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = recipe("fedavg")
+    squares = {"adapter": AdapterSpec(kind="lora-sb", rank=16)}
+    for changes, limit in (
+        ({"adapter": AdapterSpec(kind="ia3")}, {"memory": "2GB"}),
+        ({"adapter": AdapterSpec(kind="ia3")}, {"layers": 1}),
+        (squares, {"rank": 8}),
+    ):
+        with pytest.raises(RunError, match=f"only LoRA adapters can be limited in {next(iter(limit))}"):
+            make_plan(asked.model_copy(update=changes), Capacity(**limit), None)
+    assert make_plan(asked.model_copy(update=squares), Capacity(rank=16, steps=1), None) == Plan(steps=1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(RunError, match="planned for training on a CPU, and this model's device is 'cuda'"):
+        make_plan(asked, Capacity(memory="4GB"), SMOLLM2)
+
+
+def test_a_plan_adds_no_steps_to_an_epoch() -> None:
+    spec = TrainingSpec(steps=None, epochs=1.0, batch_size=4)
+    assert Plan(steps=3).training(spec, 10) == spec and Plan(steps=3).training(spec, 40).steps == 3
 
 
 @pytest.mark.parametrize("field", ["rank", "steps", "seconds", "first_layer", "targets"])

@@ -53,7 +53,7 @@ class Capacity(Strict):
     targets: list[str] | None = Field(
         None, min_length=1, description="Modules that are trained, out of the adapter's; the others stay as received."
     )
-    steps: PositiveInt | None = Field(None, description="Optimiser steps of a round, in place of the recipe's.")
+    steps: PositiveInt | None = Field(None, description="Most optimiser steps of a round.")
     seconds: PositiveFloat | None = Field(
         None,
         description="Time for a round's steps: a silo stops before the step that would end later (never before the "
@@ -123,7 +123,7 @@ def parse_capacity(fields: Any) -> Capacity:
 
 
 def lesser(a: Capacity, b: Capacity) -> Capacity:
-    """What keeps within both; of types of base weights, `b` is asked first.
+    """What keeps within both; of types of base weights, `b`'s where it says one.
 
     Raises:
         RecipeError: they have no module to train in common.
@@ -139,6 +139,7 @@ def lesser(a: Capacity, b: Capacity) -> Capacity:
         targets = [name for name in a.targets if name in b.targets]
         if not targets:
             raise RecipeError("the run's and the silo's capacity have no module to train in common", where="targets")
+    weights = b if b.dtype or b.quantise else a
     return Capacity(
         memory=min(amounts, key=read_bytes, default=None),
         rank=least("rank"),
@@ -146,8 +147,8 @@ def lesser(a: Capacity, b: Capacity) -> Capacity:
         targets=targets,
         steps=least("steps"),
         seconds=least("seconds"),
-        dtype=b.dtype or a.dtype,
-        quantise=b.quantise or a.quantise,
+        dtype=weights.dtype,
+        quantise=weights.quantise,
     )
 
 
@@ -192,6 +193,8 @@ def _impossible(recipe: Recipe, capacity: Capacity) -> Iterator[tuple[str, str]]
         )
     if capacity.memory is not None and recipe.model.device in ("cuda", "mps"):
         yield "memory", "is planned for training on a CPU; on a GPU give rank, layers or targets"
+    elif capacity.memory is not None and (capacity.quantise or recipe.model.quantise):
+        yield "memory", "is planned for training on a CPU, and 4-bit weights need a GPU: give rank, layers or targets"
     if strange := [t for t in capacity.targets or () if adapter.targets != "all-linear" and t not in adapter.targets]:
         yield "targets", f"'{strange[0]}' is none of adapter.targets: {nearest(strange[0], adapter.targets)}"
     for field in ("steps", "seconds"):

@@ -18,8 +18,9 @@ from typing import Any
 from fedlm.errors import RunError, UpdateRefused
 from fedlm.messages import Fields
 from fedlm.recipe.capacity import Capacity, read_bytes
-from fedlm.recipe.methods import ALGORITHMS
+from fedlm.recipe.methods import ALGORITHMS, FACTORS
 from fedlm.recipe.schema import EvaluationSpec, ModelSpec, Recipe, TrainingSpec
+from fedlm.training.batches import steps_per_round
 from fedlm.training.footprint import Footprint, Shape, block_of, footprint, forward_tokens, numbers
 
 MARGIN = 0.15
@@ -45,7 +46,7 @@ class Plan:
     targets: tuple[str, ...] | None = None
     """Modules that are trained; None for all of the adapter's."""
     steps: int | None = None
-    """Optimiser steps; None for the recipe's."""
+    """Most optimiser steps; None for the recipe's."""
     seconds: float | None = None
     """Time for the steps; None for no limit."""
     micro_batch_size: int | None = None
@@ -65,10 +66,14 @@ class Plan:
         """Whether only a part of the adapter is trained."""
         return self.first_layer > 0 or self.targets is not None
 
-    def training(self, spec: TrainingSpec) -> TrainingSpec:
-        """The recipe's training as this silo does it."""
+    def training(self, spec: TrainingSpec, examples: int | None = None) -> TrainingSpec:
+        """The recipe's training as this silo does it.
+
+        Args:
+            examples: sequences of the silo, which say how many steps an epoch has: the plan never adds any.
+        """
         changes: dict[str, Any] = {}
-        if self.steps is not None:
+        if self.steps is not None and (examples is None or self.steps < steps_per_round(spec, examples)):
             changes |= {"steps": self.steps, "epochs": None}
         if self.micro_batch_size is not None:
             changes["micro_batch_size"] = self.micro_batch_size
@@ -83,10 +88,10 @@ class Plan:
         tokens = min(spec.batch_tokens, forward_tokens(self.training(training)))
         return spec.model_copy(update={"batch_tokens": tokens})
 
-    def recipe(self, recipe: Recipe) -> Recipe:
-        """The recipe with this silo's training and measuring."""
+    def recipe(self, recipe: Recipe, examples: int) -> Recipe:
+        """The recipe with this silo's training and measuring; it has so many sequences."""
         training, evaluation = recipe.training, recipe.evaluation
-        update = {"training": self.training(training), "evaluation": self.evaluation(evaluation, training)}
+        update = {"training": self.training(training, examples), "evaluation": self.evaluation(evaluation, training)}
         return recipe.model_copy(update=update)
 
     def model(self, spec: ModelSpec) -> ModelSpec:
@@ -173,11 +178,20 @@ def parse_plan(fields: Any, recipe: Recipe) -> Plan:
             raise UpdateRefused(f"the silo's plan says {name}: {str(value)[:40]}")
     targets = fields.get("targets")
     plan = Plan(**{**asked.fields(), **fields, "targets": None if targets is None else tuple(targets)})
-    method = ALGORITHMS[recipe.federation.algorithm.name]
+    name, most = method_name(recipe), recipe.training.steps
+    method = ALGORITHMS[name]
     if plan.rank > asked.rank or (plan.rank != asked.rank and not method.mixed_ranks):
         raise UpdateRefused(f"the silo's plan has rank {plan.rank}, the run {asked.rank}")
     if plan.partial and not method.partial:
-        raise UpdateRefused(f"the silo's plan trains a part of the adapter, which '{method_name(recipe)}' cannot use")
+        raise UpdateRefused(f"the silo's plan trains a part of the adapter, which '{name}' cannot use")
+    if plan.steps is not None and plan.steps > (most or plan.steps):
+        raise UpdateRefused(f"the silo's plan has {plan.steps} steps, the run {most}")
+    if plan.steps is not None and plan.steps < method.min_steps:
+        raise UpdateRefused(f"the silo's plan has {plan.steps} steps, and '{name}' needs at least {method.min_steps}")
+    if method.same_steps and plan.steps not in (None, most):
+        raise UpdateRefused(f"the silo's plan has {plan.steps} steps, and with '{name}' all silos take the same {most}")
+    if plan.seconds is not None and (method.same_steps or method.zeroth_order):
+        raise UpdateRefused(f"the silo's plan limits its time, and '{name}' takes all its steps")
     return plan
 
 
@@ -193,13 +207,15 @@ def make_plan(recipe: Recipe, capacity: Capacity, shape: Shape | None) -> Plan:
 
     Raises:
         RunError: the memory suffices for no plan (says the smallest that does), a layer or module is asked for that the
-            model does not have, or memory is to be planned where it cannot be (a GPU, an adapter other than LoRA).
+            model does not have, or a limit is set that cannot be kept here (memory on a GPU, less than all of an
+            adapter other than LoRA).
     """
+    _keepable(recipe, capacity)
     asked = whole(recipe)
     fixed = replace(
         asked,
         rank=min(asked.rank, capacity.rank or asked.rank),
-        steps=capacity.steps,
+        steps=capacity.steps and min(capacity.steps, recipe.training.steps or capacity.steps),
         seconds=capacity.seconds,
         dtype=capacity.dtype,
         quantise=capacity.quantise,
@@ -224,6 +240,28 @@ def predict(recipe: Recipe, shape: Shape, plan: Plan) -> Footprint:
         lambda linear: plan.trains(linear.name),
         dropout=recipe.adapter.dropout > 0,
     )
+
+
+def _keepable(recipe: Recipe, capacity: Capacity) -> None:
+    """RunError where a limit cannot be kept: the recipe's are judged as it is loaded, a silo owner's only here."""
+    from fedlm.models.load import pick_device
+
+    kind = recipe.adapter.kind
+    limits: list[str] = [field for field in ("memory", "layers", "targets") if field in capacity.given]
+    if kind in FACTORS and recipe.adapter.rank > (capacity.rank or recipe.adapter.rank):
+        limits.append("rank")
+    if kind != "lora" and limits:
+        raise RunError(
+            f"only LoRA adapters can be limited in {limits[0]}, and this run trains '{kind}'",
+            where=f"capacity.{limits[0]}",
+            fix="take the limit out for such runs",
+        )
+    if capacity.memory is not None and (device := pick_device(recipe.model.device).type) != "cpu":
+        raise RunError(
+            f"memory is planned for training on a CPU, and this model's device is '{device}'",
+            where="capacity.memory",
+            fix="give rank, layers or targets instead, or set model.device to 'cpu'",
+        )
 
 
 def _checked(plan: Plan, shape: Shape, layers: int | None) -> Plan:

@@ -161,9 +161,9 @@ class Silo:
             asked = parse_plan(request.fields.get("plan"), self.bench.recipe)
         except UpdateRefused as error:
             raise _RefusedError(error.what) from None
-        if self._limits is None or not (capacity := lesser(self._limits.run, self._limits.owner)).given:
+        if self._limits is None:
             return asked
-        own = self.bench.plan(capacity)
+        own = self.bench.plan(lesser(self._limits.run, self._limits.owner))
         if request.verb == "evaluate" and "plan" not in request.fields:
             return own
         if not asked.within(own):

@@ -74,9 +74,9 @@ class SiloSession:
         self._plan, self._budget = plan, budget
         self._moments = optimizer
         self.optimizer: Tensors = {}
-        self.recipe: Recipe = plan.recipe(bench.recipe)
-        self.model: Module = bench.model
         self.tokens: TokenSet = bench.training_tokens(place.silo)
+        self.recipe: Recipe = plan.recipe(bench.recipe, len(self.tokens))
+        self.model: Module = bench.model
 
     def put(self, tensors: Tensors) -> dict[str, Parameter]:
         """Load these values into the model; the adapter's parameters by name."""

@@ -123,7 +123,8 @@ class Workbench:
 
         key = capacity.model_dump_json()
         if key not in self._plans:
-            sized = capacity.memory or capacity.layers or capacity.targets
+            limited = capacity.memory or capacity.layers or capacity.targets
+            sized = limited and self.recipe.adapter.kind == "lora"
             self._plans[key] = make_plan(self.recipe, capacity, self.shape if sized else None)
         return self._plans[key]
 
