@@ -239,6 +239,15 @@ def test_extreme_magnitudes() -> None:
             assert scale or not back.any()
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e20, 1e32])
+def test_a_sketch_is_as_near_at_every_scale(scale: float) -> None:
+    """M M' M leaves fp32's range where M is far from 1."""
+    draw = torch.Generator().manual_seed(5)
+    m = torch.randn(40, 2, generator=draw) @ torch.randn(2, 100, generator=draw)
+    m = m / m.abs().max() * scale
+    torch.testing.assert_close(sent(chain({"name": "lowrank", "rank": 2}), {"x": m})["x"], m, rtol=0, atol=2e-6 * scale)
+
+
 def test_integers_and_nan_are_refused() -> None:
     for specs in LOSSY:
         made = chain(*specs)

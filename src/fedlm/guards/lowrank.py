@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fedlm.guards.base import Guard, Parts, Shapes, parted, size_of
+from fedlm.guards.cast import SMALLEST
 from fedlm.messages import Tensors
 
 LEFT, RIGHT = "\x1fleft", "\x1fright"
@@ -41,10 +42,12 @@ class LowRank(Guard):
         matrices, places = parted(values, shapes), parted(left, layout)
         for shape, names in self._alike(shapes).items():
             m = torch.stack([matrices[name] for name in names])
+            exponents = torch.frexp(m.abs().amax((1, 2), keepdim=True)).exponent.clamp(min=SMALLEST)
+            m = torch.ldexp(m, -exponents)  # by powers of two, so that M M' M neither overflows nor underflows
             g = torch.from_numpy(random.standard_normal((shape[1], self.spec.rank), dtype=np.float32))
             q = torch.linalg.qr(m @ g).Q
             q = torch.linalg.qr(m @ (m.mT @ q)).Q
-            for name, basis, rest in zip(names, q, q.mT @ m, strict=True):
+            for name, basis, rest in zip(names, q, torch.ldexp(q.mT @ m, exponents), strict=True):
                 places[name + LEFT].copy_(basis)
                 places[name + RIGHT].copy_(rest)
         for name in shapes:
