@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +17,7 @@ from fedlm.federation.api import about, new_run
 from fedlm.federation.coordinator import run
 from fedlm.federation.rundir import RunDir
 from fedlm.federation.silo.received import Received, UnsyncedError
-from fedlm.federation.versions import HELD, MOVED, NAMES, PLAN, STEP, WHOLE, Downlink
+from fedlm.federation.versions import HELD, MOVED, NAMES, PLAN, STEP, WHOLE, Downlink, content_hash, digest
 from fedlm.guards import get_chain
 from fedlm.messages import Failure, FailureKind, Reply, Request, Tensors
 from fedlm.recipe.guards import GuardSpec
@@ -286,6 +288,20 @@ def test_messages_that_do_not_fit_store_nothing(tmp_path: Path, what: str) -> No
         Received(other / "x", chain, 3).complete(Request("x", "evaluate", "run", 0, 0, tensors, fields))
     assert {file.name: file.read_bytes() for file in (other / "x" / "run").iterdir()} == before
     assert silo.is_dir()
+
+
+def test_a_step_that_is_not_finite_is_refused_whatever_its_digest(tmp_path: Path) -> None:
+    link, one = Link(tmp_path / "sent", [{"name": "bf16"}]), model("a", "b")
+    link.send("evaluate", one, "x")
+    link.send("evaluate", link.down.rounded(one, {n: v + 0.1 for n, v in one.items()}, 0), "x")
+    request, _ = link.silos.got[0]
+    held = Link(tmp_path / "held", [{"name": "bf16"}])
+    held.send("evaluate", one, "x")
+    tensors = request.tensors | {STEP + "0.values": torch.full_like(request.tensors[STEP + "0.values"], math.nan)}
+    wanted = {name: content_hash(torch.full_like(value, math.nan)) for name, value in one.items()}
+    bad = replace(request, tensors=tensors, fields={**request.fields, WHOLE: digest(wanted)})
+    with pytest.raises(UnsyncedError, match=r"does not fit the message \(UpdateRefused\)"):
+        Received(tmp_path / "held" / "x", held.silos._chain, 3).complete(bad)
 
 
 def test_a_request_without_a_digest_is_taken_as_it_is(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fedlm.errors import UpdateRefused
+from fedlm.errors import RunError, UpdateRefused
 from fedlm.messages import Tensors
 from tests.guards.test_guards import LOSSY, chain, shapes_of, update, whole
 
@@ -85,11 +85,27 @@ def test_errors_wait_for_their_tensors() -> None:
     torch.testing.assert_close(back + errors["x.lora_A"], a["x.lora_A"] + first)
 
 
-def test_an_error_of_another_shape_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("name", "error", "told"),
+    [
+        ("x", torch.zeros(2, 4), r"'x' has shape \[2, 4\], and the update's \[4, 4\]"),
+        ("x", torch.zeros(4, 4, dtype=torch.float64), "'x' is torch.float64, not torch.float32"),
+        ("x", torch.zeros(4, 4, dtype=torch.int32), "'x' is torch.int32, not torch.float32"),
+        ("x", torch.full((4, 4), math.nan), "'x' holds values that are not finite"),
+        ("waits", torch.full((3,), -math.inf), "'waits' holds values that are not finite"),
+        ("waits", torch.zeros(3, dtype=torch.float16), "'waits' is torch.float16, not torch.float32"),
+    ],
+)
+def test_an_error_that_was_never_kept_is_refused(name: str, error: torch.Tensor, told: str) -> None:
     made = chain({"name": "int4"}, feedback=True)
-    _, errors = made.encode_with_feedback({"x": torch.ones(4, 4)}, {}, (0,))
-    with pytest.raises(UpdateRefused, match=r"'x' has shape \[2, 4\], and the error kept of it \[4, 4\]"):
-        made.encode_with_feedback({"x": torch.ones(2, 4)}, errors, (0,))
+    with pytest.raises(RunError, match=rf"^the error feedback kept of {told}.*\. Fix: restore the silo's state"):
+        made.encode_with_feedback({"x": torch.ones(4, 4)}, {name: error}, (0,))
+
+
+def test_an_error_that_leaves_no_room_is_refused() -> None:
+    made = chain({"name": "int4"}, feedback=True)
+    with pytest.raises(UpdateRefused, match=r"^the update with what guards lost before holds values up to 3e\+38"):
+        made.encode_with_feedback({"x": torch.ones(4, 4)}, {"x": torch.full((4, 4), 3e38)}, (0,))
 
 
 def test_kept_errors_repeat_a_round_exactly() -> None:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from fedlm.errors import UpdateRefused
+from fedlm.federation import updates
 from fedlm.federation.engines.wire import serialized_size
 from fedlm.guards import CLASSES, Chain, get_chain
+from fedlm.guards.base import LARGEST
 from fedlm.guards.blockwise import rounded_up
 from fedlm.guards.topk import largest
 from fedlm.messages import Tensors
@@ -227,16 +229,32 @@ def test_ratios_of_a_lora_update() -> None:
 
 
 def test_extreme_magnitudes() -> None:
-    """Zeros, the smallest and the largest floats: finite, and blocks of zeros stay zero."""
-    for scale in (0.0, 1e-45, 1e-38, 1e-20, 1.0, 1e30, 3e38):
-        values = torch.linspace(-1, 1, 256) * scale
+    """Zeros, the smallest floats and nearly the largest that guards take: finite, and blocks of zeros stay zero."""
+    for scale in (0.0, 1e-45, 1e-38, 1e-20, 1.0, 1e20, LARGEST / 2**10):  # random places multiply by d / k
+        values = torch.linspace(-1, 1, 4096).view(32, 128) * scale
         for specs in LOSSY:
-            if "k" in specs[0]:
-                continue
-            back = sent(chain(*specs, feedback=True), {"x": values})["x"]
-            if not (scale == 3e38 and specs[0]["name"] in ("bf16", "lowrank")):  # above bf16's largest; a sum overflows
-                assert torch.isfinite(back).all(), (specs, scale)
+            back = sent(chain(*specs), {"x": values})["x"]
+            assert torch.isfinite(back).all(), (specs, scale)
             assert scale or not back.any()
+
+
+@pytest.mark.parametrize("specs", LOSSY, ids=str)
+def test_values_that_are_too_large_are_refused_where_they_are_encoded(specs: list[dict[str, Any]]) -> None:
+    """The largest floats would overflow a scale, a cast or a product. No mean of updates could hold them either."""
+    assert updates.LARGEST < LARGEST
+    told = r"^the update holds values up to \S+, and guards take none above 3.25e\+32. Fix: lower the learning rate"
+    for most in (1.01 * LARGEST, 2.0**127, torch.finfo(torch.float32).max):
+        values = {"x": torch.linspace(-1, 1, 4096).view(32, 128) * most}
+        with pytest.raises(UpdateRefused, match=told):
+            chain(*specs).encode(values, KEY)
+        with pytest.raises(UpdateRefused, match=told):
+            chain(*specs, feedback=True).encode_with_feedback(values, {}, KEY)
+
+
+def test_what_a_guard_makes_too_large_is_refused_too() -> None:
+    values = {"x": torch.full((4096,), LARGEST / 2)}
+    with pytest.raises(UpdateRefused, match=r"^what 'randk' leaves of the update holds values up to "):
+        chain({"name": "randk", "density": 0.1}).encode(values, KEY)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e20, 1e32])
@@ -246,6 +264,17 @@ def test_a_sketch_is_as_near_at_every_scale(scale: float) -> None:
     m = torch.randn(40, 2, generator=draw) @ torch.randn(2, 100, generator=draw)
     m = m / m.abs().max() * scale
     torch.testing.assert_close(sent(chain({"name": "lowrank", "rank": 2}), {"x": m})["x"], m, rtol=0, atol=2e-6 * scale)
+
+
+@pytest.mark.parametrize(("name", "levels"), [("int8", 127), ("int4", 7)])
+def test_the_smallest_value_that_survives(name: str, levels: int) -> None:
+    """s 2^-17, with s no smaller than 2^-24 / L of the peak: a block beside it that lies below is lost, no other."""
+    smallest, count = 2.0**-41 / levels, 64 * 2**14
+    for share, survives in ((1.05 * smallest, True), (0.95 * smallest, False)):
+        values = torch.cat([torch.full((64,), 0.75), torch.full((count,), share)])  # the peak is 1
+        back = sent(chain({"name": name}), {"x": values})["x"][64:]
+        assert bool(back.any()) is survives
+        assert abs(float(back.double().mean()) - share) < 2.0**-24 / levels * (2.0**-16 + 5 * math.sqrt(2**-16 / count))
 
 
 def test_integers_and_nan_are_refused() -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
 from fedlm.errors import UpdateRefused
 from fedlm.guards import indices
+from fedlm.guards.base import LARGEST
 from fedlm.messages import Tensors
 from tests.guards.test_guards import KEY, LOSSY, chain, shapes_of, update, whole
 
@@ -37,24 +43,89 @@ def test_missing_extra_misshapen_and_mistyped_parts(specs: list[dict[str, Any]])
             made.decode(payload, {**shapes, "more": torch.Size([6400])}, KEY)
 
 
+EDGES = (math.nan, math.inf, -math.inf, 0.0, -1.0, 1.0, 2.0, 65504.0, 2.0**109, 2.0**127, 3.4e38, 1e-45, 2.0**-24)
+
+
+@st.composite
+def hostile(draw: st.DrawFn, payload: Tensors) -> Tensors:
+    """A payload with one to three parts changed: noise, edges of the number format, another type or size, or gone."""
+    found: dict[str, Tensor] = dict(payload)
+    for name in draw(st.lists(st.sampled_from(sorted(payload)), min_size=1, max_size=3, unique=True)):
+        part = payload[name]
+        kind = draw(st.sampled_from(("noise", "noise", "edge", "edge", "one edge", "bytes", "shape", "huge", "type")))
+        seed = draw(st.integers(0, 2**16))
+        edge = EDGES[seed % len(EDGES)]
+        match kind:
+            case "noise":
+                noise = np.random.default_rng(seed).bytes(part.nbytes)
+                part = torch.frombuffer(bytearray(noise), dtype=part.dtype)
+            case "bytes":
+                part = torch.full((part.nbytes,), seed % 256, dtype=torch.uint8).view(part.dtype)
+            case "edge" if part.is_floating_point():
+                part = torch.full(part.shape, edge).to(part.dtype)
+            case "one edge" if part.is_floating_point():
+                part = part.clone()
+                part[seed % len(part)] = torch.tensor(edge).to(part.dtype)
+            case "shape":
+                part = part.repeat(1 + seed % 2)[seed % 3 :]
+            case "huge":  # without memory of its own: what copies it runs out of it
+                part = part[:1].expand(10**12)
+            case "type":
+                part = part.view(torch.uint8)[: len(part)]
+        found[name] = part
+    if not draw(st.integers(0, 20)):
+        del found[draw(st.sampled_from(sorted(found)))]
+    return found
+
+
 @pytest.mark.parametrize("specs", LOSSY, ids=str)
-def test_any_bytes_give_an_update_of_the_right_shapes_or_a_refusal(specs: list[dict[str, Any]]) -> None:
+def test_any_message_gives_a_finite_update_of_the_right_shapes_or_a_refusal(specs: list[dict[str, Any]]) -> None:
+    made, shapes = chain(*specs), shapes_of(update())
+    counts = {"accepted": 0, "refused": 0}
+
+    @settings(max_examples=150, deadline=None)
+    @given(payload=hostile(made.encode(update(), KEY)))
+    def decoded(payload: Tensors) -> None:
+        try:
+            back = made.decode(payload, shapes, KEY)
+        except UpdateRefused as refusal:
+            counts["refused"] += 1
+            assert "payload" in refusal.what and len(refusal.what) < 400
+            return
+        counts["accepted"] += 1
+        assert shapes_of(back) == dict(sorted(shapes.items())) and torch.isfinite(whole(back)).all()
+
+    decoded()
+    assert counts["accepted"] and counts["refused"], counts
+
+
+@pytest.mark.parametrize("specs", LOSSY, ids=str)
+def test_values_that_are_not_finite_are_refused(specs: list[dict[str, Any]]) -> None:
+    """Whichever part they are in; and products and codes that would overflow, though each part is finite."""
     made, shapes = chain(*specs), shapes_of(update())
     payload = made.encode(update(), KEY)
-    draw = torch.Generator().manual_seed(0)
-    for _ in range(50):
-        noise = {
-            name: torch.randint(0, 256, (part.nbytes,), dtype=torch.uint8, generator=draw).view(part.dtype)
-            for name, part in payload.items()
-        }
-        for mixed in (noise, *({**payload, name: part} for name, part in noise.items())):
-            try:
-                back = made.decode(mixed, shapes, KEY)
-            except UpdateRefused:
-                continue
-            assert shapes_of(back) == dict(sorted(shapes.items()))
-            if {spec["name"] for spec in specs} & {"int8", "int4"} and len(specs) == 1:
-                assert torch.isfinite(whole(back)).all()
+    for name, part in payload.items():
+        if part.is_floating_point():
+            for bad in (math.nan, math.inf, -math.inf):
+                with pytest.raises(UpdateRefused, match=r"^the payload"):
+                    made.decode({**payload, name: part.index_fill(0, torch.tensor(0), bad)}, shapes, KEY)
+    if specs == [{"name": "lowrank", "rank": 2}]:
+        with pytest.raises(UpdateRefused, match="stands for values that are not finite"):
+            made.decode({"values": torch.full_like(payload["values"], 2.0**100)}, shapes, KEY)
+
+
+@pytest.mark.parametrize(("name", "unused"), [("int8", -128), ("int4", 0xFF)])
+def test_the_code_that_no_encoder_uses_stays_finite(name: str, unused: int) -> None:
+    made, shapes = chain({"name": name}), {"x": torch.Size([640])}
+    payload = made.encode({"x": torch.randn(640)}, KEY)
+    largest = {"0.peak": torch.tensor([2 * LARGEST]), "0.codes": torch.full_like(payload["0.codes"], unused)}
+    for scale, accepted in ((1.0, True), (1.001, False), (1.9999, False), (65504.0, False)):
+        bad = payload | largest | {"0.scales": torch.full_like(payload["0.scales"], scale)}
+        if accepted:
+            assert torch.isfinite(made.decode(bad, shapes, KEY)["x"]).all()
+        else:
+            with pytest.raises(UpdateRefused, match="scales are not all between 0 and 1"):
+                made.decode(bad, shapes, KEY)
 
 
 def test_scales_and_peaks_are_bounded() -> None:
@@ -68,7 +139,7 @@ def test_scales_and_peaks_are_bounded() -> None:
     for name in ("int4", "fp16"):
         made = chain({"name": name})
         payload = made.encode(tensors, KEY)
-        for value in (float("nan"), float("inf"), 0.0, -1.0, 3.0, 2.0**-120):
+        for value in (float("nan"), float("inf"), 0.0, -1.0, 3.0, 2.0**-120, 4 * LARGEST, 2.0**127):
             with pytest.raises(UpdateRefused, match="peak"):
                 made.decode({**payload, "0.peak": torch.tensor([value])}, shapes_of(tensors), KEY)
 

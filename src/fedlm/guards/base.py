@@ -11,6 +11,7 @@ matrices would cost more in calls than in arithmetic.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from itertools import accumulate, pairwise
 
@@ -27,6 +28,9 @@ Shapes = dict[str, torch.Size]
 
 Parts = dict[str, tuple[torch.dtype, int]]
 """Names, types and lengths of the tensors that a guard sends itself."""
+
+LARGEST = 2.0**108
+"""Largest magnitude that guards take: no step of theirs overflows fp32 below it, and no larger one can be averaged."""
 
 
 class Guard:
@@ -57,16 +61,16 @@ class Guard:
         """What it leaves (fp32, as long as `left` says) and its own parts.
 
         Args:
-            values: fp32, finite; not changed.
+            values: fp32, none beyond `LARGEST`; not changed.
             random: a generator of this guard alone; `decode` gets one in the same state.
         """
         raise NotImplementedError
 
     def decode(self, left: Tensor, parts: Tensors, shapes: Shapes, random: np.random.Generator) -> Tensor:
-        """The values, fp32.
+        """The values, fp32. The chain refuses what is not finite.
 
         Args:
-            left: what the guards after it decoded.
+            left: what the guards after it decoded, of any content.
             parts: of the types and lengths that `parts` says; what is in them may be anything.
 
         Raises:
@@ -85,7 +89,7 @@ def flat(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Shapes]:
 
     Raises:
         UpdateRefused: a tensor holds whole numbers, which have no smaller neighbours to round to; or a value is not
-            finite, which no decoder could tell from a large one.
+            finite, which no decoder could tell from a large one, or beyond `LARGEST`.
     """
     names = sorted(tensors)
     for name in names:
@@ -93,9 +97,28 @@ def flat(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Shapes]:
             raise UpdateRefused(f"'{name}' is {tensors[name].dtype}: only floating-point numbers can be compressed")
     parts = [tensors[name].reshape(-1) for name in names]
     values = torch.cat(parts).to(torch.float32) if parts else torch.zeros(0)
-    if not bool(values.sum().isfinite()) and not bool(values.isfinite().all()):  # a sum can overflow by itself
-        raise UpdateRefused("the update holds values that are not finite (NaN or infinity)")
+    check_range(values, "the update")
     return values, {name: tensors[name].shape for name in names}
+
+
+def magnitude(values: Tensor) -> float:
+    """The largest absolute value, in one read; NaN if any value is NaN."""
+    if not values.numel():
+        return 0.0
+    low, high = map(float, torch.aminmax(values))
+    return max(-low, high)
+
+
+def check_range(values: Tensor, what: str) -> None:
+    """Raises UpdateRefused: a value is not finite or beyond `LARGEST`."""
+    largest = magnitude(values)
+    if not math.isfinite(largest):
+        raise UpdateRefused(f"{what} holds values that are not finite (NaN or infinity)", fix="lower the learning rate")
+    if largest > LARGEST:
+        raise UpdateRefused(
+            f"{what} holds values up to {largest:.3g}, and guards take none above {LARGEST:.3g}",
+            fix="lower the learning rate",
+        )
 
 
 def parted(values: Tensor, shapes: Shapes) -> Tensors:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -26,7 +24,9 @@ class Int8(Guard):
     (stochastic rounding; QSGD, Alistarh et al., NeurIPS 2017, with the block's maximum in place of a norm, as in
     Dettmers et al., ICLR 2022). The error of a value is below s and its variance at most s^2 / 4.
 
-    Whether to round up is decided by 16 random bits, so that a mean is off by less than s 2^-16. L = 127.
+    Whether to round up is decided by 16 random bits, so that a mean is off by less than s 2^-16, and a value below
+    s 2^-17 always decodes to 0. No s but that of a block of zeros is below 2^-24 / L of the update's peak: what lies
+    below 2^-41 / L of the peak (int8: 2^-48, int4: 2^-43.8) may not survive. L = 127.
     """
 
     levels = 127
@@ -44,10 +44,10 @@ class Int8(Guard):
         return values[:0], {"peak": peak, "scales": scales, "codes": codes}
 
     def decode(self, left: Tensor, parts: Tensors, shapes: Shapes, random: np.random.Generator) -> Tensor:  # noqa: ARG002
-        scales = parts["scales"].float().mul_(checked_peak(parts["peak"]))
-        if len(scales) and not 0 <= float(scales.amin()) <= float(scales.amax()) < math.inf:
-            raise UpdateRefused("the payload's scales are negative or not finite")
-        steps, values, block = scales.div_(self.levels), torch.empty(size_of(shapes)), self.spec.block
+        peak, scales = checked_peak(parts["peak"]), parts["scales"].float()
+        if len(scales) and not 0 <= float(scales.amin()) <= float(scales.amax()) <= 1:
+            raise UpdateRefused("the payload's scales are not all between 0 and 1")
+        steps, values, block = scales.mul_(peak).div_(self.levels), torch.empty(size_of(shapes)), self.spec.block
         codes = torch.split(parts["codes"], self._length(self._stretch))
         for place, of, packed in zip(
             torch.split(values, self._stretch), torch.split(steps, self._stretch // block), codes, strict=True

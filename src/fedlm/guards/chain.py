@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedlm.errors import UpdateRefused
-from fedlm.guards.base import Guard, Shapes, flat, parted, size_of
+from fedlm.errors import RunError, UpdateRefused
+from fedlm.guards.base import Guard, Shapes, check_range, flat, magnitude, parted, size_of
 from fedlm.messages import Tensors
 from fedlm.randomness import numpy_generator
 
@@ -42,7 +43,8 @@ class Chain:
         """The payload for an update.
 
         Raises:
-            UpdateRefused: a tensor holds whole numbers or values that are not finite, or a guard does not fit its size.
+            UpdateRefused: a tensor holds whole numbers, or values that are not finite or too large to be rounded, or a
+                guard does not fit its size.
         """
         return self._encode(*flat(update), key)
 
@@ -59,17 +61,16 @@ class Chain:
             errors: e_t by name; tensors that are not part of this update wait. What was never sent before has none.
 
         Raises:
-            UpdateRefused: as `encode`, or an error has another shape than its tensor.
+            UpdateRefused: as `encode`.
+            RunError: an error is none that was kept of such an update.
         """
         values, shapes = flat(update)
-        for name in errors.keys() & shapes.keys():
-            if errors[name].shape != shapes[name]:
-                raise UpdateRefused(
-                    f"'{name}' has shape {list(shapes[name])}, and the error kept of it {list(errors[name].shape)}"
-                )
+        for name, error in errors.items():
+            _check_error(name, error, shapes.get(name))
         for name, part in parted(values, shapes).items():
             if name in errors:
                 part.add_(errors[name])
+        check_range(values, "the update with what guards lost before")
         payload = self._encode(values, shapes, key)
         lost = values - self._decode(payload, shapes, key)
         return payload, {**errors, **parted(lost, shapes)}
@@ -82,7 +83,7 @@ class Chain:
             shapes: of the update, as it must be.
 
         Raises:
-            UpdateRefused: the payload is no encoding of such an update.
+            UpdateRefused: the payload is no encoding of such an update, or of values that are not finite.
         """
         ordered = {name: shapes[name] for name in sorted(shapes)}
         return parted(self._decode(payload, ordered, key), ordered)
@@ -102,6 +103,7 @@ class Chain:
         payload: Tensors = {}
         for i, (guard, layout) in enumerate(zip(self.guards, self.layouts(shapes), strict=False)):
             values, parts = guard.encode(values, layout, _random(key, i))
+            check_range(values, f"what '{guard.spec.name}' leaves of the update")
             payload |= {f"{i}.{name}": part for name, part in parts.items()}
         if len(values):
             payload[REST] = values
@@ -114,6 +116,8 @@ class Chain:
         for i, guard in reversed(list(enumerate(self.guards))):
             parts = {name: payload[f"{i}.{name}"] for name in guard.parts(layouts[i])}
             values = guard.decode(values, parts, layouts[i], _random(key, i))
+        if not math.isfinite(magnitude(values)):
+            raise UpdateRefused("the payload stands for values that are not finite (NaN or infinity)")
         return values
 
     def _check(self, payload: Mapping[str, Tensor], layouts: list[Shapes]) -> None:
@@ -134,6 +138,25 @@ class Chain:
                 raise UpdateRefused(
                     f"the payload's '{name}' is {part.dtype} {list(part.shape)[:4]}, not {dtype} [{length}]"
                 )
+
+
+def _check_error(name: str, error: Tensor, shape: torch.Size | None) -> None:
+    """Raises RunError: `encode_with_feedback` never kept this.
+
+    Args:
+        shape: the update's; None for a tensor that waits for a later one.
+    """
+    fault = ""
+    if shape is not None and error.shape != shape:
+        fault = f"has shape {list(error.shape)}, and the update's {list(shape)}"
+    elif error.dtype is not torch.float32:
+        fault = f"is {error.dtype}, not torch.float32"
+    elif not math.isfinite(magnitude(error)):
+        fault = "holds values that are not finite (NaN or infinity)"
+    if fault:
+        raise RunError(
+            f"the error feedback kept of '{name}' {fault}", fix="restore the silo's state, or start a new run"
+        )
 
 
 def _random(key: Key, position: int) -> np.random.Generator:
