@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import fedlm.training.loop
 from fedlm.data.federated import load_data
@@ -186,3 +188,17 @@ def test_out_of_memory_is_its_own_kind() -> None:
 
 def test_missing_states_are_none(tmp_path: Path) -> None:
     assert StateStore(tmp_path, "a").load("run", 0) is None
+
+
+def test_state_that_lacks_or_renames_a_tensor_is_corrupt(bench: Workbench, broadcast: Tensors, tmp_path: Path) -> None:
+    silo = Silo("site1", bench, tmp_path)
+    silo.handle(train(0, broadcast))
+    file = tmp_path / "site1" / "run" / "round-0000.safetensors"
+    with safe_open(file, framework="pt") as handle:
+        note = handle.metadata()
+    stored = load_file(file)
+    name = next(n for n in stored if n.startswith("optimizer/"))
+    for damaged in ({}, {f"{name}.x": stored[name]}):
+        save_file({n: t for n, t in stored.items() if n != name} | damaged, file, metadata=note)
+        answer = silo.handle(train(1, broadcast, accepted=0))
+        assert isinstance(answer, Failure) and "corrupt" in answer.reason and str(file) in answer.reason

@@ -143,8 +143,16 @@ def test_errors_are_kept_for_what_comes_again(runs: dict[str, Run]) -> None:
     assert not kept("randk", 3)
 
 
-def test_missing_error_feedback_is_said(tiny: Tiny, tmp_path: Path) -> None:
-    """A silo whose state of the round before has lost it does not go on from zero."""
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        ("gone", "the error feedback of the round before is missing"),
+        ("not finite", "the error feedback kept of '"),
+        ("renamed", "the silo's stored state is corrupt"),
+    ],
+)
+def test_missing_or_damaged_error_feedback_is_said(damage: str, told: str, tiny: Tiny, tmp_path: Path) -> None:
+    """A silo whose state of the round before has lost it does not go on from zero, or from what it never lost."""
 
     class Careless(Observed):
         def exchange(self, requests: Iterable[Request], deadline: float | None = None) -> Iterator[Reply | Failure]:
@@ -154,9 +162,17 @@ def test_missing_error_feedback_is_said(tiny: Tiny, tmp_path: Path) -> None:
                     from safetensors import safe_open
 
                     with safe_open(file, framework="pt") as handle:
-                        note = handle.metadata()
-                    rest = {n: t for n, t in load_file(file).items() if not n.startswith("guard/")}
-                    save_file(rest, file, metadata=note)
+                        note = json.loads(handle.metadata()["note"])
+                    stored = load_file(file)
+                    kept = sorted(n for n in stored if n.startswith("guard/"))
+                    if damage == "gone":
+                        stored = {n: t for n, t in stored.items() if n not in kept}
+                        note["names"] = sorted(stored)
+                    elif damage == "not finite":
+                        stored[kept[0]][0, 0] = math.nan
+                    else:
+                        stored[kept[0] + "x"] = stored.pop(kept[0])
+                    save_file(stored, file, metadata={"note": json.dumps(note)})
                     answer = self._silos[request.silo].handle(request)
                     assert isinstance(answer, Failure)
                     yield answer
@@ -165,7 +181,7 @@ def test_missing_error_feedback_is_said(tiny: Tiny, tmp_path: Path) -> None:
 
     line = attacked(Careless, tiny, tmp_path / "run")[3]
     (failure,) = line["failures"]
-    assert failure["silo"] == "site1" and "error feedback of the round before is missing" in failure["reason"]
+    assert failure["silo"] == "site1" and told in failure["reason"] and "silos/site1" in failure["reason"]
 
 
 def test_payloads_of_a_hostile_silo_are_refused_and_the_others_go_on(tiny: Tiny, tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ class Silo:
             errors: what was lost until the round `accepted`, the last one that counts.
 
         Raises:
-            RunError: the state of the round before lacks what that round has lost.
+            RunError: the state of the round before lacks what that round has lost, or it is damaged.
         """
         chain = self.bench.chain
         if chain is None:
@@ -254,7 +254,10 @@ class Silo:
                 where=str(self._store.folder),
                 fix="restore the silo's state, or start a new run",
             )
-        return chain.encode_with_feedback(update, errors, key)
+        try:
+            return chain.encode_with_feedback(update, errors, key)
+        except RunError as error:
+            raise RunError(error.what, where=str(self._store.folder), fix=error.fix) from None
 
     def _budget(self, plan: Plan) -> TimeBudget | None:
         """The time for a round's steps: on the recipe's virtual clock in a simulation, on the real one else."""

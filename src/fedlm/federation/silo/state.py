@@ -75,6 +75,8 @@ class StateStore:
         try:
             with safe_open(file, framework="pt") as handle:
                 note = json.loads((handle.metadata() or {})["note"])
+                if note.get("names", sorted(handle.keys())) != sorted(handle.keys()):
+                    raise ValueError("other tensors than were stored")
                 for name in handle.keys():  # noqa: SIM118 - not a mapping
                     prefix = name.split("/", 1)[0] + "/"
                     parts[prefix][name.removeprefix(prefix)] = handle.get_tensor(name)
@@ -97,7 +99,7 @@ class StateStore:
                 shared = tensor.data_ptr() in held
                 held.add(tensor.data_ptr())
                 tensors[prefix + name] = tensor.clone() if shared else tensor
-        note = {"key": trained.key, "digest": trained.digest, "fields": trained.fields}
+        note = {"key": trained.key, "digest": trained.digest, "fields": trained.fields, "names": sorted(tensors)}
         write_tensors(file, tensors, {"note": json.dumps(note)})
         file.chmod(0o600)
 
