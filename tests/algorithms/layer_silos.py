@@ -43,15 +43,15 @@ def effective(values: Tensors, adapter: AdapterSpec) -> dict[str, Tensor]:
 class LayerSession:
     """A silo's round on its layers: AdamW on the squared distance to its target."""
 
-    def __init__(self, place: Place, target: dict[str, Tensor], adapter: AdapterSpec) -> None:
-        self.place, self.target, self.adapter = place, target, adapter
+    def __init__(self, place: Place, target: dict[str, Tensor], adapter: AdapterSpec, lr: float) -> None:
+        self.place, self.target, self.adapter, self.lr = place, target, adapter, lr
 
     def train(self, rule: LocalRule, *, purpose: str = "") -> tuple[Any, Tensors]:  # noqa: ARG002
         start = rule.start()
         self.parameters = {n: Parameter(v.clone()) for n, v in start.items() if ".lora_" in n and rule.trains(n)}
         values = start | self.parameters
         deltas = {layer: delta.dense() for layer, delta in deltas_of(start).items()}
-        optimizer = torch.optim.AdamW(self.parameters.values(), lr=0.05)
+        optimizer = torch.optim.AdamW(self.parameters.values(), lr=self.lr)
         for _ in range(6):
             optimizer.zero_grad()
             loss = torch.zeros(())
@@ -86,6 +86,7 @@ class LayerFederation:
     options: dict[str, Any] = field(default_factory=dict)
     weights: Sequence[float] = (1.0, 5.0, 2.0, 3.0, 4.0, 6.0)
     alike: bool = False
+    lr: float = 0.05
     done: int = 0
     figures: Fields = field(default_factory=dict)
 
@@ -123,7 +124,7 @@ class LayerFederation:
             place = Place(f"silo-{i}", self.done, 9, seed=1, rank=self.ranks[i])
             received = self.algorithm.for_rank(broadcast, place.rank)
             rule = self.algorithm.local(received, self.states[i], place)
-            session = LayerSession(place, self.targets[i], self.adapter)
+            session = LayerSession(place, self.targets[i], self.adapter, self.lr)
             outcome = rule.run(session)  # type: ignore[arg-type]
             self.states[i], self.updates[i] = outcome.state, outcome.update
             self.reported[i] = outcome.fields.get("rank", place.rank)

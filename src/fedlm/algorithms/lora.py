@@ -53,6 +53,9 @@ class LoRAMethod(Algorithm):
         what the silos trained and the aggregate that they load next. None for a method with personal models, whose
         silos load no aggregate, and where the mean is 0.
 
+        Both are of the fp32 values that travel. On a bf16 base the silos' products round them further, in training and
+        after it alike: see `fedlm.models.deltas`.
+
         The aggregate is that of the round's largest rank; with several ranks `error_by_rank` has them all. Where there
         are deltas, `deltas` says how far they have grown: pieces, bytes, the most ranks of factors in a layer, and how
         many layers have a dense one.

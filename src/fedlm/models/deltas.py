@@ -8,7 +8,8 @@ bf16 weights is mostly rounded away (77 % of it at |dW|/|W| = 1e-3). By name, fo
     <layer>.delta_W.<piece>  [d_out, d_in]   a dense piece
 
 There may be any number of pieces; the weight that acts is W + sum of the pieces + s B A of the trained factors. In the
-forward pass they are cast to the activations' type, as the trained factors are.
+forward pass they are cast to the activations' type, as the trained factors are: on a bf16 base each acts to some 2^-9
+of itself. It is rounded once, however many rounds it has grown: what travels, is stored and is exported stays fp32.
 """
 
 from __future__ import annotations
