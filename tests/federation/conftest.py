@@ -11,6 +11,7 @@ import pytest
 
 from fedlm.recipe.load import load_recipe
 from fedlm.recipe.schema import Recipe
+from tests.federation.mixed import Seen
 
 WORDS = [
     "patient",
@@ -70,3 +71,9 @@ def users_cache(tmp_path_factory: pytest.TempPathFactory) -> str | None:
     before = os.environ.get("FEDLM_CACHE")
     os.environ["FEDLM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     return before
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    """What trainings and folds of this test's runs see."""
+    return Seen(monkeypatch)
