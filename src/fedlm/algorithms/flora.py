@@ -24,8 +24,8 @@ class FLoRA(LoRAMethod):
     added. It stays beside W as fp32 factors: the way down grows by the silos' ranks together in every round, until a
     dense matrix is smaller (see `merged`); `recompress` cuts it.
 
-    Factors lose nothing of earlier rounds. A dense sum is rounded to fp32 in every round, as near as fp32 comes: |error|
-    is 0.43 2^-24 |sum|. Relative to the round's mean that is below 1e-5 while the mean is above 1/390 of the sum: with a
+    Factors lose nothing of earlier rounds. A dense sum is rounded in every round, as near as fp32 comes: |error| is
+    0.43 2^-24 |sum|. Relative to the round's mean that is below 1e-5 while the mean is above 1/390 of the sum: with a
     rate that falls to 0 by a cosine over 60 rounds, 7e-6 in round 50 and 6e-4 in the last (1/22,000).
 
     The global model is the deltas alone. Every silo draws a round's A for itself, keyed by the run's seed and the
