@@ -111,10 +111,8 @@ def ended(folder: Path) -> tuple[dict[str, Tensors], list[list[Any]]]:
     for silo in SILOS:
         for file in (folder / "silos" / silo).rglob("round-0002.safetensors"):
             tensors[silo] = load_file(file)
-    told = [
-        [line["loss"], line["validation"], line["replied"], line["failures"], line.get("arrivals"), line.get("clock")]
-        for line in directory.rounds()
-    ]
+    figures = ("loss", "validation", "replied", "failures", "aggregation", "arrivals", "clock")
+    told = [[line.get(name) for name in figures] for line in directory.rounds()]
     return tensors, told
 
 
