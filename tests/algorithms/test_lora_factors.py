@@ -108,6 +108,13 @@ def test_turning_leaves_each_silos_change_and_round_0_alone() -> None:
         assert torch.allclose(a, silos[0][A], atol=1e-6) is (round_ == 0)
 
 
+def test_the_reference_is_a_in_odd_rounds_and_b_in_even_ones() -> None:
+    theta, silos = turned(0.1)
+    algorithm = get_algorithm(AlgorithmSpec(name="fedrot-lora"))
+    odd, even = (algorithm.local(theta, {}, Place(round=round_)).finish(silos[0])[0] for round_ in (1, 2))
+    assert odd[A].norm() < even[A].norm() and even[B].norm() < odd[B].norm(), "each is nearest to its reference"
+
+
 def test_the_rotation_is_procrustes_and_part_of_it_lies_between() -> None:
     """No other rotation, of many, brings a factor nearer; half way is orthogonal and half as far from the identity."""
     a, reference = draw(R, D_IN, seed=4), draw(R, D_IN, seed=5)
