@@ -37,7 +37,7 @@ test: $(VENV)/.stamp-dev  ## the test suite
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
 
 test-slow: $(VENV)/.stamp-dev  ## end-to-end tests on the real model: minutes, needs the package registry once
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m slow --durations=20 $(ARGS)
 
 lint: $(VENV)/.stamp-dev  ## ruff, mypy --strict, order of imports between rooms
 	$(BIN)/ruff check .
