@@ -50,6 +50,7 @@ class Observed:
         trained: by round and silo, the silo's model after its training.
         loaded: by round and silo, the model that was measured after that round (-1: before the first).
         tensors: by round, the last that was sent for measuring.
+        broadcasts: by round, the last that was sent for training.
         updates: by round and silo, what left it.
         weights: by round and silo, its rows.
     """
@@ -61,6 +62,7 @@ class Observed:
         self.trained: dict[int, dict[str, Weights]] = {}
         self.loaded: dict[int, dict[str, Weights]] = {}
         self.tensors: dict[int, Tensors] = {}
+        self.broadcasts: dict[int, Tensors] = {}
         self.updates: dict[int, dict[str, Tensors]] = {}
         self.weights: dict[int, dict[str, float]] = {}
         self.stop_before: int | None = None
@@ -75,6 +77,7 @@ class Observed:
             answer = self._silos[request.silo].handle(request)
             assert isinstance(answer, Reply), answer
             if request.verb == "train":
+                self.broadcasts[request.round] = request.tensors
                 self.trained.setdefault(request.round, {})[request.silo] = effective(self.bench.model)
                 self.updates.setdefault(request.round, {})[request.silo] = answer.tensors
                 self.weights.setdefault(request.round, {})[request.silo] = float(answer.fields["rows"])

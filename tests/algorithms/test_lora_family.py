@@ -103,7 +103,7 @@ def test_what_travels(runs: dict[str, Run]) -> None:
     ):
         engine, _ = runs[name]
         assert [factors(next(iter(engine.updates[r].values()))) for r in range(ROUNDS)] == up
-        assert {factors(sent) for sent in engine.tensors.values()} == {down}
+        assert {factors(sent) for sent in (*engine.tensors.values(), *engine.broadcasts.values())} == {down}
 
 
 def test_the_factor_that_waits_keeps_its_bits(runs: dict[str, Run]) -> None:
