@@ -6,7 +6,7 @@ backward pass will read, and the logits of some targets. The activations are cou
 forward pass keeps them (`fused_lora`, `fused_norm`, `short_attention`, `head`): for a decoder block with RMSNorm,
 grouped attention and a gated feed-forward part, which is what Llama, Mistral and Qwen have. Others are counted as if.
 
-Three figures are fitted to measurements, not derived: what the program takes, and the two of what the C library's heap
+Four figures are fitted to measurements, not derived: what the program takes, and the three of what the C library's heap
 loses between tensors that stay and tensors that go. `benchmarks/memory_plan.py` compares prediction and measurement.
 """
 
@@ -38,6 +38,13 @@ HOLES = 0.54
 
 WORKING = 40
 """What it loses to values that come and go in every block, in the size of the feed-forward part's inner activations."""
+
+LOST_LOGITS = 3
+"""Blocks of logits that it loses in the course of a round: what is freed between two blocks is in part taken before
+the next, which then needs new room. Blocks beyond `MAPPED` are not the heap's."""
+
+MAPPED = 32 * 2**20
+"""Bytes from which the GNU C library always maps a block by itself, and gives it back when it is freed."""
 
 BLOCK = re.compile(r"\.(\d+)\.")
 """The number of a decoder block in a tensor's or module's name."""
@@ -189,13 +196,15 @@ def footprint(
         kept = sum(by_block)
     kept += numbers(shape, rank, trained) * width  # factors in the activations' type
     logits = 8 * min(CHUNK, tokens) * shape.vocab + shape.vocab * shape.hidden * width
+    block = min(CHUNK, tokens) * shape.vocab * width
     return Footprint(
         program=PROGRAM + TOKENIZER * shape.vocab,
         weights=shape.weights * width,
         adapter=2 * adapter + moments * trains,
         activations=kept,
         logits=logits,
-        heap=round(HOLES * kept + WORKING * tokens * shape.intermediate * width),
+        heap=round(HOLES * kept + WORKING * tokens * shape.intermediate * width)
+        + (LOST_LOGITS * block if block < MAPPED else 0),
     )
 
 
