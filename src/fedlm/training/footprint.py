@@ -39,7 +39,7 @@ HOLES = 0.54
 WORKING = 40
 """What it loses to values that come and go in every block, in the size of the feed-forward part's inner activations."""
 
-LOST_LOGITS = 3
+LOST_LOGITS = 2
 """Blocks of logits that it loses in the course of a round: what is freed between two blocks is in part taken before
 the next, which then needs new room. Blocks beyond `MAPPED` are not the heap's."""
 
