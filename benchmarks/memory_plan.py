@@ -44,7 +44,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "checkpointing-512": {"training": {"batch_size": 4, "max_length": 512, "gradient_checkpointing": True}},
     "budget-2GB": {"capacity": {"memory": "2GB"}, "training": {**BATCH, "batch_size": 16}},
     "budget-1.3GB": {"capacity": {"memory": "1.3GB"}, "training": {**BATCH, "batch_size": 16}},
-    "budget-1.2GB": {"capacity": {"memory": "1.2GB"}, "training": {**BATCH, "batch_size": 16}},
+    "budget-1.25GB": {"capacity": {"memory": "1.25GB"}, "training": {**BATCH, "batch_size": 16}},
 }
 
 

@@ -39,7 +39,7 @@ HOLES = 0.54
 WORKING = 40
 """What it loses to values that come and go in every block, in the size of the feed-forward part's inner activations."""
 
-LOST_LOGITS = 2
+LOST_LOGITS = 3
 """Blocks of logits that it loses in the course of a round: what is freed between two blocks is in part taken before
 the next, which then needs new room. Blocks beyond `MAPPED` are not the heap's."""
 
@@ -196,15 +196,15 @@ def footprint(
         kept = sum(by_block)
     kept += numbers(shape, rank, trained) * width  # factors in the activations' type
     logits = 8 * min(CHUNK, tokens) * shape.vocab + shape.vocab * shape.hidden * width
-    block = min(CHUNK, tokens) * shape.vocab * width
+    blocks = [min(CHUNK, tokens) * shape.vocab * each for each in (width, 4)]  # as computed, and in fp32
+    block = max((size for size in blocks if size < MAPPED), default=0)
     return Footprint(
         program=PROGRAM + TOKENIZER * shape.vocab,
         weights=shape.weights * width,
         adapter=2 * adapter + moments * trains,
         activations=kept,
         logits=logits,
-        heap=round(HOLES * kept + WORKING * tokens * shape.intermediate * width)
-        + (LOST_LOGITS * block if block < MAPPED else 0),
+        heap=round(HOLES * kept + WORKING * tokens * shape.intermediate * width) + LOST_LOGITS * block,
     )
 
 
