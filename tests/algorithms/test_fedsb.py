@@ -14,6 +14,7 @@ from fedlm.models.export import load_adapter
 from fedlm.models.load import load_base
 from fedlm.training.batches import batches
 from fedlm.training.forward import padded_nll
+from fedlm.training.objective import sequences_of
 from fedlm.training.sketch import LEFT, RIGHT, factors
 from tests.algorithms.observed import Observed, distance, effective, federate, final
 from tests.federation.conftest import Tiny
@@ -67,7 +68,7 @@ def test_a_and_b_stay_what_round_0_made_of_the_mean_gradient(observed: tuple[Obs
             weight.requires_grad_()
         key = (recipe.seed, silo)
         padded_nll(
-            model, [data[i] for s in batches(recipe.training, data.lengths, key, 0) for i in s]
+            model, sequences_of([data[i] for s in batches(recipe.training, data.lengths, key, 0) for i in s])
         ).mean().backward()
         for name, weight in weights.items():
             mean[name] = mean.get(name, torch.zeros(())) + rows / total * weight.grad

@@ -16,6 +16,7 @@ from fedlm.federation.silo import Workbench
 from fedlm.federation.silo.session import SiloSession
 from fedlm.models.adapters import lora_layers
 from fedlm.recipe.schema import AdapterSpec, AlgorithmSpec
+from fedlm.training.objective import sequences_of
 from fedlm.training.plan import Plan
 from tests.federation.conftest import Tiny
 
@@ -116,7 +117,7 @@ def test_every_token_of_a_row_counts_once_whatever_shares_its_pass(tiny: Tiny, t
     inputs: list[torch.Tensor] = []
     grams = {full: measured_grams(session, {}, full=full)[layer] for full in (True, False)}
     handle = module.register_forward_hook(lambda _, args, __: inputs.append(args[0].detach().double().flatten(0, -2)))
-    for row in (session.tokens[i] for i in range(len(session.tokens))):
+    for row in sequences_of(session.tokens):
         with torch.no_grad():
             bench.model(input_ids=torch.from_numpy(row.ids[:-1].astype("int64"))[None])
     handle.remove()

@@ -129,11 +129,14 @@ def test_the_base_arm_is_the_untrained_model(recipe: Recipe, finished: tuple[Pat
     from fedlm.data.federated import load_data
     from fedlm.evaluation import measure, summarise
     from fedlm.models.load import load_base, load_tokenizer
+    from fedlm.training.tasks import get_task
 
     data = load_data(recipe)
     model, tokenizer = load_base(recipe.model), load_tokenizer(recipe.model)
     plain = {
-        name: measure(model, tokenizer, data.silo(name).test, data.kind, recipe.task, recipe.evaluation, max_length=96)
+        name: measure(
+            model, tokenizer, data.silo(name).test, data.kind, get_task(recipe.task), recipe.evaluation, max_length=96
+        )
         for name in data.names
     }
     base = next(arm for arm in finished[1]["arms"] if arm["arm"] == "base")

@@ -17,7 +17,7 @@ from fedlm.recipe.schema import TrainingSpec
 from fedlm.training.encode import TokenSet
 from fedlm.training.forward import sequence_nll
 from fedlm.training.loop import TrainResult, Window, train
-from fedlm.training.tasks.base import Encoded
+from fedlm.training.sequences import Encoded
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -22,9 +22,9 @@ ALL = EvaluationSpec(metrics=["loss", "choice", "generation"], batch_tokens=300,
 
 def test_loss_is_the_tasks_own_from_the_definition(tiny: tuple[Any, Any], questions: Dataset) -> None:
     model, tokenizer = tiny
-    result = measure(model, tokenizer, questions, "choice", "instruct", ALL, max_length=200, items=True)
+    result = measure(model, tokenizer, questions, "choice", get_task("instruct"), ALL, max_length=200, items=True)
     for row, nll, tokens in zip(questions, result["items"]["nll"], result["items"]["tokens"], strict=True):
-        encoded = get_task("instruct").encode(row, tokenizer, 200)
+        encoded = get_task("instruct").pieces(row, tokenizer, 200)[0]
         assert encoded is not None
         assert nll == pytest.approx(plain_nll(model, encoded.ids.tolist(), encoded.loss.tolist()), abs=1e-3)
         assert tokens == encoded.loss.sum()
@@ -37,7 +37,7 @@ def test_loss_is_the_tasks_own_from_the_definition(tiny: tuple[Any, Any], questi
 def test_a_long_document_counts_every_token_once(tiny: tuple[Any, Any]) -> None:
     model, tokenizer = tiny
     rows = Dataset.from_list([{"text": "the bank lent money to the school " * 20, "hash": "00"}])
-    result = measure(model, tokenizer, rows, "text", "pretrain", EvaluationSpec(), max_length=32)
+    result = measure(model, tokenizer, rows, "text", get_task("pretrain"), EvaluationSpec(), max_length=32)
     assert result["loss_tokens"] == len(tokenizer.encode(rows[0]["text"]))  # all but the first, and the end token
 
 
@@ -49,7 +49,7 @@ def test_batch_size_and_repetition_change_nothing(tiny: tuple[Any, Any], questio
             tokenizer,
             questions,
             "choice",
-            "instruct",
+            get_task("instruct"),
             ALL.model_copy(update={"batch_tokens": batch_tokens}),
             max_length=200,
             items=True,
@@ -74,7 +74,7 @@ def test_the_model_stays_as_it_was(tiny: tuple[Any, Any], questions: Dataset, tr
     before = {name: value.clone() for name, value in model.state_dict().items()}
     weight = model.model.norm.weight
     weight.grad = torch.full_like(weight, 7.0)
-    measure(model, tokenizer, questions, "choice", "instruct", ALL, max_length=200)
+    measure(model, tokenizer, questions, "choice", get_task("instruct"), ALL, max_length=200)
     assert [m.training for m in model.modules()] == flags
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert torch.equal(weight.grad, torch.full_like(weight, 7.0))
@@ -83,7 +83,9 @@ def test_the_model_stays_as_it_was(tiny: tuple[Any, Any], questions: Dataset, tr
 
 
 def test_only_what_was_asked_for_is_measured(tiny: tuple[Any, Any], questions: Dataset) -> None:
-    result = measure(*tiny, questions, "choice", "instruct", EvaluationSpec(metrics=["choice"]), max_length=200)
+    result = measure(
+        *tiny, questions, "choice", get_task("instruct"), EvaluationSpec(metrics=["choice"]), max_length=200
+    )
     assert result["loss_tokens"] == result["generation_total"] == 0
     assert result["choice_total"] == len(questions)
     assert "items" not in result
@@ -91,14 +93,14 @@ def test_only_what_was_asked_for_is_measured(tiny: tuple[Any, Any], questions: D
 
 def test_the_subset_is_chosen_by_content(tiny: tuple[Any, Any], questions: Dataset) -> None:
     spec = EvaluationSpec(metrics=["choice"], max_examples=7)
-    first = measure(*tiny, questions, "choice", "instruct", spec, max_length=200)
+    first = measure(*tiny, questions, "choice", get_task("instruct"), spec, max_length=200)
     backwards = questions.select(range(len(questions) - 1, -1, -1))
     assert first["examples"] == 7
-    assert first == measure(*tiny, backwards, "choice", "instruct", spec, max_length=200)
+    assert first == measure(*tiny, backwards, "choice", get_task("instruct"), spec, max_length=200)
 
 
 def test_an_empty_role_gives_zeros(tiny: tuple[Any, Any], questions: Dataset) -> None:
-    result = measure(*tiny, questions.select([]), "choice", "instruct", ALL, max_length=200, items=True)
+    result = measure(*tiny, questions.select([]), "choice", get_task("instruct"), ALL, max_length=200, items=True)
     assert not any(value for field, value in result.items() if field != "items")
 
 
@@ -107,4 +109,4 @@ def test_a_broken_model_is_an_error_not_a_number(tiny: tuple[Any, Any], question
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     with pytest.raises(ModelError, match="not finite"):
-        measure(model, tiny[1], questions, "choice", "instruct", ALL, max_length=200)
+        measure(model, tiny[1], questions, "choice", get_task("instruct"), ALL, max_length=200)

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import Module
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedlm.training.tasks.base import Encoded
+from fedlm.training.sequences import Encoded
 from tests.training.helpers import learnt, sequence
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch.nn import Module, Parameter
 
-from fedlm.training.tasks.base import Encoded
+from fedlm.training.sequences import Encoded
 
 
 def learnt(model: Module) -> dict[str, Parameter]:

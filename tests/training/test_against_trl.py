@@ -14,6 +14,7 @@ from fedlm.recipe.schema import TrainingSpec
 from fedlm.training import batches as batch_order
 from fedlm.training.encode import TokenSet
 from fedlm.training.loop import Window, train
+from fedlm.training.objective import sequences_of
 from tests.training.helpers import learnt, sequence
 
 trl = pytest.importorskip("trl", reason="the optional extra [bench] is not installed")
@@ -25,7 +26,7 @@ def test_losses_and_weights_of_sft_trainer(
     from datasets import Dataset
 
     data = TokenSet.of(sequence((1, 12), (i, 4 + i % 9), answer=2 + i % 3) for i in range(2, 18))
-    rows = [{"input_ids": e.ids.tolist(), "completion_mask": e.loss.astype(int).tolist()} for e in data]
+    rows = [{"input_ids": e.ids.tolist(), "completion_mask": e.loss.astype(int).tolist()} for e in sequences_of(data)]
     theirs = copy.deepcopy(adapted)
     config = trl.SFTConfig(
         output_dir=str(tmp_path), per_device_train_batch_size=4, num_train_epochs=1, learning_rate=1e-2, report_to=[],

@@ -12,7 +12,7 @@ from fedlm.training.attention import packed
 from fedlm.training.forward import padded_nll, sequence_nll, target_nll
 from fedlm.training.fused_lora import fused_lora
 from fedlm.training.packing import pack
-from fedlm.training.tasks.base import Encoded
+from fedlm.training.sequences import Encoded
 from tests.training.helpers import learnt
 
 

@@ -20,9 +20,10 @@ from fedlm.models.adapters import adapter_parameters, attach
 from fedlm.recipe.capacity import Capacity, lesser
 from fedlm.recipe.schema import AdapterSpec, Recipe, TrainingSpec
 from fedlm.training.footprint import Linear, Shape, footprint, forward_tokens, numbers, shape_from
-from fedlm.training.loop import batch_nll, micro_batches, training_mode
+from fedlm.training.forward import batch_nll
+from fedlm.training.loop import micro_batches, training_mode
 from fedlm.training.plan import MARGIN, Plan, make_plan, predict
-from fedlm.training.tasks.base import Encoded
+from fedlm.training.sequences import Encoded
 
 BLOCKS = 6
 
@@ -61,7 +62,7 @@ def kept_bytes(model: Any, spec: TrainingSpec) -> int:
 
     part = next(iter(micro_batches(examples, spec)))
     with training_mode(model, spec), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        nll = batch_nll(model, part, spec, torch.device("cpu"))
+        nll = batch_nll(model, part, spec)
     assert nll.requires_grad
     return sum(seen.values())
 

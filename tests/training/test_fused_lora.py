@@ -16,7 +16,7 @@ from fedlm.training.forward import padded_nll, precision, target_nll
 from fedlm.training.fused_lora import fused_lora
 from fedlm.training.fused_norm import _RMSNorm, fused_norms
 from fedlm.training.packing import pack
-from fedlm.training.tasks.base import Encoded
+from fedlm.training.sequences import Encoded
 from tests.training.helpers import learnt
 
 

@@ -12,7 +12,7 @@ from fedlm.training import forward, head
 from fedlm.training.attention import packed
 from fedlm.training.forward import target_nll
 from fedlm.training.packing import pack
-from fedlm.training.tasks.base import Encoded
+from fedlm.training.sequences import Encoded
 
 
 @pytest.mark.parametrize("trained", [False, True])

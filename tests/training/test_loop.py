@@ -15,8 +15,9 @@ from fedlm.errors import TrainingError
 from fedlm.recipe.schema import TrainingSpec
 from fedlm.training.batches import batches, steps_per_round
 from fedlm.training.encode import TokenSet
-from fedlm.training.forward import padded_nll
-from fedlm.training.loop import TrainResult, Window, drops, train
+from fedlm.training.forward import drops, padded_nll
+from fedlm.training.loop import TrainResult, Window, train
+from fedlm.training.objective import sequences_of
 from fedlm.training.packing import pack
 from fedlm.training.schedule import learning_rate
 from tests.training.helpers import learnt, sequence
@@ -62,7 +63,7 @@ def test_equals_a_plain_torch_loop(adapted: Any, data: TokenSet, optimizer: str)
     for step, chosen in enumerate(batches(s, data.lengths, KEY, 1)):
         for group in torch_optimizer.param_groups:
             group["lr"] = learning_rate(s, (4 + step) / 12)
-        loss = padded_nll(plain, [data[i] for i in chosen]).mean()
+        loss = padded_nll(plain, sequences_of([data[i] for i in chosen])).mean()
         losses.append(loss.item())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -107,7 +108,7 @@ def test_kept_optimizer_continues_exactly(adapted: Any, data: TokenSet) -> None:
     optimizer = torch.optim.AdamW(learnt(plain).values(), lr=1e-2, weight_decay=0.0)
     for round_ in range(2):
         for chosen in batches(s, data.lengths, KEY, round_):
-            padded_nll(plain, [data[i] for i in chosen]).mean().backward()
+            padded_nll(plain, sequences_of([data[i] for i in chosen])).mean().backward()
             torch.nn.utils.clip_grad_norm_(learnt(plain).values(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -274,7 +275,7 @@ def test_with_dropout_no_beginning_is_shared(base: Any, where: str, monkeypatch:
         sizes.append((made := pack(*args, **kwargs)).ids.shape[1])
         return made
 
-    monkeypatch.setattr("fedlm.training.loop.pack", spy)
+    monkeypatch.setattr("fedlm.training.forward.pack", spy)
     fit(model, TokenSet.of([sequence((1, 12))] * 6), spec(steps=1))
     assert sizes == [6 * 11]
 

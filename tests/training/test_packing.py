@@ -12,7 +12,7 @@ from fedlm.errors import ModelError
 from fedlm.training.attention import NAME, packed
 from fedlm.training.forward import padded_nll, sequence_nll, target_nll
 from fedlm.training.packing import pack
-from fedlm.training.tasks.base import Encoded
+from fedlm.training.sequences import Encoded
 from tests.training.helpers import learnt, sequence
 
 

@@ -14,6 +14,7 @@ from fedlm.recipe.schema import TrainingSpec
 from fedlm.training.batches import batches
 from fedlm.training.encode import TokenSet
 from fedlm.training.forward import padded_nll
+from fedlm.training.objective import sequences_of
 from fedlm.training.sketch import LEFT, RIGHT, factors, random_matrices, sketch_gradient
 from tests.training.helpers import sequence
 
@@ -32,7 +33,7 @@ def dense(model: Any, data: TokenSet, spec: TrainingSpec) -> dict[str, Tensor]:
     for weight in weights.values():
         weight.requires_grad_()
     chosen = [data[i] for step in batches(spec, data.lengths, KEY, 0) for i in step]
-    padded_nll(model, chosen).mean().backward()
+    padded_nll(model, sequences_of(chosen)).mean().backward()
     return {name: weight.grad for name, weight in weights.items()}
 
 

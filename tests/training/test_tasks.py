@@ -11,11 +11,13 @@ import pytest
 
 from fedlm.errors import DataError, ModelError, RecipeError
 from fedlm.training.encode import TokenSet, encode_all
+from fedlm.training.sequences import Example
 from fedlm.training.tasks import get_task
+from tests.training.helpers import sequence
 
 
 def said(tokenizer: Any, row: dict[str, Any], max_length: int = 256) -> str:
-    item = get_task("instruct").encode(row, tokenizer, max_length)
+    item = get_task("instruct").pieces(row, tokenizer, max_length)[0]
     assert item is not None
     return str(tokenizer.decode(item.ids[item.loss]))
 
@@ -31,7 +33,7 @@ def test_only_the_assistant_and_its_end_of_turn_are_targets(tokenizer: Any) -> N
 
 def test_tokens_are_the_rendered_conversation(tokenizer: Any) -> None:
     row = chat(("user", "why"), ("assistant", "so it is"))
-    item = get_task("instruct").encode(row, tokenizer, 256)
+    item = get_task("instruct").pieces(row, tokenizer, 256)[0]
     assert tokenizer.decode(item.ids) == "<|im_start|>user\nwhy<|im_end|>\n<|im_start|>assistant\nso it is<|im_end|>"
 
 
@@ -63,7 +65,7 @@ def test_unstable_template_is_refused_without_quoting_text(tokenizer: Any, monke
     monkeypatch.setattr(tokenizer, "chat_template", forgetful)
     row = chat(("user", "why"), ("assistant", "secret"), ("user", "oh"), ("assistant", "yes"))
     with pytest.raises(DataError, match=r"file.jsonl:3: .*turn 1") as caught:
-        get_task("instruct").encode(row, tokenizer, 256)
+        get_task("instruct").pieces(row, tokenizer, 256)[0]
     assert "secret" not in str(caught.value)
 
 
@@ -71,14 +73,14 @@ def test_refusing_template_and_missing_template(tokenizer: Any, monkeypatch: pyt
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no secret please') }}")
     row = chat(("user", "secret"), ("assistant", "b"))
     with pytest.raises(DataError, match=r"^file.jsonl:3: .*: no secret please \(roles: user, assistant\)"):
-        get_task("instruct").encode(row, tokenizer, 256)
+        get_task("instruct").pieces(row, tokenizer, 256)[0]
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception(messages[0].content) }}")
     with pytest.raises(DataError, match="refuses these messages: TemplateError") as caught:
-        get_task("instruct").encode(row, tokenizer, 256)
+        get_task("instruct").pieces(row, tokenizer, 256)[0]
     assert "secret" not in str(caught.value)
     monkeypatch.setattr(tokenizer, "chat_template", None)
     with pytest.raises(ModelError, match="no chat template"):
-        get_task("instruct").encode(row, tokenizer, 256)
+        get_task("instruct").pieces(row, tokenizer, 256)[0]
 
 
 ALTERNATING = (
@@ -115,9 +117,9 @@ def test_a_broken_template_is_no_rows_fault(
 
 def test_rows_of_another_kind_are_refused(tokenizer: Any) -> None:
     with pytest.raises(DataError, match=r"^f\.csv:2: .*task: pretrain"):
-        get_task("instruct").encode({"text": "plain", "row": "f.csv:2"}, tokenizer, 256)
+        get_task("instruct").pieces({"text": "plain", "row": "f.csv:2"}, tokenizer, 256)
     with pytest.raises(DataError, match=r"^f\.csv:2: .*needs rows with `text`"):
-        get_task("pretrain").encode({"messages": [], "row": "f.csv:2"}, tokenizer, 256)
+        get_task("pretrain").pieces({"messages": [], "row": "f.csv:2"}, tokenizer, 256)
     with pytest.raises(RecipeError, match="did you mean 'instruct'"):
         get_task("instuct")
 
@@ -141,5 +143,18 @@ def test_token_set_round_trips_through_memory_maps(tokenizer: Any, tmp_path: Pat
     assert isinstance(read.ids, np.memmap)
     assert len(read) == 3 and [len(s) for s in read] == made.lengths.tolist()
     for a, b in zip(made, read, strict=True):
-        assert (a.ids == b.ids).all() and (a.loss == b.loss).all()
+        assert (a.sequences[0].ids == b.sequences[0].ids).all() and (a.sequences[0].loss == b.sequences[0].loss).all()
     assert len(made[-1]) == len(made[2]) and len(made[:2]) == 2
+
+
+def test_examples_of_several_sequences_keep_them_together_with_their_facts(tmp_path: Path) -> None:
+    def pair(i: int) -> Example:
+        return Example((sequence((1, 3 + i), answer=2), sequence((5, 4), answer=1)), {"label": float(i % 2)})
+
+    made = TokenSet.of([pair(i) for i in range(5)], dropped=2)
+    made.save(tmp_path / "pairs")
+    read = TokenSet.load(tmp_path / "pairs")
+    assert len(made) == len(read) == 5 and read.lengths.tolist() == [7 + i for i in range(5)]
+    for i, example in enumerate(read):
+        assert [s.ids.tolist() for s in example.sequences] == [s.ids.tolist() for s in pair(i).sequences]
+        assert example.facts == {"label": float(i % 2)} and example.targets == 3

@@ -12,9 +12,10 @@ from fedlm.errors import TrainingError
 from fedlm.models.directions import move
 from fedlm.recipe.schema import TrainingSpec
 from fedlm.training.encode import TokenSet
-from fedlm.training.loop import Window, batch_nll, train
+from fedlm.training.forward import batch_nll
+from fedlm.training.loop import Window, train
 from fedlm.training.schedule import learning_rate
-from fedlm.training.tasks.base import Encoded
+from fedlm.training.sequences import Encoded
 from fedlm.training.zeroth import projected_gradient, train_zeroth
 from tests.training.helpers import learnt
 
@@ -97,7 +98,7 @@ def test_the_slope_is_autograds_directional_derivative(
         result = go(model, TokenSet.of(sequences), spec, stride, direction=lambda _, n=number: generator(n))
     model.zero_grad()
     padded = spec.model_copy(update={"packing": False})  # another way to the loss
-    nll = batch_nll(model, sequences, padded, torch.device("cpu"))
+    nll = batch_nll(model, sequences, padded)
     nll.mean().backward()
     for step, slope in enumerate(slopes):
         z = drawn(learnt(model), step)

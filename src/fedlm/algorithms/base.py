@@ -27,6 +27,7 @@ from fedlm.recipe.schema import AdapterSpec, AlgorithmSpec, Recipe
 if TYPE_CHECKING:
     from fedlm.training.encode import TokenSet
     from fedlm.training.loop import TrainResult
+    from fedlm.training.objective import Objective
 
 BLOCK = 1 << 17
 """Elements widened to fp32 at a time when an update arrives in another dtype: 512 KiB, which stays in cache."""
@@ -218,6 +219,10 @@ class Session(Protocol):
         `alone` reads each row in a forward pass of its own, so that layers see every token once for each row that has
         it, and no padding.
         """
+        ...
+
+    def objective(self, purpose: str = "") -> Objective:
+        """What this round minimises, for rules with a loop of their own; `purpose` as in `train`."""
         ...
 
     def should_stop(self) -> bool: ...

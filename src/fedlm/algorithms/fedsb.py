@@ -121,6 +121,7 @@ class Sketching(LocalRule):
             self.rank,
             seed=recipe.seed,
             generator_key=(recipe.seed, place.silo),
+            objective=session.objective(),
             observe=session.observe,
             silo=place.silo,
             should_stop=session.should_stop,

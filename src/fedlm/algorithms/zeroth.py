@@ -36,6 +36,7 @@ class ZerothOrder(LocalRule):
             eps=self.spec.zo_eps or EPS[session.recipe.model.dtype],
             direction=direction,
             stride=stride,
+            objective=session.objective(),
             observe=session.observe,
             silo=self.place.silo,
             should_stop=session.should_stop,

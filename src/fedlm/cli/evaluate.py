@@ -140,12 +140,13 @@ def _harness(recipe: Recipe, tensors: Tensors, tasks: str, limit: int | None) ->
     from fedlm.evaluation.harness import run_harness
     from fedlm.models.adapters import attach, set_tensors
     from fedlm.models.load import load_base, load_tokenizer
+    from fedlm.recipe.tasks import TASKS
 
     model = attach(load_base(recipe.model), recipe.adapter, recipe.seed)
     set_tensors(model, tensors, recipe.adapter)
     model.eval()
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    return run_harness(model, load_tokenizer(recipe.model), names, limit=limit, chat=recipe.task == "instruct")
+    return run_harness(model, load_tokenizer(recipe.model), names, limit=limit, chat=TASKS[recipe.task].template)
 
 
 def tell(result: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from fedlm.errors import DataError
 from fedlm.evaluation.prompts import context_length, encode_pair, render_prompt
 from fedlm.evaluation.scoring import grouped_nll
-from fedlm.training.tasks import Encoded
+from fedlm.training.sequences import Encoded
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,10 @@ from fedlm.evaluation.scoring import grouped_nll
 from fedlm.messages import Fields
 from fedlm.randomness import key
 from fedlm.recipe.schema import EvaluationSpec
-from fedlm.training.tasks import Encoded, get_task
+from fedlm.recipe.tasks import TASKS
+from fedlm.training.sequences import Encoded
+from fedlm.training.tasks import Task
+from fedlm.training.tasks.base import Held
 
 
 def measure(
@@ -26,28 +29,31 @@ def measure(
     tokenizer: Any,
     rows: Any,
     kind: str,
-    task_name: str,
+    task: Task,
     spec: EvaluationSpec,
     *,
     max_length: int,
     items: bool = False,
     packing: bool = True,
     skip: bool = False,
+    reference: Callable[[], AbstractContextManager[None]] | None = None,
 ) -> Fields:
     """Measure a model on canonical examples; the result is plain JSON and holds no text.
 
     Args:
         rows: `datasets.Dataset` of canonical examples of one `kind`.
-        kind: 'text', 'messages' or 'choice'; the choice and generation metrics apply to 'choice' rows only.
+        kind: 'text', 'messages', 'preference' or 'choice'; only the last has the choice and generation metrics.
         max_length: tokens at which rows are cut for the loss, which is that of the training task itself; a long
             document may be several sequences, which are added up.
         packing: False for models that cannot be packed (the recipe's `training.packing`).
         skip: a row that the chat template refuses has no loss, as the recipe's `malformed: skip` says.
+        reference: inside, the model is the one that the run began with; for tasks that compare with it.
         items: add each row's result under "items", in the order of the rows, for paired comparisons.
 
     Returns:
         {"examples", "loss_sum" (nats), "loss_tokens", "choice_correct", "choice_correct_norm", "choice_total",
-        "generation_correct", "generation_parsed", "generation_total"} and, if asked, "items": {"nll", "tokens",
+        "generation_correct", "generation_parsed", "generation_total",
+        "figures": {name: [sum, count]}} and, if asked, "items": {"nll", "tokens",
         "choice", "choice_norm", "generation"}, of those measured. Metrics that were not asked for count 0.
 
     The model's training flag and its gradients stay as they were; equal calls give equal results.
@@ -57,6 +63,14 @@ def measure(
         ModelError: when the model gives a loss that is not finite.
     """
     rows = _subset(rows, spec.max_examples)
+    if not TASKS[task.name].likelihood:
+        held = Held(rows, model, tokenizer, max_length, spec.batch_tokens, packing, skip, reference)
+        with _evaluating(model):
+            found = task.measure(held)
+        for total, _ in found.figures.values():
+            _require_finite(np.array(total))
+        figures = {name: list(pair) for name, pair in found.figures.items()}
+        return {"examples": len(rows), "figures": figures, **({"items": found.items} if items else {})}
     result: Fields = {
         "examples": len(rows),
         "loss_sum": 0.0,
@@ -67,12 +81,13 @@ def measure(
         "generation_correct": 0,
         "generation_parsed": 0,
         "generation_total": 0,
+        "figures": {},
     }
     detail: dict[str, list[Any]] = {}
     with _evaluating(model):
         wants_loss, wants_choice = "loss" in spec.metrics, "choice" in spec.metrics and kind == "choice"
         # Loss and choices of one row begin alike: scored together, the question is read once.
-        task, context = get_task(task_name), context_length(model) if wants_choice else 0
+        context = context_length(model) if wants_choice else 0
 
         def pieces_of(row: Any) -> list[Encoded]:
             try:
@@ -83,7 +98,7 @@ def measure(
                 return []
 
         pieces = [pieces_of(row) if wants_loss else [] for row in rows]
-        choices = [encode_choices(row, tokenizer, task_name, context) if wants_choice else [] for row in rows]
+        choices = [encode_choices(row, tokenizer, task.name, context) if wants_choice else [] for row in rows]
         groups = [[*p, *c] for p, c in zip(pieces, choices, strict=True)]
         scored = grouped_nll(model, groups, batch_tokens=spec.batch_tokens, packing=packing)
         for nll, _ in scored:
@@ -105,7 +120,7 @@ def measure(
                 model,
                 tokenizer,
                 rows,
-                task_name,
+                task.name,
                 batch_tokens=spec.batch_tokens,
                 max_new_tokens=spec.max_new_tokens,
             )

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlm.training.forward import sequence_nll
-from fedlm.training.tasks import Encoded
+from fedlm.training.sequences import Encoded
 
 
 def grouped_nll(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fedlm.evaluation.intervals import wilson
 from fedlm.messages import Fields
+from fedlm.recipe.tasks import FIGURES
 
 
 def summarise(measured: Mapping[str, Mapping[str, Any]]) -> Fields:
@@ -18,6 +19,8 @@ def summarise(measured: Mapping[str, Mapping[str, Any]]) -> Fields:
         perplexity (null above e^700);
         accuracy, accuracy_norm (multiple choice over all items) and generation_accuracy, each with "<name>_interval"
         (Wilson, 95 %) and its "<name>_total"; parse_rate;
+        every figure that a task counts (`fedlm.recipe.tasks.FIGURES`) by its name, with "<name>_total", and of
+        proportions "<name>_interval"; a task's own loss is such a figure, and has no perplexity;
         fairness: for loss and each accuracy {"mean", "worst", "variance"} over the silos that have such items, every
         silo counting the same (population variance; worst is the highest loss or the lowest accuracy, "worst_silo"
         its name);
@@ -38,13 +41,17 @@ def summarise(measured: Mapping[str, Mapping[str, Any]]) -> Fields:
             "generation_total",
         )
     }
+    total["figures"] = added(counts.get("figures", {}) for _, counts in sorted(measured.items()))
     result = _figures(total)
+    for figure, (positive, count) in total["figures"].items():
+        if FIGURES[figure].proportion and count:
+            result[f"{figure}_interval"] = list(wilson(round(positive), round(count)))
     for figure, correct, count in _ACCURACIES:
         if total[count]:
             result[f"{figure}_interval"] = list(wilson(total[correct], total[count]))
     result["fairness"] = {
         figure: spread
-        for figure in ("loss", "accuracy", "accuracy_norm", "generation_accuracy")
+        for figure in dict.fromkeys(("loss", "accuracy", "accuracy_norm", "generation_accuracy", *FIGURES))
         if (spread := _spread(silos, figure)) is not None
     }
     result["silos"] = silos
@@ -75,7 +82,21 @@ def _figures(counts: Mapping[str, Any]) -> Fields:
             figures[f"{figure}_total"] = counts[total]
     if counts.get("generation_total"):
         figures["parse_rate"] = counts["generation_parsed"] / counts["generation_total"]
+    for figure, (positive, count) in counts.get("figures", {}).items():
+        if count:
+            figures[figure] = positive / count
+            figures[f"{figure}_total"] = count
     return figures
+
+
+def added(parts: Iterable[Mapping[str, Sequence[float]]]) -> dict[str, tuple[float, float]]:
+    """Figures of many silos, (sum, count) by name, added up."""
+    both: dict[str, tuple[float, float]] = {}
+    for part in parts:
+        for name, (total, count) in part.items():
+            before = both.get(name, (0.0, 0.0))
+            both[name] = (before[0] + total, before[1] + count)
+    return both
 
 
 def _spread(silos: Mapping[str, Fields], figure: str) -> Fields | None:
@@ -83,7 +104,7 @@ def _spread(silos: Mapping[str, Fields], figure: str) -> Fields | None:
     if not values:
         return None
     mean = sum(values.values()) / len(values)
-    worst = (max if figure == "loss" else min)(values, key=lambda name: values[name])
+    worst = (max if figure in FIGURES and not FIGURES[figure].higher else min)(values, key=lambda name: values[name])
     return {
         "mean": mean,
         "worst": values[worst],

@@ -24,6 +24,7 @@ from typing import Any
 from fedlm.algorithms.base import Accumulator
 from fedlm.algorithms.fedbuff import FedBuff
 from fedlm.errors import RunError
+from fedlm.evaluation.summary import added
 from fedlm.federation.clock import Clock, RecordedOrder, VirtualClock, Work
 from fedlm.federation.conversations import Conversations
 from fedlm.federation.folding import FoldResult, Verdict, Waiting, judge
@@ -34,7 +35,7 @@ from fedlm.messages import Failure, FailureKind, Fields, Reply, Request, Stop, T
 from fedlm.recipe.checks import too_stale
 from fedlm.recipe.schema import Recipe
 
-SUMS = ("examples", "tokens", "target_tokens", "steps", "seconds", "sent_bytes", "received_bytes")
+SUMS = ("examples", "tokens", "target_tokens", "loss_count", "steps", "seconds", "sent_bytes", "received_bytes")
 """Figures of a training that add up over several of one silo."""
 
 
@@ -293,7 +294,8 @@ def _enter(result: FoldResult, silo: str, fields: Fields, weight: float) -> None
         result.fields[silo] = fields
         return
     both = {**fields, **{name: before[name] + fields[name] for name in SUMS if name in fields}}
-    both["loss"] = sum(f["loss"] * f["target_tokens"] for f in (before, fields)) / max(both["target_tokens"], 1)
+    both["figures"] = {name: list(pair) for name, pair in added((before["figures"], fields["figures"])).items()}
+    both["loss"] = sum(f["loss"] * f["loss_count"] for f in (before, fields)) / max(both["loss_count"], 1)
     if PLANNED in before or PLANNED in fields:
         both[PLANNED] = sum(f.get(PLANNED, f["steps"]) for f in (before, fields))
     both["peak_rss"] = max(before["peak_rss"], fields["peak_rss"])

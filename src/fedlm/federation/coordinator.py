@@ -38,6 +38,7 @@ from fedlm.federation.records import (
     reasons,
     silo_line,
     summarise_run,
+    training_figures,
     training_loss,
 )
 from fedlm.federation.rundir import Checkpoint, Progress, RunDir
@@ -355,6 +356,7 @@ class Federation:
             "replied": folded.replied,
             "failures": failure_lines([*absent, *folded.failures]),
             "loss": training_loss(folded),
+            "figures": training_figures(folded),
             "silos": {name: silo_line(folded.fields[name]) for name in folded.replied},
             "validation": validation,
             "seconds": time.monotonic() - started,

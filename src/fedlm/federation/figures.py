@@ -10,6 +10,7 @@ from fedlm.federation.records import LINE, PLANNED
 from fedlm.federation.updates import largest_tokens
 from fedlm.messages import Fields, Reply
 from fedlm.recipe.schema import Recipe
+from fedlm.recipe.tasks import FIGURES, TASKS
 
 LARGEST = 2**53
 """Counts beyond it are no whole numbers in JSON readers, and a million of them still have a finite sum."""
@@ -40,7 +41,30 @@ def require_numbers(silo: str, fields: Mapping[str, Any], names: Iterable[str]) 
 
 def check_training(reply: Reply) -> None:
     """Refuse a reply to `train` whose figures cannot be written down. Raises UpdateRefused."""
+    check_figures(reply.silo, reply.fields.get("figures"), FIGURES, LARGEST)
     require_numbers(reply.silo, reply.fields, [*LINE, *([PLANNED] if PLANNED in reply.fields else [])])
+
+
+def check_figures(silo: str, figures: Any, known: Iterable[str], most: float) -> None:
+    """Refuse figures that are no (sum, count) of known names, or that count more than `most`. Raises UpdateRefused."""
+    if not isinstance(figures, dict):
+        raise UpdateRefused("the reply has no figures", where=silo)
+    for name, pair in figures.items():
+        if name not in known:
+            raise UpdateRefused(f"the reply has an unknown figure {name[:80]!r}", where=silo)
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise UpdateRefused(f"the reply's figure '{name}' is no sum and count", where=silo)
+        total, count = pair
+        require_numbers(silo, {f"{name} (sum)": abs(total) if is_number(total) else total}, [f"{name} (sum)"])
+        require_numbers(silo, {f"{name} (count)": count}, [f"{name} (count)"])
+        if count > most:
+            raise UpdateRefused(f"the reply's '{name}' counts {count}, above {most}", where=silo)
+        if FIGURES[name].proportion and not 0 <= total <= count:
+            raise UpdateRefused(f"the reply's '{name}' is {total} of {count}", where=silo)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_card(silo: str, fields: Fields) -> Fields:
@@ -65,7 +89,15 @@ def check_counts(reply: Reply, recipe: Recipe, rows: int) -> None:
     Raises:
         UpdateRefused: a count is missing, or impossible.
     """
-    fields = reply.fields
+    fields, facts = reply.fields, TASKS[recipe.task]
+    check_figures(reply.silo, fields.get("figures"), FIGURES, rows * largest_tokens(recipe))
+    if not facts.likelihood:
+        require_numbers(reply.silo, fields, ["examples"])
+        if absent := sorted({"loss", *facts.figures} - fields["figures"].keys()):
+            raise UpdateRefused(f"the reply has no figure '{absent[0]}'", where=reply.silo)
+        if fields["examples"] > rows:
+            raise UpdateRefused(f"the reply's 'examples' is {fields['examples']}, above {rows}", where=reply.silo)
+        return
     wanted = [name for metric in recipe.evaluation.metrics for name in COUNTS[metric]]
     require_numbers(reply.silo, fields, ["examples", *wanted])
     bounds = {"examples": rows, "loss_tokens": rows * largest_tokens(recipe)}

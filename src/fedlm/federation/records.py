@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedlm.evaluation.summary import added
 from fedlm.federation.folding import FoldResult
 from fedlm.federation.rundir import RunDir
 from fedlm.messages import Failure, Fields, Reply
@@ -44,10 +45,16 @@ class Traffic:
 
 
 def training_loss(folded: FoldResult) -> float | None:
-    """Mean training loss over target tokens of the silos used; None where none was."""
+    """Mean training loss of the silos used, over its target tokens, pairs ...; None where none was."""
     fields = [folded.fields[name] for name in folded.replied]
-    tokens = sum(f["target_tokens"] for f in fields)
-    return sum(f["loss"] * f["target_tokens"] for f in fields) / tokens if tokens else None
+    count = sum(f["loss_count"] for f in fields)
+    return sum(f["loss"] * f["loss_count"] for f in fields) / count if count else None
+
+
+def training_figures(folded: FoldResult) -> dict[str, float]:
+    """The figures of a round's training, as means over all silos used."""
+    figures = added(folded.fields[name]["figures"] for name in folded.replied)
+    return {name: total / count for name, (total, count) in figures.items() if count}
 
 
 LINE = (
@@ -55,6 +62,7 @@ LINE = (
     "examples",
     "tokens",
     "target_tokens",
+    "loss_count",
     "steps",
     "seconds",
     "tokens_per_second",
@@ -62,7 +70,8 @@ LINE = (
     "dropped",
     "cut",
 )
-"""Figures of a silo's training that are written down; `dropped` rows kept no target token, `cut` ones lost some."""
+"""Figures of a silo's training that are written down; `loss` is a mean over `loss_count` target tokens, pairs ...;
+`dropped` rows kept no target token, `cut` ones lost some."""
 
 PLANNED = "planned_steps"
 """The steps that a silo would have taken with more time; only where it took fewer."""
@@ -70,6 +79,8 @@ PLANNED = "planned_steps"
 
 def silo_line(fields: Fields) -> dict[str, Any]:
     line = {name: fields[name] for name in (*LINE, PLANNED) if name in fields}
+    if fields.get("figures"):
+        line["figures"] = {name: total / count for name, (total, count) in fields["figures"].items() if count}
     return {**line, "bytes_up": fields.get("sent_bytes", 0), "bytes_down": fields.get("received_bytes", 0)}
 
 

@@ -14,6 +14,7 @@ from fedlm.algorithms.base import Algorithm, flat_view
 from fedlm.errors import UpdateRefused
 from fedlm.recipe.methods import ALGORITHMS
 from fedlm.recipe.schema import Recipe
+from fedlm.recipe.tasks import TASKS
 
 LARGEST = torch.finfo(torch.float32).max / 2**20
 """Largest |weight * value| accepted: a million such updates still have a finite fp32 sum."""
@@ -96,12 +97,12 @@ def largest_weight(recipe: Recipe, rows: int) -> float:
     if spec.weights == "tokens":
         return float(rows * largest_tokens(recipe))
     # Pre-training cuts a document into sequences; nobody but the silo knows into how many.
-    return float(rows if recipe.task == "instruct" else rows * math.ceil(LONGEST_DOCUMENT / max(longest - 1, 1)))
+    return float(rows if TASKS[recipe.task].one_per_row else rows * math.ceil(LONGEST_DOCUMENT / max(longest - 1, 1)))
 
 
 def largest_tokens(recipe: Recipe) -> int:
     """The most target tokens that one row can have."""
-    return recipe.training.max_length if recipe.task == "instruct" else LONGEST_DOCUMENT
+    return recipe.training.max_length if TASKS[recipe.task].one_per_row else LONGEST_DOCUMENT
 
 
 def _listed(names: list[str], limit: int = 3) -> str:

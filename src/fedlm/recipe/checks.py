@@ -13,6 +13,7 @@ from fedlm.recipe.capacity import capacity_problems
 from fedlm.recipe.expressions import is_template, parse_template
 from fedlm.recipe.guards import guard_problems
 from fedlm.recipe.methods import ALGORITHMS, FACTORS
+from fedlm.recipe.tasks import TASKS
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -41,7 +42,6 @@ _KINDS = {
     "question + choices + answer": "choice",
 }
 _ONLY_HUB = "only 'hub:' sources have it"
-_TASK_KINDS = {"instruct": ("messages", "choice"), "pretrain": ("text",)}
 
 
 def mapping_of(columns: Columns) -> str | None:
@@ -214,7 +214,7 @@ def _partition(data: DataSpec) -> Iterator[Problem]:
 
 
 def _task(recipe: Recipe) -> Iterator[Problem]:
-    allowed = _TASK_KINDS[recipe.task]
+    allowed = TASKS[recipe.task].kinds
     found = all_sources(recipe.data)
     for path, source in found:
         kind = kind_of(source.columns)

@@ -19,6 +19,7 @@ from fedlm.recipe.guards import DownlinkSpec, GuardSpec
 from fedlm.recipe.methods import ALGORITHMS
 from fedlm.recipe.speeds import SpeedSpec
 from fedlm.recipe.strict import Strict
+from fedlm.recipe.tasks import TASKS
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -393,7 +394,7 @@ class Recipe(Strict):
     schema_version: Literal[1] = 1
     name: Name
     seed: Annotated[int, Field(ge=0)] = 0
-    task: Literal["instruct", "pretrain"] = "instruct"
+    task: str = Field("instruct", description=f"What is learnt: {', '.join(TASKS)}.")
     model: ModelSpec
     adapter: AdapterSpec = AdapterSpec()
     data: DataSpec
@@ -404,6 +405,13 @@ class Recipe(Strict):
     )
     evaluation: EvaluationSpec = EvaluationSpec()
     trackers: list[Literal["tensorboard", "mlflow"]] = Field(default_factory=list)
+
+    @field_validator("task")
+    @classmethod
+    def _known_task(cls, name: str) -> str:
+        if name not in TASKS:
+            raise ValueError(f"unknown task '{name}', {nearest(name, TASKS)}")
+        return name
 
     @model_validator(mode="after")
     def _possible(self) -> Recipe:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any, TypeGuard
 
+from fedlm.recipe.tasks import FIGURES
+
 MISSING = "–"
 
 METRICS: dict[str, tuple[str, bool]] = {
@@ -14,6 +16,7 @@ METRICS: dict[str, tuple[str, bool]] = {
     "perplexity": ("perplexity", False),
     "accuracy_norm": ("accuracy by length-normalised likelihood", True),
     "parse_rate": ("generated answers that could be read", True),
+    **{key: (figure.words, figure.higher) for key, figure in FIGURES.items()},
 }
 """Key of a summarised metric -> (its name in words, whether higher is better), the most telling first."""
 
@@ -53,7 +56,7 @@ def metric(key: str, value: Any) -> str:
 
 def is_share(key: str) -> bool:
     """Whether a metric of this key is a share between 0 and 1."""
-    return "accuracy" in key or key.endswith("rate")
+    return FIGURES[key].proportion if key in FIGURES else "accuracy" in key or key.endswith("rate")
 
 
 def metric_name(key: str) -> str:

@@ -19,8 +19,8 @@ from transformers import AttentionInterface
 from fedlm.errors import FedlmError, ModelError
 from fedlm.training.head import plain_head
 from fedlm.training.packing import Packed, pack
+from fedlm.training.sequences import Encoded
 from fedlm.training.short_attention import short_attention, visible
-from fedlm.training.tasks.base import Encoded
 
 NAME = "fedlm_packed"
 SHORT = 256

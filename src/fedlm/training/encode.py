@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlm.errors import DataError
-from fedlm.training.tasks.base import Encoded, Task
+from fedlm.training.sequences import Encoded, Example
+from fedlm.training.tasks.base import Task
 
 _ARRAYS = ("ids", "loss", "offsets")
 
 
 @dataclass(frozen=True)
-class TokenSet(Sequence[Encoded]):
-    """Sequences end to end: `ids` int32 [tokens], `loss` bool [tokens], `offsets` int64 [sequences + 1]."""
+class TokenSet(Sequence[Example]):
+    """Examples: sequences end to end, `ids` int32 [tokens], `loss` bool [tokens], `offsets` int64 [sequences + 1]."""
 
     ids: NDArray[np.int32]
     loss: NDArray[np.bool_]
@@ -28,9 +30,13 @@ class TokenSet(Sequence[Encoded]):
     """Rows without any target token after cutting; also rows that the task or the chat template refuses, if skipped."""
     cut: int = 0
     """Rows that were longer than `max_length` and lost tokens."""
+    width: int = 1
+    """Sequences of an example, neighbours."""
+    facts: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    """By name, a number for each example."""
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return (len(self.offsets) - 1) // self.width
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
@@ -38,37 +44,56 @@ class TokenSet(Sequence[Encoded]):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index = int(index) % len(self)
-        start, end = int(self.offsets[index]), int(self.offsets[index + 1])
-        return Encoded(self.ids[start:end], self.loss[start:end])
+        ends = self.offsets[index * self.width : (index + 1) * self.width + 1].tolist()
+        sequences = tuple(Encoded(self.ids[start:end], self.loss[start:end]) for start, end in pairwise(ends))
+        return Example(sequences, {name: float(values[index]) for name, values in self.facts.items()})
 
-    def __iter__(self) -> Iterator[Encoded]:
+    def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        return np.diff(self.offsets)
+        """Tokens of each example."""
+        return np.diff(self.offsets[:: self.width])
 
     @classmethod
-    def of(cls, sequences: Iterable[Encoded], dropped: int = 0, cut: int = 0) -> TokenSet:
-        found = list(sequences)
+    def of(cls, examples: Iterable[Example | Encoded], dropped: int = 0, cut: int = 0) -> TokenSet:
+        """A set of these examples, all of one width and with the same facts; a sequence is an example of its own."""
+        listed = [e if isinstance(e, Example) else Example((e,)) for e in examples]
+        found = [sequence for example in listed for sequence in example.sequences]
         offsets = np.zeros(len(found) + 1, dtype=np.int64)
         np.cumsum([len(e) for e in found], out=offsets[1:])
         ids = np.concatenate([e.ids for e in found]) if found else np.zeros(0, np.int32)
         loss = np.concatenate([e.loss for e in found]) if found else np.zeros(0, np.bool_)
-        return cls(ids.astype(np.int32, copy=False), loss.astype(np.bool_, copy=False), offsets, dropped, cut)
+        names = list(listed[0].facts) if listed else []
+        facts = {name: np.array([e.facts[name] for e in listed], np.float32) for name in names}
+        return cls(
+            ids.astype(np.int32, copy=False),
+            loss.astype(np.bool_, copy=False),
+            offsets,
+            dropped,
+            cut,
+            len(listed[0].sequences) if listed else 1,
+            facts,
+        )
 
     def save(self, folder: Path) -> None:
         """Write the arrays as .npy files and the counts as JSON."""
         folder.mkdir(parents=True, exist_ok=True)
         for name in _ARRAYS:
             np.save(folder / f"{name}.npy", getattr(self, name), allow_pickle=False)
-        (folder / "counts.json").write_text(json.dumps({"dropped": self.dropped, "cut": self.cut}))
+        for name, values in self.facts.items():
+            np.save(folder / f"fact-{name}.npy", values, allow_pickle=False)
+        counts = {"dropped": self.dropped, "cut": self.cut, "width": self.width, "facts": sorted(self.facts)}
+        (folder / "counts.json").write_text(json.dumps(counts))
 
     @classmethod
     def load(cls, folder: Path) -> TokenSet:
         """Memory-map what `save` wrote: processes share the pages."""
         arrays = {n: np.load(folder / f"{n}.npy", mmap_mode="r", allow_pickle=False) for n in _ARRAYS}
-        return cls(**arrays, **json.loads((folder / "counts.json").read_text()))
+        counts = json.loads((folder / "counts.json").read_text())
+        facts = {n: np.load(folder / f"fact-{n}.npy", mmap_mode="r", allow_pickle=False) for n in counts.pop("facts")}
+        return cls(**arrays, **counts, facts=facts)
 
 
 def encode_all(
@@ -87,13 +112,13 @@ def encode_all(
         DataError: a row is refused and not skipped (file and row are named), all are, or no row keeps a target.
         ModelError: the chat template is missing or broken.
     """
-    found: list[Encoded] = []
+    found: list[Example] = []
     rows = dropped = cut = 0
     faults: list[DataError] = []
     for row in dataset:
         rows += 1
         try:
-            pieces = task.pieces(row, tokenizer, max_length)
+            pieces = task.examples(row, tokenizer, max_length)
         except DataError as fault:
             if not skip:
                 raise
@@ -101,7 +126,7 @@ def encode_all(
             pieces = []
         found += pieces
         dropped += not pieces
-        cut += any(piece.cut for piece in pieces)
+        cut += any(sequence.cut for piece in pieces for sequence in piece.sequences)
     if not found:
         if rows == 0:
             raise DataError("there are no rows to train on", fix="check the source's `where`, `role` and the partition")

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fedlm.recipe.schema import TrainingSpec
 from fedlm.training.attention import causal_model, packed
 from fedlm.training.head import CHUNK, head_nll, plain_head
 from fedlm.training.packing import Packed, pack
-from fedlm.training.tasks.base import Encoded
+from fedlm.training.sequences import Encoded
 
 
 def target_nll(model: nn.Module, batch: Packed) -> Tensor:
@@ -42,6 +43,22 @@ def padded_nll(model: nn.Module, sequences: Sequence[Encoded]) -> Tensor:
     out = model(input_ids=whole[:, :-1], attention_mask=mask, use_cache=False, logits_to_keep=keep)
     logits = out.logits if out.logits.ndim == 2 else out.logits[keep]
     return cross_entropy(logits.float(), whole[:, 1:][keep], reduction="none")
+
+
+def batch_nll(model: nn.Module, sequences: Sequence[Encoded], spec: TrainingSpec) -> Tensor:
+    """Negative log-likelihood [M] of every target of one forward pass, in the order of the sequences."""
+    with precision(model):
+        if spec.packing:
+            return target_nll(model, pack(sequences, share=not drops(model)).to(model_device(model)))
+        return padded_nll(model, sequences)
+
+
+def drops(model: nn.Module) -> bool:
+    """Whether dropout is on: then a shared beginning must not be computed once, or its examples would drop alike."""
+    in_attention: Any = getattr(causal_model(model).config, "attention_dropout", 0.0)
+    if model.training and in_attention:
+        return True
+    return any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in model.modules())
 
 
 def model_device(model: nn.Module) -> torch.device:

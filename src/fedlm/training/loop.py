@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,12 +21,11 @@ from fedlm.recipe.schema import TrainingSpec
 from fedlm.training.attention import causal_model, packed
 from fedlm.training.batches import batches, steps_per_round
 from fedlm.training.encode import TokenSet
-from fedlm.training.forward import by_tokens, model_device, padded_nll, precision, target_nll
+from fedlm.training.forward import by_tokens, model_device
 from fedlm.training.fused_lora import fused_lora
 from fedlm.training.fused_norm import fused_norms
-from fedlm.training.packing import pack
+from fedlm.training.objective import Figures, Likelihood, Objective, Tools
 from fedlm.training.schedule import learning_rate
-from fedlm.training.tasks.base import Encoded
 
 MICRO_TOKENS = 2048
 """Tokens per forward pass where the recipe leaves `micro_batch_size` open; accumulation is exact, so only speed and
@@ -59,12 +58,17 @@ class TrainResult:
     """Real tokens of all examples used; a shared beginning counts for each."""
     target_tokens: int
     loss: float
-    """Mean negative log-likelihood over all target tokens seen, each at the parameters it was computed with."""
+    """Mean loss over all steps, each at the parameters it was computed with; a step counts for what its loss is a mean
+    of (target tokens, pairs ...)."""
     losses: list[float]
     """Loss of each optimiser step."""
     seconds: float
     optimizer_state: Tensors
     """Moments by '<parameter>/<field>', fp32 on the CPU; empty unless `keep_optimizer`."""
+    loss_count: float = 0.0
+    """What `loss` is a mean of: target tokens, pairs ..."""
+    figures: Figures = field(default_factory=dict)
+    """The objective's own, over all steps."""
 
 
 def train(
@@ -76,6 +80,7 @@ def train(
     *,
     generator_key: tuple[str | int, ...],
     rule: LocalRule | None,
+    objective: Objective | None = None,
     optimizer_state: Tensors | None = None,
     observe: Observe | None = None,
     silo: str = "",
@@ -83,9 +88,9 @@ def train(
 ) -> TrainResult:
     """Train `parameters` in place for one round.
 
-    The loss of an optimiser step is the sum of its targets' negative log-likelihoods divided by their number, over the
-    whole batch however it is cut into forward passes. A bf16 model runs under autocast: matrix products in bf16,
-    trainable parameters, gradients and optimiser in their own dtype (fp32).
+    The loss of an optimiser step is the objective's over the whole batch, however it is cut into forward passes;
+    without an objective the mean negative log-likelihood of the targets. A bf16 model runs under autocast: matrix
+    products in bf16, trainable parameters, gradients and optimiser in their own dtype (fp32).
 
     Args:
         generator_key: (seed, silo, ...) of the batch order; the round is added here.
@@ -109,7 +114,8 @@ def train(
     device = model_device(model)
     steps = steps_per_round(spec, len(data))
     result = TrainResult(0, 0, 0, 0, 0.0, [], 0.0, {})
-    nll_total = 0.0
+    objective = objective or Likelihood(Tools(model, spec))
+    loss_total = 0.0
     with training_mode(model, spec), seeded(generator_key, window.round, device):
         for step, chosen in enumerate(batches(spec, data.lengths, generator_key, window.round)):
             if should_stop is not None and should_stop():
@@ -117,14 +123,14 @@ def train(
             rate = learning_rate(spec, (window.round * steps + step) / (window.rounds * steps))
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            examples = [data[i] for i in chosen]
-            targets = sum(e.targets for e in examples)
-            nll = 0.0
+            examples = objective.begin([data[i] for i in chosen])
+            total = divisor = 0.0
             for part in micro_batches(examples, spec):
-                loss = batch_nll(model, part, spec, device).sum() / targets
-                loss.backward()
-                nll += float(loss.detach()) * targets
-            _require_finite(nll, silo, step, "loss")
+                terms, divisor = objective.terms(part)
+                loss = terms.sum() / divisor
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += float(loss.detach()) * divisor
+            _require_finite(total, silo, step, "loss")
             gradients = [p.grad for p in parameters.values() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
             _require_finite(float(norm), silo, step, "gradient")
@@ -138,9 +144,10 @@ def train(
             result.steps += 1
             result.examples += len(examples)
             result.tokens += sum(len(e) for e in examples)
-            result.target_tokens += targets
-            result.losses.append(nll / targets)
-            nll_total += nll
+            result.target_tokens += sum(e.targets for e in examples)
+            result.losses.append(total / divisor)
+            result.loss_count += divisor
+            loss_total += total
             result.seconds = time.perf_counter() - began
             if observe is not None:
                 observe(
@@ -154,30 +161,18 @@ def train(
                         "tokens_per_second": result.tokens / result.seconds,
                     }
                 )
-    result.loss = nll_total / max(result.target_tokens, 1)
+    result.loss = loss_total / max(result.loss_count, 1)
+    result.figures = objective.figures
     if spec.keep_optimizer:
         result.optimizer_state = save_optimizer_state(optimizer, parameters)
     result.seconds = time.perf_counter() - began
     return result
 
 
-def batch_nll(model: Module, examples: list[Encoded], spec: TrainingSpec, device: torch.device) -> Tensor:
-    """Negative log-likelihood of every target of one forward pass."""
-    with precision(model):
-        if spec.packing:
-            return target_nll(model, pack(examples, share=not drops(model)).to(device))
-        return padded_nll(model, examples)
+T = TypeVar("T", bound=Sized)
 
 
-def drops(model: Module) -> bool:
-    """Whether dropout is on: then a shared beginning must not be computed once, or its examples would drop alike."""
-    in_attention: Any = getattr(causal_model(model).config, "attention_dropout", 0.0)
-    if model.training and in_attention:
-        return True
-    return any(isinstance(m, torch.nn.Dropout) and m.p > 0 and m.training for m in model.modules())
-
-
-def micro_batches(examples: list[Encoded], spec: TrainingSpec) -> Iterator[list[Encoded]]:
+def micro_batches(examples: list[T], spec: TrainingSpec) -> Iterator[list[T]]:
     """The forward passes of one optimiser step."""
     if spec.micro_batch_size is not None:
         size = spec.micro_batch_size
@@ -256,9 +251,9 @@ def save_optimizer_state(optimizer: torch.optim.Optimizer, parameters: dict[str,
     """Moments and step counts by '<parameter>/<field>'."""
     found: Tensors = {}
     for name, parameter in parameters.items():
-        for field, value in optimizer.state[parameter].items():
+        for slot, value in optimizer.state[parameter].items():
             if isinstance(value, Tensor):
-                found[f"{name}/{field}"] = value.detach().to("cpu", torch.float32)
+                found[f"{name}/{slot}"] = value.detach().to("cpu", torch.float32)
     return found
 
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedlm.training.tasks.base import Encoded
+from fedlm.training.sequences import Encoded
 
 MIN_SHARED = 8
 """A common beginning shorter than this is computed for each sequence: splitting it off costs more than it saves."""

@@ -29,7 +29,8 @@ from fedlm.recipe.schema import TrainingSpec
 from fedlm.training.batches import batches, steps_per_round
 from fedlm.training.encode import TokenSet
 from fedlm.training.forward import model_device
-from fedlm.training.loop import TrainResult, batch_nll, check_length, micro_batches, seeded, training_mode
+from fedlm.training.loop import TrainResult, check_length, micro_batches, seeded, training_mode
+from fedlm.training.objective import Likelihood, Objective, Tools
 
 LEFT, RIGHT = "sketch_Y", "sketch_Z"
 """Last parts of a sketch's names: `<layer>.sketch_Y` [d_out, k], `<layer>.sketch_Z` [k, d_in]."""
@@ -49,11 +50,13 @@ def sketch_gradient(
     *,
     seed: int,
     generator_key: tuple[str | int, ...],
+    objective: Objective | None = None,
     observe: Observe | None = None,
     silo: str = "",
     should_stop: Callable[[], bool] | None = None,
 ) -> tuple[TrainResult, Tensors]:
-    """Sketch the gradient of the mean loss over the target tokens of a round's batches, at fixed weights.
+    """Sketch the gradient of the mean loss over what the loss is a mean of (target tokens, pairs ...) in a round's
+    batches, at fixed weights.
 
     Args:
         model: its LoRA layers' base weights are meant; some adapter parameter must require a gradient.
@@ -68,7 +71,8 @@ def sketch_gradient(
     """
     check_length(model, spec.max_length)
     began, device = time.perf_counter(), model_device(model)
-    result, nll_total = TrainResult(0, 0, 0, 0, 0.0, [], 0.0, {}), 0.0
+    objective = objective or Likelihood(Tools(model, spec))
+    result, loss_total = TrainResult(0, 0, 0, 0, 0.0, [], 0.0, {}), 0.0
     steps = steps_per_round(spec, len(data))
     with ExitStack() as stack:
         stack.enter_context(training_mode(model, spec.model_copy(update={"compile": False})))
@@ -79,27 +83,29 @@ def sketch_gradient(
         for step, chosen in enumerate(batches(spec, data.lengths, generator_key, 0)):
             if should_stop is not None and should_stop():
                 break
-            examples, nll = [data[i] for i in chosen], 0.0
+            examples, total, divisor = objective.begin([data[i] for i in chosen]), 0.0, 0.0
             for part in micro_batches(examples, spec):
-                loss = batch_nll(model, part, spec, device).sum()
+                terms, divisor = objective.terms(part)
+                loss = terms.sum()
                 loss.backward()  # type: ignore[no-untyped-call]
-                nll += float(loss.detach())
+                total += float(loss.detach())
             model.zero_grad(set_to_none=True)
-            targets = sum(e.targets for e in examples)
             result.examples += len(examples)
             result.tokens += sum(len(e) for e in examples)
-            result.target_tokens += targets
-            result.losses.append(nll / targets)
-            nll_total += nll
+            result.target_tokens += sum(e.targets for e in examples)
+            result.losses.append(total / divisor)
+            result.loss_count += divisor
+            loss_total += total
             result.seconds = time.perf_counter() - began
             if observe is not None:
                 told = {"kind": "step", "round": 0, "silo": silo, "step": step, "steps": steps}
-                observe({**told, "loss": nll / targets, "tokens_per_second": result.tokens / result.seconds})
-    result.loss = nll_total / max(result.target_tokens, 1)
+                observe({**told, "loss": result.losses[-1], "tokens_per_second": result.tokens / result.seconds})
+    count = max(result.loss_count, 1)
+    result.loss, result.figures = loss_total / count, objective.figures
     out: Tensors = {}
     for name, sketch in sketches.items():
-        out[f"{name}.{LEFT}"] = (sketch.y / max(result.target_tokens, 1)).cpu()
-        out[f"{name}.{RIGHT}"] = (sketch.z / max(result.target_tokens, 1)).cpu()
+        out[f"{name}.{LEFT}"] = (sketch.y / count).cpu()
+        out[f"{name}.{RIGHT}"] = (sketch.z / count).cpu()
     return result, out
 
 

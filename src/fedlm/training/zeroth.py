@@ -26,10 +26,10 @@ from fedlm.recipe.schema import TrainingSpec
 from fedlm.training.attention import packed
 from fedlm.training.batches import batches, steps_per_round
 from fedlm.training.encode import TokenSet
-from fedlm.training.forward import model_device
-from fedlm.training.loop import TrainResult, Window, batch_nll, check_length, micro_batches
+from fedlm.training.loop import TrainResult, Window, check_length, micro_batches
+from fedlm.training.objective import Likelihood, Objective, Tools
 from fedlm.training.schedule import learning_rate
-from fedlm.training.tasks.base import Encoded
+from fedlm.training.sequences import Example
 
 Direction = Callable[[int], torch.Generator]
 """What draws the direction z of a step, at its start each time it is asked for."""
@@ -64,6 +64,7 @@ def train_zeroth(
     eps: float,
     direction: Direction,
     stride: Stride,
+    objective: Objective | None = None,
     observe: Observe | None = None,
     silo: str = "",
     should_stop: Callable[[], bool] | None = None,
@@ -86,17 +87,21 @@ def train_zeroth(
     check_length(model, spec.max_length)
     if len(data) == 0:
         raise TrainingError("there is nothing to train on", where=silo or None)
-    began, device, steps = time.perf_counter(), model_device(model), steps_per_round(spec, len(data))
+    began, steps = time.perf_counter(), steps_per_round(spec, len(data))
+    objective = objective or Likelihood(Tools(model, spec))
     result = TrainResult(0, 0, 0, 0, 0.0, [], 0.0, {})
     with _measuring(model, spec):
         for step, chosen in enumerate(batches(spec, data.lengths, generator_key, window.round)):
             if should_stop is not None and should_stop():
                 break
             rate = learning_rate(spec, (window.round * steps + step) / (window.rounds * steps))
-            examples = [data[i] for i in chosen]
+            examples = objective.begin([data[i] for i in chosen])
+            divisor = 0.0
 
-            def loss(examples: list[Encoded] = examples) -> float:
-                return _mean_nll(model, examples, spec, device)
+            def loss(examples: list[Example] = examples) -> float:
+                nonlocal divisor
+                mean, divisor = _mean_loss(objective, examples, spec)
+                return mean
 
             def z(step: int = step) -> torch.Generator:
                 return direction(step)
@@ -110,26 +115,28 @@ def train_zeroth(
                 )
             move(weights, z(), eps + stride(step, slope, rate))
 
-            targets = sum(e.targets for e in examples)
             result.steps += 1
             result.examples += len(examples)
             result.tokens += sum(len(e) for e in examples)
-            result.target_tokens += targets
+            result.target_tokens += sum(e.targets for e in examples)
             result.losses.append(mean)
-            result.loss += mean * targets
+            result.loss += mean * divisor
+            result.loss_count += divisor
             result.seconds = time.perf_counter() - began
             if observe is not None:
                 event = {"kind": "step", "round": window.round, "silo": silo, "step": step, "steps": steps}
                 observe({**event, "loss": mean, "tokens_per_second": result.tokens / result.seconds})
-    result.loss /= max(result.target_tokens, 1)
+    result.loss /= max(result.loss_count, 1)
+    result.figures = objective.figures
     result.seconds = time.perf_counter() - began
     return result
 
 
-def _mean_nll(model: Module, examples: list[Encoded], spec: TrainingSpec, device: torch.device) -> float:
-    """Mean negative log-likelihood of all targets, summed in fp64: the difference of two such losses is small."""
-    nll = sum(float(batch_nll(model, part, spec, device).double().sum()) for part in micro_batches(examples, spec))
-    return nll / sum(e.targets for e in examples)
+def _mean_loss(objective: Objective, examples: list[Example], spec: TrainingSpec) -> tuple[float, float]:
+    """A step's loss, summed in fp64 since the difference of two such losses is small, and what it is a mean of."""
+    found = [objective.terms(part) for part in micro_batches(examples, spec)]
+    divisor = found[0][1]
+    return sum(float(terms.double().sum()) for terms, _ in found) / divisor, divisor
 
 
 @contextmanager

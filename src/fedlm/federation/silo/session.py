@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fedlm.federation.silo.workbench import Workbench
     from fedlm.training.encode import TokenSet
     from fedlm.training.loop import TrainResult
+    from fedlm.training.objective import Objective
 
 
 class TimeBudget:
@@ -101,6 +102,7 @@ class SiloSession:
             Window(self.place.round, self.place.rounds),
             generator_key=(self.recipe.seed, self.place.silo, *([purpose] if purpose else []), *dispatch),
             rule=rule,
+            objective=self.objective(purpose),
             optimizer_state={
                 name.removeprefix(prefix): moments
                 for name, moments in self._moments.items()
@@ -115,10 +117,23 @@ class SiloSession:
         self.optimizer |= {prefix + name: moments for name, moments in result.optimizer_state.items()}
         return result, self._bench.take(chosen)
 
+    def objective(self, purpose: str = "") -> Objective:
+        """What this round minimises.
+
+        Args:
+            purpose: of a training among several of one round, which draws for itself.
+        """
+        from fedlm.training.objective import Tools
+
+        place = self.place
+        key: tuple[str | int, ...] = (self.recipe.seed, place.silo, *([purpose] if purpose else []), place.round)
+        return self._bench.task.objective(Tools(self.model, self.recipe.training, self._bench.tokenizer, key=key))
+
     def loss(self, tensors: Tensors, rows: int | None = None, *, alone: bool = False) -> float:
         """Mean loss over target tokens of the silo's training rows, or a keyed subset of them, with these values;
         `alone`: each row in a forward pass of its own."""
         from fedlm.training.forward import sequence_nll
+        from fedlm.training.objective import sequences_of
 
         self.put(tensors)
         chosen = list(range(len(self.tokens)))
@@ -127,7 +142,7 @@ class SiloSession:
             chosen = sorted(generator.permutation(len(chosen))[:rows].tolist())
         sums, counts = sequence_nll(
             self.model,
-            [self.tokens[i] for i in chosen],
+            sequences_of([self.tokens[i] for i in chosen]),
             1 if alone else self.recipe.evaluation.batch_tokens,
             packing=self.recipe.training.packing,
         )

@@ -20,6 +20,7 @@ from torch.nn import Parameter
 from fedlm.messages import Tensors
 from fedlm.recipe.capacity import Capacity
 from fedlm.recipe.schema import ModelSpec, Recipe
+from fedlm.recipe.tasks import TASKS
 
 if TYPE_CHECKING:
     from fedlm.algorithms.base import Algorithm
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from fedlm.training.encode import TokenSet
     from fedlm.training.footprint import Shape
     from fedlm.training.plan import Plan
+    from fedlm.training.tasks import Task
 
 POOLED = "_pooled"
 """The silo that holds everything in one place; exists in simulation only. No real silo's name begins with '_'."""
@@ -81,7 +83,7 @@ class Workbench:
             # a gigabyte after some hundred steps. With 48 it is as fast. Read at the first product, so set before it.
             os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "48")
             set_threads(self.recipe.federation.threads)
-            self.tokenizer: Any = load_tokenizer(self.recipe.model, needs_template=self.recipe.task == "instruct")
+            self.tokenizer: Any = load_tokenizer(self.recipe.model, needs_template=TASKS[self.recipe.task].template)
             self._attach(wanted)
             self._ready = True
 
@@ -129,6 +131,12 @@ class Workbench:
         return self._plans[key]
 
     @cached_property
+    def task(self) -> Task:
+        from fedlm.training.tasks import get_task
+
+        return get_task(self.recipe.task, self.recipe)
+
+    @cached_property
     def algorithm(self) -> Algorithm:
         from fedlm.algorithms import get_algorithm
 
@@ -173,7 +181,7 @@ class Workbench:
             usual = other._ready and other._weights == (theirs.model.dtype, theirs.model.quantise)
             if self._ready or not usual or not same or not (again or ours.adapter.kind != "full"):
                 return False
-            if ours.task == "instruct":
+            if TASKS[ours.task].template:
                 require_template(other.tokenizer, where="model.chat_template")
             check_length(other.model, ours.training.max_length)
             self.tokenizer, self.model = other.tokenizer, other.model
@@ -239,12 +247,10 @@ class Workbench:
             self._tokens.move_to_end(name)
             return self._tokens[name]
         from fedlm.training.encode import encode_all
-        from fedlm.training.tasks import get_task
 
-        task = get_task(self.recipe.task)
         tokens = encode_all(
             self.silo_data(name).train,
-            task,
+            self.task,
             self.tokenizer,
             self.recipe.training.max_length,
             skip=self.recipe.data.malformed == "skip",

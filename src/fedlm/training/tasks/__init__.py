@@ -1,24 +1,28 @@
-"""Tasks: what one example's loss means. Each turns a canonical row into token ids and a mask of target tokens."""
+"""Tasks: what a run learns from its rows, one file each."""
 
 from __future__ import annotations
 
 from fedlm.errors import RecipeError, nearest
-from fedlm.training.tasks.base import Encoded, Task
+from fedlm.recipe.schema import Recipe
+from fedlm.training.tasks.base import Task
 from fedlm.training.tasks.instruct import Instruct
 from fedlm.training.tasks.pretrain import Pretrain
 
-TASKS: dict[str, type[Task]] = {"instruct": Instruct, "pretrain": Pretrain}
+CLASSES: dict[str, type[Task]] = {"instruct": Instruct, "pretrain": Pretrain}
 
 
-def get_task(name: str) -> Task:
+def get_task(name: str, recipe: Recipe | None = None) -> Task:
     """The task of this name.
+
+    Args:
+        recipe: the run's, for tasks with settings of their own.
 
     Raises:
         RecipeError: there is none.
     """
-    if name not in TASKS:
-        raise RecipeError(f"unknown task '{name}'", fix=nearest(name, TASKS))
-    return TASKS[name]()
+    if name not in CLASSES:
+        raise RecipeError(f"unknown task '{name}'", fix=nearest(name, CLASSES))
+    return CLASSES[name](recipe)
 
 
-__all__ = ["TASKS", "Encoded", "Task", "get_task"]
+__all__ = ["CLASSES", "Task", "get_task"]

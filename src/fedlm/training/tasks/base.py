@@ -1,48 +1,58 @@
-"""The `Task` waist: a canonical row becomes token ids and a mask that says which of them are targets."""
+"""The `Task` waist: rows become examples, examples a loss and figures."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from fedlm.recipe.schema import Recipe
+from fedlm.training.objective import Figures, Likelihood, Objective, Tools
+from fedlm.training.sequences import Encoded, Example
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """One training sequence. `loss[i]` means token i is a target, predicted from tokens before it; loss[0] is False."""
+class Held:
+    """Held-out rows of one silo, and what they are measured with."""
 
-    ids: NDArray[np.int32]
-    loss: NDArray[np.bool_]
-    cut: bool = False
-    """The row was longer than `max_length` and lost tokens."""
+    rows: Any
+    """`datasets.Dataset` of canonical examples."""
+    model: Any
+    """In evaluation mode, without gradients."""
+    tokenizer: Any
+    max_length: int
+    batch_tokens: int
+    packing: bool = True
+    skip: bool = False
+    """Leave out rows that the task or the chat template refuses."""
+    reference: Callable[[], AbstractContextManager[None]] | None = None
+    """Inside, the model is the one that the run began with."""
 
-    def __len__(self) -> int:
-        return len(self.ids)
 
-    @property
-    def targets(self) -> int:
-        return int(self.loss.sum())
+@dataclass
+class Measured:
+    """What a task found on held-out rows."""
 
-
-def encoded(ids: list[int], loss: list[bool], max_length: int) -> Encoded | None:
-    """Cut to `max_length`, then drop what follows the last target, which no loss depends on. None without a target."""
-    cut = len(ids) > max_length
-    mask = np.asarray(loss[:max_length], dtype=np.bool_)
-    if len(mask):
-        mask[0] = False  # nothing precedes it
-    where = np.flatnonzero(mask)
-    if len(where) == 0:
-        return None
-    end = int(where[-1]) + 1
-    return Encoded(np.asarray(ids[:end], dtype=np.int32), mask[:end], cut)
+    figures: Figures
+    """Those that its facts name, and 'loss'."""
+    items: dict[str, list[Any]] = field(default_factory=dict)
+    """Each row's result, for paired comparisons."""
 
 
 class Task:
-    """Turns canonical rows into sequences. Subclasses implement `pieces`."""
+    """What rows are made into and what is minimised over them. Subclasses implement `examples`, or `pieces`.
+
+    Args:
+        recipe: the run's, where the task has settings of its own.
+    """
 
     name = ""
+    width = 1
+    """Sequences of an example."""
+
+    def __init__(self, recipe: Recipe | None = None) -> None:
+        self.recipe = recipe
 
     def pieces(self, row: dict[str, Any], tokenizer: Any, max_length: int) -> list[Encoded]:
         """All sequences of a row (a long document gives several); empty when no target token is left.
@@ -53,7 +63,22 @@ class Task:
         """
         raise NotImplementedError
 
-    def encode(self, row: dict[str, Any], tokenizer: Any, max_length: int) -> Encoded | None:
-        """The row's first sequence, or None when no target token is left."""
-        found = self.pieces(row, tokenizer, max_length)
-        return found[0] if found else None
+    def examples(self, row: dict[str, Any], tokenizer: Any, max_length: int) -> list[Example]:
+        """All examples of a row, each of `width` sequences; empty when nothing is left to learn.
+
+        Raises:
+            DataError, ModelError: as `pieces`.
+        """
+        return [Example((piece,)) for piece in self.pieces(row, tokenizer, max_length)]
+
+    def objective(self, tools: Tools) -> Objective:
+        """What one round of one silo minimises."""
+        return Likelihood(tools)
+
+    def measure(self, held: Held) -> Measured:
+        """What a model is worth on held-out rows, for tasks whose loss is no likelihood of text (see `TaskFacts`).
+
+        Raises:
+            DataError: a row is refused, and not skipped.
+        """
+        raise NotImplementedError

@@ -6,7 +6,8 @@ from typing import Any
 
 from fedlm.errors import DataError
 from fedlm.models.chat import FIX, MessagesRefused, render
-from fedlm.training.tasks.base import Encoded, Task, encoded
+from fedlm.training.sequences import Encoded, encoded
+from fedlm.training.tasks.base import Task
 
 
 class Instruct(Task):

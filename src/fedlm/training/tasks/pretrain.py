@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from fedlm.errors import DataError
-from fedlm.training.tasks.base import Encoded, Task
+from fedlm.training.sequences import Encoded
+from fedlm.training.tasks.base import Task
 
 
 class Pretrain(Task):
