@@ -72,7 +72,7 @@ def check(recipe: Recipe = Path("recipe.yaml"), set_: Overrides = None, as_json:
 def _missing_files(path: Path, recipe: object) -> list[str]:
     """Local sources that match no file, as written in the recipe; they may be on the silos' machines."""
     from fedlm.models.catalogue import CATALOGUE
-    from fedlm.recipe.checks import all_sources
+    from fedlm.recipe.data_checks import all_sources
     from fedlm.recipe.schema import Recipe as Schema
 
     assert isinstance(recipe, Schema)

@@ -14,7 +14,7 @@ from fedlm.recipe.methods import ALGORITHMS
 from fedlm.recipe.strict import Strict
 
 if TYPE_CHECKING:
-    from fedlm.recipe.checks import Path, Problem
+    from fedlm.recipe.data_checks import Path, Problem
     from fedlm.recipe.schema import Recipe
 
 HERE: Path = ("federation", "capacity")

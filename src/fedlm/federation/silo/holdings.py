@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 
 from fedlm.errors import FedlmError, RecipeError
 from fedlm.federation.silo.policy import Forbidden
-from fedlm.recipe.checks import all_sources, data_problems
+from fedlm.recipe.data_checks import all_sources, data_problems
 from fedlm.recipe.load import load_yaml
 from fedlm.recipe.schema import DataSpec, Recipe, SiloSpec, SourceSpec
 from fedlm.recipe.strict import Strict

@@ -1,0 +1,113 @@
+"""How updates become one model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from fedlm.errors import nearest
+from fedlm.recipe.methods import ALGORITHMS
+from fedlm.recipe.strict import Strict
+from fedlm.recipe.types import Fraction
+
+
+class AlgorithmSpec(Strict):
+    """How updates become one model."""
+
+    name: str = "fedavg"
+    weights: Literal["tokens", "examples", "equal"] | None = Field(
+        None,
+        description="What a silo counts for in the mean: the examples it holds, their target tokens, or equal. "
+        "Defaults: examples; fedasync, feddyn, feedsign, hetlora, scaffold, task-arithmetic, ties: always equal.",
+    )
+    mu: Annotated[float, Field(ge=0.0)] = Field(0.01, description="fedprox, fedasync: strength of the proximal term.")
+    server_lr: PositiveFloat | None = Field(
+        None,
+        description="Defaults: 1.0; adaptive rules 1e-3, on adapters 5e-3 (fedadagrad 3e-2); task-arithmetic 0.3; "
+        "feedsign 1e-4; fedasync 0.6 (alpha).",
+    )
+    server_momentum: Fraction = Field(0.9, description="fedavgm; beta1 of the adaptive rules.")
+    beta2: Fraction = 0.99
+    tau: PositiveFloat = Field(1e-3, description="Adaptivity floor of fedadam, fedyogi and fedadagrad.")
+    seeds: PositiveInt = Field(
+        4096, description="K: zeroth-order directions of fedkseed in the whole run; random bases of a round of ferret."
+    )
+    zo_eps: PositiveFloat | None = Field(
+        None,
+        description="Zeroth-order methods: the loss is measured at w +- zo_eps z along a standard normal z. Defaults: "
+        "1e-3; on a bfloat16 base 1e-2, since its losses resolve no smaller step.",
+    )
+    per_block: PositiveInt = Field(
+        1, description="ferret: bases in a block of weights; time grows with it, and nothing else."
+    )
+    dyn_alpha: PositiveFloat = Field(
+        0.1, description="feddyn: strength of the pull to the global model; larger where local training is short."
+    )
+    ditto_lambda: Annotated[float, Field(ge=0.0)] = Field(
+        0.1, description="ditto: strength of a personal model's pull to the global one; 0 trains it alone."
+    )
+    local_weight: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.5, description="feddpa: share of the personal adapter; the global one has the rest."
+    )
+    personal_part: Literal["lora_A", "lora_B"] | PositiveInt = Field(
+        1, description="fedrep: what stays in the silo: the adapter of the last n blocks, or one factor of every layer."
+    )
+    head_share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.5, description="fedrep: share of a round's steps that train the personal part; the shared part gets the rest."
+    )
+    clusters: Annotated[int, Field(ge=2)] = Field(2, description="ifca: number of models.")
+    gram_off_diagonal: Fraction = Field(
+        1.0, description="lorm: factor on the Gram matrices' off-diagonal values; 1 is the exact merge."
+    )
+    rotation: Fraction = Field(
+        1.0, description="fedrot-lora: how far a silo turns its factors towards the global ones; 0 is fedit."
+    )
+    fair_lambda: PositiveFloat = Field(
+        0.01, description="lora-fair: how much the server's correction of B is held back; large values are fedit."
+    )
+    recompress: PositiveInt | None = Field(
+        None,
+        description="fedex-lora, flora, frlora: cut what is merged into a layer to this rank; it grows round by round.",
+    )
+    svd: Literal["exact", "randomised"] = Field(
+        "exact", description="flexlora: 'randomised' takes less time, with at most about 1.01 times the error."
+    )
+    rank_decay: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        0.99, description="hetlora: gamma, the share of its rank that a silo keeps when it prunes; 1 never prunes."
+    )
+    rank_penalty: Annotated[float, Field(ge=0.0)] = Field(
+        0.01, description="hetlora: lambda, strength of the penalty on the ranks beyond that share."
+    )
+    density: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        0.2, description="ties: share of an update's values, the largest, that is kept."
+    )
+
+    buffer: PositiveInt = Field(10, description="fedbuff: K, the updates that a server step takes.")
+    staleness: Literal["constant", "polynomial", "hinge"] = Field(
+        "polynomial",
+        description="fedasync, fedbuff: how an update from a model of tau server steps ago is damped: not at all, by "
+        "(tau + 1)^-a, or beyond tau = b by 1 / (a (tau - b) + 1).",
+    )
+    staleness_a: PositiveFloat | None = Field(None, description="a; defaults: polynomial 0.5, hinge 10.")
+    staleness_b: Annotated[int, Field(ge=0)] = Field(4, description="b of the hinge.")
+    max_staleness: Annotated[int, Field(ge=0)] = Field(
+        50, description="fedasync, fedbuff: server steps after which a silo's work no longer counts and it gets new."
+    )
+
+    def updates_per_step(self) -> int:
+        """Updates that a server step of an asynchronous federation takes."""
+        return 1 if self.name == "fedasync" else self.buffer
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in ALGORITHMS:
+            raise ValueError(f"unknown algorithm '{name}', {nearest(name, ALGORITHMS)}")
+        return name
+
+    @model_validator(mode="after")
+    def _weighted(self) -> AlgorithmSpec:
+        if ALGORITHMS[self.name].equal_weights and self.weights not in (None, "equal"):
+            raise ValueError(f"{self.name} counts every silo the same: leave `weights` out or set it to 'equal'")
+        return self

@@ -1,0 +1,53 @@
+"""The base model and what of it is trained."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from fedlm.recipe.strict import Strict
+
+
+class ModelSpec(Strict):
+    """The base language model."""
+
+    source: str = Field(
+        min_length=1,
+        description="A name of `fedlm models`, a local folder, a .gguf file, 'hub:owner/name', or a registry package "
+        "'pypi:name==version!path/in/wheel'.",
+    )
+    sha256: str | None = Field(
+        None, pattern="^[0-9a-f]{64}$", description="SHA-256 of the .gguf file, or of a package's archive (required)."
+    )
+    revision: str | None = Field(None, description="Commit of a hub model, 40 hex digits; required for 'hub:'.")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Storage type of the frozen base weights.")
+    quantise: Literal["4bit"] | None = Field(
+        None, description="Frozen base weights in 4 bits (NF4); needs an NVIDIA GPU and the extra [gpu4bit]."
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    chat_template: str | None = Field(
+        None, description="Chat template used in place of the tokenizer's own: 'chatml' or a Jinja file."
+    )
+
+
+class AdapterSpec(Strict):
+    """What is trained and exchanged."""
+
+    kind: Literal["lora", "lora-sb", "ia3", "full"] = Field(
+        "lora", description="'lora-sb': B R A with fixed A, B and a trained square R, for the algorithm fed-sb."
+    )
+    rank: PositiveInt = 8
+    alpha: PositiveFloat = 16.0
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    rslora: bool = Field(
+        False, description="Scale by alpha / sqrt(rank) (Kalajdzievski, 2023) instead of alpha / rank."
+    )
+    dora: bool = Field(
+        False, description="Refused: DoRA's magnitudes are no function of B A, so no aggregation of them is exact."
+    )
+    targets: Literal["all-linear"] | list[str] = Field("all-linear", description="Module names, or all linear layers.")
+
+    def scale(self, rank: int) -> float:
+        """What multiplies B A of LoRA factors of this rank."""
+        return float(self.alpha / rank**0.5 if self.rslora else self.alpha / rank)
