@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch.nn import Parameter
 
@@ -60,7 +62,8 @@ class Normalised(LocalRule):
     def run(self, session: Session) -> Outcome:
         result, trained = session.train(self)
         spec = session.recipe.training
-        self.tau = gradient_weight(spec, self.place, steps_per_round(spec, len(session.tokens)), result.steps)
+        taken = [step for step in range(result.steps) if step not in result.skipped]
+        self.tau = gradient_weight(spec, self.place, steps_per_round(spec, len(session.tokens)), taken)
         return Outcome(result, *self.finish(trained))
 
     def finish(self, trained: Tensors) -> tuple[Tensors, Tensors]:
@@ -70,16 +73,16 @@ class Normalised(LocalRule):
         return update | {TAU: torch.tensor([self.tau])}, state
 
 
-def gradient_weight(spec: TrainingSpec, place: Place, planned: int, done: int) -> float:
-    """|a|_1 of the first `done` of a round's `planned` steps: with the rates r_k lr and momentum rho, the gradient of
-    step j has the weight sum_{k >= j} r_k rho^(k - j).
+def gradient_weight(spec: TrainingSpec, place: Place, planned: int, taken: Iterable[int]) -> float:
+    """|a|_1 of those of a round's `planned` steps that were taken: with the rates r_k lr and momentum rho, the gradient
+    of step j has the weight sum_{k >= j} r_k rho^(k - j).
 
-    >>> gradient_weight(TrainingSpec(steps=4, optimizer="sgd", momentum=0.5, schedule="constant"), Place(), 4, 2)
+    >>> gradient_weight(TrainingSpec(steps=4, optimizer="sgd", momentum=0.5, schedule="constant"), Place(), 4, range(2))
     2.5
     """
     rho = spec.momentum if spec.optimizer == "sgd" else 0.0
     total = applied = 0.0
-    for k in range(done):
+    for k in taken:
         applied = 1.0 + rho * applied  # what step k takes of all gradients so far
         total += applied * learning_rate(spec, (place.round * planned + k) / (place.rounds * planned)) / spec.lr
     return total

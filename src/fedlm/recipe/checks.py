@@ -174,6 +174,17 @@ def _asynchronous(recipe: Recipe) -> Iterator[Problem]:
             ("training", "keep_optimizer"),
             f"not with '{algorithm.name}': a silo begins anew before it is known which of its trainings count",
         )
+    if recipe.training.spike_guard is not None:
+        yield (
+            ("training", "spike_guard"),
+            f"not with '{algorithm.name}': a silo keeps nothing between its trainings, so it does not know its usual loss",
+        )
+    if recipe.training.order == "stream":
+        yield (
+            ("training", "order"),
+            f"'stream' not with '{algorithm.name}': a silo may train from one model several times, so that the round "
+            "does not say where it is in its text",
+        )
     if algorithm.name == "fedasync" and algorithm.server_lr is not None and algorithm.server_lr > 1:
         yield (*here, "algorithm", "server_lr"), "alpha mixes two models, so it is at most 1"
     if algorithm.staleness == "constant" and algorithm.staleness_a is not None:

@@ -68,6 +68,7 @@ _BACKWARD = (
     "gradient_checkpointing",
     "compile",
     "keep_optimizer",
+    "spike_guard",
 )
 """Fields of `training` that belong to gradients."""
 _FEW = "an update is a few numbers that have no smaller form"

@@ -42,4 +42,5 @@ class Figure:
 
 FIGURES: dict[str, Figure] = {
     "loss": Figure("loss", higher=False),
+    "skipped_steps": Figure("steps skipped as spikes", proportion=True, higher=False),
 }

@@ -24,13 +24,28 @@ class TrainingSpec(Strict):
     steps: PositiveInt | None = Field(None, description="Optimiser steps per silo and round (this or `epochs`).")
     epochs: PositiveFloat | None = Field(None, description="Passes over the silo's training rows per round.")
     batch_size: PositiveInt = Field(8, description="Examples per optimiser step.")
+    order: Literal["rounds", "stream"] = Field(
+        "rounds",
+        description="'rounds': each round draws its own order of the silo's examples. 'stream': one order over the "
+        "whole run, epoch after epoch; a round continues where the one before it ended.",
+    )
     micro_batch_size: PositiveInt | None = Field(None, description="Examples per forward pass; the rest accumulates.")
     max_length: PositiveInt = Field(512, description="Tokens; longer examples are cut.")
     clip_norm: PositiveFloat | None = 1.0
+    spike_guard: PositiveFloat | None = Field(
+        None,
+        description="Skip a step whose loss or gradient norm is more than so many standard deviations above the mean "
+        "of the silo's last 128 steps; counts from 64 steps on. 6 is usual.",
+    )
     packing: bool = Field(True, description="No padding: examples lie end to end, attending to themselves only.")
     gradient_checkpointing: bool = False
     compile: bool = False
     keep_optimizer: bool = Field(False, description="Keep the optimiser's moments in the silo between rounds.")
+
+    @property
+    def keeps(self) -> bool:
+        """Whether training in a round depends on what it left in the silo in an earlier one."""
+        return self.keep_optimizer or self.spike_guard is not None
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingSpec:

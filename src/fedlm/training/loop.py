@@ -26,10 +26,14 @@ from fedlm.training.fused_lora import fused_lora
 from fedlm.training.fused_norm import fused_norms
 from fedlm.training.objective import Figures, Likelihood, Objective, Tools
 from fedlm.training.schedule import learning_rate
+from fedlm.training.spikes import SpikeGuard
 
 MICRO_TOKENS = 2048
 """Tokens per forward pass where the recipe leaves `micro_batch_size` open; accumulation is exact, so only speed and
 memory depend on it."""
+
+SPIKES = "spike_guard"
+"""Name of what the guard remembers, beside the optimiser's moments, which all have a '/' in theirs."""
 
 
 class LocalRule(Protocol):
@@ -64,11 +68,14 @@ class TrainResult:
     """Loss of each optimiser step."""
     seconds: float
     optimizer_state: Tensors
-    """Moments by '<parameter>/<field>', fp32 on the CPU; empty unless `keep_optimizer`."""
+    """What the silo keeps for its next round, on the CPU: with `keep_optimizer` moments by '<parameter>/<field>'
+    (fp32), with `spike_guard` what that remembers. Both go into the next round as they are."""
     loss_count: float = 0.0
     """What `loss` is a mean of: target tokens, pairs ..."""
     figures: Figures = field(default_factory=dict)
-    """The objective's own, over all steps."""
+    """The objective's own and the loop's, over all steps."""
+    skipped: list[int] = field(default_factory=list)
+    """Of all steps, those that the spike guard left out."""
 
 
 def train(
@@ -95,6 +102,7 @@ def train(
     Args:
         generator_key: (seed, silo, ...) of the batch order; the round is added here.
         rule: gives the parameters to start from and corrects gradients after clipping; None changes nothing.
+        optimizer_state: what this silo's last round left, empty or None at the beginning.
         should_stop: asked before every step; True ends the round early.
 
     Raises:
@@ -109,8 +117,9 @@ def train(
         _load(parameters, rule.start(), silo)
     optimizer = make_optimizer(spec, parameters)
     optimizer.zero_grad(set_to_none=True)  # a training that failed here before may have left gradients behind
-    if optimizer_state:
-        load_optimizer_state(optimizer, parameters, optimizer_state)
+    kept = dict(optimizer_state or {})
+    guard = SpikeGuard(spec.spike_guard, kept.pop(SPIKES, None)) if spec.spike_guard is not None else None
+    load_optimizer_state(optimizer, parameters, kept)
     device = model_device(model)
     steps = steps_per_round(spec, len(data))
     result = TrainResult(0, 0, 0, 0, 0.0, [], 0.0, {})
@@ -134,11 +143,14 @@ def train(
             gradients = [p.grad for p in parameters.values() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
             _require_finite(float(norm), silo, step, "gradient")
-            if spec.clip_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(parameters.values(), spec.clip_norm, norm)
-            if rule is not None:
-                rule.correct(parameters)
-            optimizer.step()
+            if guard is not None and guard.leaps(total / divisor, float(norm)):
+                result.skipped.append(step)
+            else:
+                if spec.clip_norm is not None:
+                    torch.nn.utils.clip_grads_with_norm_(parameters.values(), spec.clip_norm, norm)
+                if rule is not None:
+                    rule.correct(parameters)
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
             result.steps += 1
@@ -162,9 +174,12 @@ def train(
                     }
                 )
     result.loss = loss_total / max(result.loss_count, 1)
-    result.figures = objective.figures
     if spec.keep_optimizer:
         result.optimizer_state = save_optimizer_state(optimizer, parameters)
+    if guard is not None:
+        result.optimizer_state[SPIKES] = guard.state
+        objective.count("skipped_steps", len(result.skipped), result.steps)
+    result.figures = objective.figures
     result.seconds = time.perf_counter() - began
     return result
 

@@ -193,15 +193,14 @@ class Silo:
         """Whether a round's training depends on what this silo kept of an earlier one."""
         recipe, chain = self.bench.recipe, self.bench.chain
         feedback = chain is not None and chain.feedback
-        return recipe.training.keep_optimizer or feedback or ALGORITHMS[recipe.federation.algorithm.name].silo_state
+        return recipe.training.keeps or feedback or ALGORITHMS[recipe.federation.algorithm.name].silo_state
 
     def _train_round(self, request: Request, before: Trained | None, key: str, digest: str) -> Trained:
         recipe, bench, plan = self.bench.recipe, self.bench, self._plan(request)
         bench.load(plan.model(recipe.model))
         started = time.monotonic()
         place = self._place(request, plan)
-        keep = recipe.training.keep_optimizer
-        moments = before.optimizer if before and keep else {}
+        moments = before.optimizer if before and recipe.training.keeps else {}
         session = SiloSession(bench, place, moments, self._observe, self._should_stop, plan, self._budget(plan))
         rule = bench.algorithm.local(request.tensors, before.rule if before else {}, place)
         outcome = rule.run(session)

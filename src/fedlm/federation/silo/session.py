@@ -57,8 +57,8 @@ class SiloSession:
     """One silo's round on the workbench.
 
     Attributes:
-        optimizer: moments that are kept between rounds, of all trainings of this round; empty unless the recipe keeps
-            them.
+        optimizer: what is kept between rounds (moments, what the spike guard remembers), of all trainings of this
+            round; empty unless the recipe keeps it.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class SiloSession:
         chosen = self._bench.choose(self.put(start), lambda name: rule.trains(name) and self._plan.trains(name))
         if self._budget is not None:
             self._budget.begin()
-        keep, prefix = self.recipe.training.keep_optimizer, f"{purpose}:" if purpose else ""
+        prefix = f"{purpose}:" if purpose else ""
         # A silo may start from the same model twice, and then sees other batches.
         dispatch = () if self.place.dispatch is None else ("dispatch", self.place.dispatch)
         result = train(
@@ -107,9 +107,7 @@ class SiloSession:
                 name.removeprefix(prefix): moments
                 for name, moments in self._moments.items()
                 if name.startswith(prefix) and (prefix or ":" not in name)
-            }
-            if keep
-            else None,
+            },
             observe=self._observe,
             silo=self.place.silo,
             should_stop=lambda: self._should_stop() or (self._budget is not None and self._budget.spent()),
