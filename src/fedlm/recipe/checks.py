@@ -177,7 +177,7 @@ def _asynchronous(recipe: Recipe) -> Iterator[Problem]:
     if recipe.training.spike_guard is not None:
         yield (
             ("training", "spike_guard"),
-            f"not with '{algorithm.name}': a silo keeps nothing between its trainings, so it does not know its usual loss",
+            f"not with '{algorithm.name}': a silo keeps nothing between trainings, so it does not know its usual loss",
         )
     if recipe.training.order == "stream":
         yield (
