@@ -188,6 +188,22 @@ def test_prompt_and_response_are_a_chat(load: Load, jsonl: Callable[..., Path]) 
     assert row["messages"] == [{"role": "user", "content": "hello!"}, {"role": "assistant", "content": "world"}]
 
 
+def test_system_turns_pairs_and_further_answers(load: Load, jsonl: Callable[..., Path]) -> None:
+    pairs = [{"question": "who?", "answer": "a cat"}, {"question": "where?", "answer": "here"}]
+    jsonl([{"story": "a cat is here", "talk": pairs, "right": ["here", "there", "here"], "r": [["x"], "y"]}])
+    turns = [("system", "Story: a cat is here"), ("user", "who?"), ("assistant", "a cat"), ("user", "where?")]
+    expected = [{"role": role, "content": text} for role, text in [*turns, ("assistant", "here")]]
+    told = {"system": "Story: {story}", "answers": "right"}
+    row = load([{"path": "rows.jsonl", "columns": {"messages": "talk", **told}}], split=WHOLE).pooled().train[0]
+    assert (row["messages"], row["answers"]) == (expected, ["here", "there"])
+    columns = {"prompt": "talk.1.question", "response": "r.1", **told}
+    row = load([{"path": "rows.jsonl", "columns": columns}], split=WHOLE).pooled().train[0]
+    assert [m["content"] for m in row["messages"]] == ["Story: a cat is here", "where?", "y"]
+    for column in ("r", "story", "talk.5.question"):
+        with pytest.raises(DataError):
+            load([{"path": "rows.jsonl", "columns": {**columns, "answers": column}}], split=WHOLE)
+
+
 def test_preferences(load: Load, jsonl: Callable[..., Path]) -> None:
     jsonl([{"p": "q", "c": "good", "r": "bad"}, {"p": "q", "c": "same", "r": "same"}])
     columns = {"prompt": "p", "chosen": "c", "rejected": "r"}

@@ -78,6 +78,7 @@ FAULTS = [
     ("  lr: 5e-4", "  schedule: cosin", "training.schedule: unknown value 'cosin', did you mean 'cosine'"),
     ("  steps: 5", '  steps: "5"', ":14: training.steps: must be a valid integer, got the text '5'"),
     ("  steps: 5", "  steps: 5\n  epochs: 1", ":12: training: give exactly one of `steps` and `epochs`"),
+    ("  steps: 5", "  steps: 5\nevaluation:\n  metrics: [rouge]", "metric 'rouge' needs sources mapped to messages"),
     ("  steps: 5", "  steps: 5\n  momentum: 0.9", "training.momentum: has no effect with 'adamw'"),
     ("name: demo", "name: 2024", ":1: name: must be text, got 2024: quote it"),
     ("name: demo", "name: my run", ":1: name: 'my run' does not fit a name"),
@@ -137,7 +138,7 @@ FAULTS = [
     (
         "  metrics: [",
         "  max_new_tokens: 8\n  metrics: [",
-        "max_new_tokens: has no effect without the metric 'generation'",
+        "max_new_tokens: has no effect without one of the metrics exact_match, f1, generation, rouge",
     ),
     ("models/tiny", "pypi:a==1!x.gguf", ":3: model.sha256: a registry package must be pinned"),
     ("models/tiny", "pypi:a!x.gguf", ":4: model.source: 'pypi:a!x.gguf' is not of the form 'pypi:name==version!"),

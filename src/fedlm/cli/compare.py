@@ -10,11 +10,17 @@ import typer
 from fedlm.cli.lists import listed, seeds_in
 from fedlm.cli.output import print_json
 from fedlm.errors import FedlmError, RunError
+from fedlm.recipe.tasks import FIGURES, WRITTEN
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-HEADS = {"accuracy": "accuracy", "generation_accuracy": "accuracy, generated", "loss": "loss"}
+HEADS = {
+    "accuracy": "accuracy",
+    "generation_accuracy": "accuracy, generated",
+    **{figure: FIGURES[figure].words for figures in WRITTEN.values() for figure in figures},
+    "loss": "loss",
+}
 
 SILO_ROWS = 12
 """Silos that train alone are listed one by one up to this many."""

@@ -14,11 +14,17 @@ from fedlm.evaluation import summarise
 from fedlm.evaluation.intervals import bootstrap_mean, student_t
 from fedlm.evaluation.summary import perplexity
 from fedlm.messages import Fields
+from fedlm.recipe.tasks import FIGURES, WRITTEN
 
-HEADLINES = ("accuracy", "generation_accuracy", "loss")
+HEADLINES = ("accuracy", "generation_accuracy", "f1", "rougeL", "exact_match", "loss")
 """The verdict is on the first of these that was measured."""
 
-ITEMS = {"accuracy": "choice", "generation_accuracy": "generation", "loss": "nll"}
+ITEMS = {
+    "accuracy": "choice",
+    "generation_accuracy": "generation",
+    **{figure: figure for figures in WRITTEN.values() for figure in figures},
+    "loss": "nll",
+}
 
 ENOUGH_ITEMS = 20
 """With fewer test items nothing is decided: intervals over so few are too narrow (the bootstrap's are false in 8 to 10
@@ -48,7 +54,7 @@ class ArmResult:
         return self.arm.split(":", 1)[0]
 
     def items(self, name: str) -> np.ndarray:
-        """Results of every test item in the order of the silos: `choice`, `generation`, `nll` or `tokens`."""
+        """Results of every test item in the order of the silos: a value of `ITEMS`, or `tokens`."""
         found = [self.measured[silo].get("items", {}).get(name, []) for silo in sorted(self.measured)]
         return np.concatenate([np.asarray(part, dtype=np.float64) for part in found]) if found else np.zeros(0)
 
@@ -62,6 +68,9 @@ def arm_metrics(result: ArmResult) -> Fields:
         summary["loss_interval"] = [low, high]
         if (bounds := (perplexity(low), perplexity(high))) and None not in bounds:
             summary["perplexity_interval"] = list(bounds)
+    for figure in (f for f, facts in FIGURES.items() if facts.unit and f in summary):
+        if len(scores := result.items(figure)):
+            summary[f"{figure}_interval"] = list(bootstrap_mean(scores, seed=result.seed, purpose=figure))
     return summary
 
 
@@ -171,7 +180,8 @@ def sentence(verdict: Fields) -> str:
             "worse": " at equal steps per silo, but not at equal total compute",
             "undecided": " at equal steps per silo (at equal total compute it cannot be told)",
         }[compute["outcome"]]
-    name = {"accuracy": "accuracy", "generation_accuracy": "accuracy of generated answers", "loss": "loss"}[metric]
+    words = {"accuracy": "accuracy", "generation_accuracy": "accuracy of generated answers"}
+    name = words.get(metric) or FIGURES[metric].words
     text = (
         f"{opening}: {name} on {verdict['items']:,} held-out items of all silos is "
         f"{_value(first['federated'], metric)} federated and {_value(first['other'], metric)} for "

@@ -34,7 +34,8 @@ def column_names(row: Row, depth: int = 3) -> list[str]:
 
 
 def look_up(row: Row, name: str) -> Any:
-    """The value of a column; dots reach into nested records unless a column has the dotted name itself.
+    """The value of a column; dots reach into nested records, and with a number from 0 into lists, unless a column has
+    the dotted name itself.
 
     Raises:
         UnknownColumnError: there is no such column.
@@ -43,6 +44,9 @@ def look_up(row: Row, name: str) -> Any:
         return row[name]
     value: Any = row
     for part in name.split("."):
+        if isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+            continue
         if not isinstance(value, Mapping) or part not in value:
             names = column_names(row)
             hint = nearest(name, names)

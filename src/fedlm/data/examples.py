@@ -2,6 +2,7 @@
 
     text        text
     messages    messages: list of {role, content}             (prompt + response maps here)
+                answers: further right texts of the last assistant turn, often none
     preference  prompt, chosen, rejected
     choice      question, choices: list of str, answer: index
 
@@ -28,7 +29,7 @@ _COMMON = [(name, pa.string()) for name in ("label", "domain", "hash", "group", 
 _MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 SCHEMAS = {
     "text": pa.schema([("text", pa.string()), *_COMMON]),
-    "messages": pa.schema([("messages", pa.list_(_MESSAGE)), *_COMMON]),
+    "messages": pa.schema([("messages", pa.list_(_MESSAGE)), ("answers", pa.list_(pa.string())), *_COMMON]),
     "preference": pa.schema([(n, pa.string()) for n in ("prompt", "chosen", "rejected")] + _COMMON),
     "choice": pa.schema(
         [("question", pa.string()), ("choices", pa.list_(pa.string())), ("answer", pa.int64()), *_COMMON]
@@ -51,7 +52,7 @@ Example = dict[str, Any]
 
 def kind_of(columns: Columns, where: str) -> str:
     """Which form the mapped columns make. Raises DataError for none, or a mixture of several."""
-    given = set(columns.model_dump(exclude_none=True)) - {"label"}
+    given = set(columns.model_dump(exclude_none=True)) - {"label", "system", "answers"}
     for names, kind in _FORMS:
         if given == names:
             return kind
@@ -85,6 +86,7 @@ def map_rows(
         DataError: a malformed row under 'fail', with file and row, without its text.
     """
     content = _CONTENT[kind_of(source.columns, source.path)](source.columns)
+    further = None if source.columns.answers is None else _answers(source.columns.answers)
     labelled = None if source.columns.label is None else compile_text(source.columns.label)
     grouped = None if partition is None or partition.by is None else _group(partition.by, partition.pattern)
     for raw in rows:
@@ -93,6 +95,8 @@ def map_rows(
                 raise MalformedRowError(raw.fault)
             example = content(raw.values)
             example["hash"] = content_hash(example)
+            if "messages" in example:
+                example["answers"] = further(raw.values) if further else []
             default = example["choices"][example["answer"]] if "choices" in example else ""
             label = labelled(raw.values) if labelled else default
             example |= {"label": label, "domain": domain, "row": raw.where}
@@ -171,15 +175,39 @@ def _as_list(value: Any, name: str, of: str) -> list[Any]:
 
 
 def _messages(columns: Columns) -> Callable[[Row], Example]:
-    if columns.messages is None:
-        return _turns(columns)
-    name = columns.messages
+    turns = _turns(columns) if columns.messages is None else _conversation(columns.messages)
+    if columns.system is None:
+        return turns
+    system = compile_text(columns.system)
+    return lambda row: {"messages": [{"role": "system", "content": system(row)}, *turns(row)["messages"]]}
 
+
+def _conversation(name: str) -> Callable[[Row], Example]:
     def build(row: Row) -> Example:
         value = _as_list(look_up(row, name), name, "messages")
         if not value:
             raise MalformedRowError(f"column '{name}' is an empty list of messages")
-        return {"messages": [_message(item, f"message {i + 1} of '{name}'") for i, item in enumerate(value)]}
+        turns: list[dict[str, str]] = []
+        for i, item in enumerate(value):
+            where = f"message {i + 1} of '{name}'"
+            for turn in _pair(item):
+                turns.append(_message(turn, where))
+        return {"messages": turns}
+
+    return build
+
+
+def _pair(item: Any) -> list[Any]:
+    """The two turns of a {question, answer}; anything else is a turn by itself."""
+    if isinstance(item, Mapping) and "question" in item and "answer" in item:
+        return [{"role": "user", "content": item["question"]}, {"role": "assistant", "content": item["answer"]}]
+    return [item]
+
+
+def _answers(name: str) -> Callable[[Row], list[str]]:
+    def build(row: Row) -> list[str]:
+        found = [as_text(text, f"{name}[{i}]") for i, text in enumerate(_as_list(look_up(row, name), name, "answers"))]
+        return list(dict.fromkeys(found))
 
     return build
 
@@ -192,7 +220,7 @@ def _message(item: Any, where: str) -> dict[str, str]:
     elif "from" in item and "value" in item:
         role, content = item["from"], item["value"]
     else:
-        raise MalformedRowError(f"{where} has neither role and content nor from and value")
+        raise MalformedRowError(f"{where} has neither role and content nor from and value nor question and answer")
     if isinstance(content, list) and all(isinstance(c, Mapping) and c.get("type") == "text" for c in content):
         content = "".join(str(c.get("text", "")) for c in content)
     if not isinstance(role, str) or role not in _ROLES:

@@ -10,7 +10,7 @@ from fedlm.federation.records import LINE, PLANNED
 from fedlm.federation.updates import largest_tokens
 from fedlm.messages import Fields, Reply
 from fedlm.recipe.schema import Recipe
-from fedlm.recipe.tasks import FIGURES, TASKS
+from fedlm.recipe.tasks import FIGURES, TASKS, WRITTEN
 
 LARGEST = 2**53
 """Counts beyond it are no whole numbers in JSON readers, and a million of them still have a finite sum."""
@@ -22,7 +22,7 @@ COUNTS = {
     "choice": ("choice_correct", "choice_correct_norm", "choice_total"),
     "generation": ("generation_correct", "generation_parsed", "generation_total"),
 }
-"""What each metric of a recipe counts."""
+"""What each metric of a recipe counts; those of `WRITTEN` count figures."""
 
 
 def require_numbers(silo: str, fields: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -59,7 +59,7 @@ def check_figures(silo: str, figures: Any, known: Iterable[str], most: float) ->
         require_numbers(silo, {f"{name} (count)": count}, [f"{name} (count)"])
         if count > most:
             raise UpdateRefused(f"the reply's '{name}' counts {count}, above {most}", where=silo)
-        if FIGURES[name].proportion and not 0 <= total <= count:
+        if (FIGURES[name].proportion or FIGURES[name].unit) and not 0 <= total <= count:
             raise UpdateRefused(f"the reply's '{name}' is {total} of {count}", where=silo)
 
 
@@ -98,7 +98,9 @@ def check_counts(reply: Reply, recipe: Recipe, rows: int) -> None:
         if fields["examples"] > rows:
             raise UpdateRefused(f"the reply's 'examples' is {fields['examples']}, above {rows}", where=reply.silo)
         return
-    wanted = [name for metric in recipe.evaluation.metrics for name in COUNTS[metric]]
+    written = [name for metric in recipe.evaluation.metrics for name in WRITTEN.get(metric, ())]
+    check_figures(reply.silo, {name: fields["figures"].get(name) for name in written}, written, rows)
+    wanted = [name for metric in recipe.evaluation.metrics for name in COUNTS.get(metric, ())]
     require_numbers(reply.silo, fields, ["examples", *wanted])
     bounds = {"examples": rows, "loss_tokens": rows * largest_tokens(recipe)}
     for right, total in (

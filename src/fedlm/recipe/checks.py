@@ -12,7 +12,7 @@ from fedlm.recipe.capacity import capacity_problems
 from fedlm.recipe.data_checks import Path, Problem, all_sources, changed, data_problems, kind_of, origin_problems
 from fedlm.recipe.guards import guard_problems
 from fedlm.recipe.methods import ALGORITHMS, FACTORS
-from fedlm.recipe.tasks import TASKS
+from fedlm.recipe.tasks import TASKS, WRITTEN
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -55,12 +55,15 @@ def _task(recipe: Recipe) -> Iterator[Problem]:
                 (*path, "columns"),
                 f"task '{recipe.task}' cannot learn from {kind} rows, it needs {' or '.join(allowed)}",
             )
+    kinds = {kind_of(source.columns) for _, source in found}
     for index, metric in enumerate(recipe.evaluation.metrics):
-        if metric != "loss" and not (recipe.data.at_silos or any(s.columns.choices is not None for _, s in found)):
-            yield (
-                ("evaluation", "metrics", index),
-                f"metric '{metric}' needs sources mapped to question + choices + answer",
-            )
+        here = ("evaluation", "metrics", index)
+        if recipe.data.at_silos or metric == "loss":
+            continue
+        if metric not in WRITTEN and "choice" not in kinds:
+            yield here, f"metric '{metric}' needs sources mapped to question + choices + answer"
+        if metric in WRITTEN and "messages" not in kinds:
+            yield here, f"metric '{metric}' needs sources mapped to messages, or to prompt + response"
 
 
 def _federation(recipe: Recipe) -> Iterator[Problem]:
@@ -92,8 +95,9 @@ def _without_effect(recipe: Recipe) -> Iterator[Problem]:
         if chosen not in by and changed(spec, field):
             yield (*path, field), f"has no effect with '{chosen}' (it belongs to {', '.join(by)})"
     yield from _options(recipe)
-    if "generation" not in recipe.evaluation.metrics and changed(recipe.evaluation, "max_new_tokens"):
-        yield ("evaluation", "max_new_tokens"), "has no effect without the metric 'generation'"
+    writing = {"generation", *WRITTEN}
+    if not writing & set(recipe.evaluation.metrics) and changed(recipe.evaluation, "max_new_tokens"):
+        yield ("evaluation", "max_new_tokens"), f"has no effect without one of the metrics {', '.join(sorted(writing))}"
 
 
 def _options(recipe: Recipe) -> Iterator[Problem]:

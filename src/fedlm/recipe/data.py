@@ -11,11 +11,13 @@ from fedlm.recipe.types import Fraction, Name
 
 
 class Columns(Strict):
-    """How a row becomes an example. Each value is a column name (dots reach into nested records) or, where it holds
+    """How a row becomes an example. Each value is a column name (dots reach into nested records, a number after a dot into a list) or, where it holds
     braces, a template such as '{text:.400}\\n\\nTopic?' whose fields are column names. Give exactly one of
     `messages`, `text`, `prompt`+`response`, `prompt`+`chosen`+`rejected`, `question`+`choices`+`answer`."""
 
-    messages: str | None = Field(None, description="A list of {role, content} (or ShareGPT's {from, value}).")
+    messages: str | None = Field(
+        None, description="A list of {role, content}, of ShareGPT's {from, value}, or of pairs {question, answer}."
+    )
     text: str | None = None
     prompt: str | None = None
     response: str | None = None
@@ -29,6 +31,15 @@ class Columns(Strict):
         None,
         description="Index from 0 into the choices, letter A.., or the text of the right choice. Where the column "
         "`choices` holds records {text: [...], label: [...]}, one of these labels.",
+    )
+    system: str | None = Field(
+        None,
+        description="With messages, or prompt and response: a system turn before them, such as the text talked of.",
+    )
+    answers: str | None = Field(
+        None,
+        description="With messages, or prompt and response: a column with a list of texts that are right as well as the "
+        "last assistant turn, for the metrics of written answers.",
     )
     label: str | None = Field(None, description="Column used by partitioners and plots; defaults to the answer's text.")
 

@@ -132,8 +132,13 @@ def _reading(source: SourceSpec, path: Path) -> Iterator[Problem]:
 
 def _columns(columns: Columns, path: Path) -> Iterator[Problem]:
     """Exactly one mapping, and templates that can be filled."""
+    if kind_of(columns) != "messages":
+        for name in ("system", "answers"):
+            if getattr(columns, name) is not None:
+                yield (*path, name), "has no effect: only messages, or prompt and response, have it"
     if mapping_of(columns) is None:
-        given = [name for name in type(columns).model_fields if name != "label" and getattr(columns, name) is not None]
+        known = {name for names in _MAPPINGS.values() for name in names}
+        given = [name for name in type(columns).model_fields if name in known and getattr(columns, name) is not None]
         yield (
             path,
             f"map rows in exactly one way ({', or '.join(_MAPPINGS)}), here: {', '.join(given) or 'nothing'}",

@@ -85,9 +85,11 @@ class EvaluationSpec(Strict):
     """What is measured on held-out text."""
 
     every: PositiveInt = Field(1, description="Validate after every n-th round, and always after the last.")
-    metrics: list[Literal["loss", "choice", "generation"]] = Field(
+    metrics: list[Literal["loss", "choice", "generation", "rouge", "exact_match", "f1"]] = Field(
         default_factory=lambda: ["loss"],  # type: ignore[arg-type]
-        description="'choice': multiple choice by log-likelihood; 'generation': by generated text, with parse rate.",
+        description="'choice': multiple choice by log-likelihood; 'generation': by generated text, with parse rate; "
+        "'exact_match' and 'f1' (of words, as SQuAD has them) and 'rouge' (ROUGE-1, -2 and -L, F-measure): the last "
+        "assistant turn of messages, written greedily by the model, against the row's own.",
         min_length=1,
     )
     max_examples: PositiveInt | None = Field(None, description="Rows per silo and role; a keyed subset.")
@@ -95,7 +97,7 @@ class EvaluationSpec(Strict):
         None, description="Measure on a fixed, keyed panel of this many silos; default: all of them."
     )
     batch_tokens: PositiveInt = Field(2048, description="Tokens per forward pass.")
-    max_new_tokens: PositiveInt = 32
+    max_new_tokens: PositiveInt = Field(32, description="Of a generated answer.")
 
 
 class Recipe(Strict):

@@ -36,11 +36,25 @@ class Figure:
     words: str
     proportion: bool = False
     """A share of the rows, between 0 and 1; otherwise any number."""
+    unit: bool = False
+    """A mean of scores that each lie between 0 and 1; no share of rows, so its interval is not a binomial's."""
     higher: bool = True
     """More is better."""
 
 
 FIGURES: dict[str, Figure] = {
+    "exact_match": Figure("exact match", proportion=True),
+    "f1": Figure("F1 of words", unit=True),
+    "rougeL": Figure("ROUGE-L", unit=True),
+    "rouge1": Figure("ROUGE-1", unit=True),
+    "rouge2": Figure("ROUGE-2", unit=True),
     "loss": Figure("loss", higher=False),
     "skipped_steps": Figure("steps skipped as spikes", proportion=True, higher=False),
 }
+
+WRITTEN: dict[str, tuple[str, ...]] = {
+    "exact_match": ("exact_match",),
+    "f1": ("f1",),
+    "rouge": ("rouge1", "rouge2", "rougeL"),
+}
+"""Metrics of written answers, on rows of messages, and the figures that each counts."""

@@ -55,8 +55,10 @@ def metric(key: str, value: Any) -> str:
 
 
 def is_share(key: str) -> bool:
-    """Whether a metric of this key is a share between 0 and 1."""
-    return FIGURES[key].proportion if key in FIGURES else "accuracy" in key or key.endswith("rate")
+    """Whether a metric of this key lies between 0 and 1 and is shown as per cent."""
+    if key in FIGURES:
+        return FIGURES[key].proportion or FIGURES[key].unit
+    return "accuracy" in key or key.endswith("rate")
 
 
 def metric_name(key: str) -> str:
