@@ -78,7 +78,7 @@ FAULTS = [
     ("  lr: 5e-4", "  schedule: cosin", "training.schedule: unknown value 'cosin', did you mean 'cosine'"),
     ("  steps: 5", '  steps: "5"', ":14: training.steps: must be a valid integer, got the text '5'"),
     ("  steps: 5", "  steps: 5\n  epochs: 1", ":12: training: give exactly one of `steps` and `epochs`"),
-    ("  steps: 5", "  steps: 5\nevaluation:\n  metrics: [rouge]", "metric 'rouge' needs sources mapped to messages"),
+    ("[loss, choice]", "[loss, rouge]", "metric 'rouge' needs sources mapped to messages, or to prompt + response"),
     ("  steps: 5", "  steps: 5\n  momentum: 0.9", "training.momentum: has no effect with 'adamw'"),
     ("name: demo", "name: 2024", ":1: name: must be text, got 2024: quote it"),
     ("name: demo", "name: my run", ":1: name: 'my run' does not fit a name"),

@@ -43,8 +43,8 @@ def measure(
 
     Args:
         rows: `datasets.Dataset` of canonical examples of one `kind`.
-        kind: 'text', 'messages', 'preference' or 'choice'; only the last has the choice and generation metrics, and only
-            messages have those of written answers.
+        kind: 'text', 'messages', 'preference' or 'choice'; only the last has the choice and generation metrics, and
+            only messages have those of written answers.
         max_length: tokens at which rows are cut for the loss, which is that of the training task itself; a long
             document may be several sequences, which are added up.
         packing: False for models that cannot be packed (the recipe's `training.packing`).
@@ -56,7 +56,8 @@ def measure(
         {"examples", "loss_sum" (nats), "loss_tokens", "choice_correct", "choice_correct_norm", "choice_total",
         "generation_correct", "generation_parsed", "generation_total",
         "figures": {name: [sum, count]}} and, if asked, "items": {"nll", "tokens",
-        "choice", "choice_norm", "generation", and each figure of written answers}, of those measured. Metrics that were not asked for count 0.
+        "choice", "choice_norm", "generation",
+        and each figure of written answers}, of those measured. Metrics that were not asked for count 0.
 
     The model's training flag and its gradients stay as they were; equal calls give equal results.
 
@@ -130,10 +131,10 @@ def measure(
             result["generation_parsed"] = int(written.parsed.sum())
             result["generation_total"] = len(written.correct)
             detail["generation"] = written.correct.astype(int).tolist()
-        figures = [name for metric in spec.metrics for name in WRITTEN.get(metric, ())]
-        if figures and kind == "messages":
+        wanted = [name for metric in spec.metrics for name in WRITTEN.get(metric, ())]
+        if wanted and kind == "messages":
             scores_of = score_written(
-                model, tokenizer, rows, figures,
+                model, tokenizer, rows, wanted,
                 batch_tokens=spec.batch_tokens, max_new_tokens=spec.max_new_tokens, skip=skip,
             )  # fmt: skip
             result["figures"] = {name: [math.fsum(values), len(values)] for name, values in scores_of.items()}

@@ -11,9 +11,10 @@ from fedlm.recipe.types import Fraction, Name
 
 
 class Columns(Strict):
-    """How a row becomes an example. Each value is a column name (dots reach into nested records, a number after a dot into a list) or, where it holds
-    braces, a template such as '{text:.400}\\n\\nTopic?' whose fields are column names. Give exactly one of
-    `messages`, `text`, `prompt`+`response`, `prompt`+`chosen`+`rejected`, `question`+`choices`+`answer`."""
+    """How a row becomes an example. Each value is a column name (dots reach into nested records, with a number into
+    lists) or, where it holds braces, a template such as '{text:.400}\\n\\nTopic?' whose fields are column names. Give
+    exactly one of `messages`, `text`, `prompt`+`response`, `prompt`+`chosen`+`rejected`,
+    `question`+`choices`+`answer`."""
 
     messages: str | None = Field(
         None, description="A list of {role, content}, of ShareGPT's {from, value}, or of pairs {question, answer}."
@@ -38,8 +39,8 @@ class Columns(Strict):
     )
     answers: str | None = Field(
         None,
-        description="With messages, or prompt and response: a column with a list of texts that are right as well as the "
-        "last assistant turn, for the metrics of written answers.",
+        description="With messages, or prompt and response: a column with a list of texts that are right as well as "
+        "the last assistant turn, for the metrics of written answers.",
     )
     label: str | None = Field(None, description="Column used by partitioners and plots; defaults to the answer's text.")
 
