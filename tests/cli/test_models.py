@@ -27,9 +27,13 @@ def test_the_list_says_source_size_licence_and_state() -> None:
     text = fedlm("models").stdout
     for model in CATALOGUE.values():
         assert {model.name, model.source, model.sha256, model.licence} <= set(text.replace(",", " ").split())
-    (row,) = json.loads(fedlm("models", "--json").stdout)
+    listed = json.loads(fedlm("models", "--json").stdout)
+    (row,) = listed["models"]
     assert row["name"] == "smollm2-135m-instruct"
     assert row["cached"] is False
+    (small,) = [size for size in listed["presets"] if size["source"] == "preset:llama-1m"]
+    assert small["parameters"]["2048"] == 1_053_824
+    assert "preset:llama-1b" in text
 
 
 def test_fetching_converts_into_the_cache(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -61,4 +65,4 @@ def test_bad_input_is_one_sentence(tiny_model_dir: Path, arguments: list[str], w
 def test_the_catalogues_models_are_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FEDLM_CACHE")
     fedlm("models", "fetch", "smollm2-135m-instruct")
-    assert json.loads(fedlm("models", "--json").stdout)[0]["cached"] is True
+    assert json.loads(fedlm("models", "--json").stdout)["models"][0]["cached"] is True

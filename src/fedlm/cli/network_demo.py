@@ -47,7 +47,7 @@ def demo(
         recipe.write_text(read_template("news"))
         recipe.write_text(dump_recipe(load_recipe(recipe, ["data.partition.silos=3"])))
     found = load_recipe(recipe)
-    models = [found.model.source] if Path(found.model.source).exists() else []
+    models = [here for here in (found.model.source, found.model.tokenizer) if here and Path(here).exists()]
     apart = namespaces == "yes" or (namespaces == "auto" and possible())
 
     def say(text: str) -> None:

@@ -73,11 +73,14 @@ def _missing_files(path: Path, recipe: object) -> list[str]:
     """Local sources that match no file, as written in the recipe; they may be on the silos' machines."""
     from fedlm.models.catalogue import CATALOGUE
     from fedlm.recipe.data_checks import all_sources
+    from fedlm.recipe.presets import SCHEME
     from fedlm.recipe.schema import Recipe as Schema
 
     assert isinstance(recipe, Schema)
     paths = [source.path for _, source in all_sources(recipe.data)] + [recipe.model.source]
-    local = [p for p in dict.fromkeys(paths) if not p.startswith(("hub:", "pypi:", "npm:")) and p not in CATALOGUE]
+    paths += [recipe.model.tokenizer] if recipe.model.tokenizer else []
+    known = ("hub:", "pypi:", "npm:", SCHEME)
+    local = [p for p in dict.fromkeys(paths) if not p.startswith(known) and p not in CATALOGUE]
     return [p for p in local if not _exists(path.parent, p)]
 
 

@@ -36,6 +36,7 @@ from fedlm.files import read_json, write_json
 from fedlm.messages import Event, Fields, Observe, Tensors
 from fedlm.recipe.load import diff_recipes, load_recipe
 from fedlm.recipe.methods import ALGORITHMS
+from fedlm.recipe.presets import reseeded
 from fedlm.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def compare(
     silo_count = 0
     with Interrupt():  # SIGTERM ends a comparison as Ctrl-C does
         for seed in seeds:
-            seeded = recipe.model_copy(update={"seed": seed})
+            seeded = reseeded(recipe, seed)
             data = load_data(seeded, base)
             if force and not results:  # not before the new data could be read
                 remove_run(run_dir)

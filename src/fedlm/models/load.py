@@ -1,4 +1,5 @@
-"""Base models and tokenizers: from a folder, a GGUF file, a registry package or the hub, to a folder of safetensors.
+"""Base models and tokenizers: from a folder, a GGUF file, a registry package, the hub or a preset, to a folder of
+safetensors.
 
 `resolve` turns any source into a folder whose weights already have the recipe's dtype. `load_base` maps that folder
 into memory, so however many processes load it, the machine holds the weights once (`share`).
@@ -34,10 +35,14 @@ from fedlm.models.folders import (
     models_cache,
     open_weights,
     quiet,
+    read_config,
     reason,
     weight_files,
 )
+from fedlm.models.presets import from_preset
 from fedlm.models.quantise import four_bit
+from fedlm.models.vocabulary import check_vocabulary, read_tokenizer
+from fedlm.recipe.presets import is_preset
 from fedlm.recipe.schema import ModelSpec
 
 if TYPE_CHECKING:
@@ -59,6 +64,8 @@ def resolve(spec: ModelSpec) -> Path:
     source = spec.source
     if source in CATALOGUE:
         return resolve(CATALOGUE[source].spec(spec))
+    if is_preset(source):
+        return from_preset(spec, resolve)
     if is_package(source):
         return _from_package(spec)
     if source.startswith("hub:"):
@@ -356,23 +363,12 @@ def load_tokenizer(spec: ModelSpec, *, needs_template: bool = False) -> PreTrain
     token: nothing here ever computes on padding's loss, so the two may be the same.
 
     Raises:
-        ModelError: it cannot be read, is not a fast tokenizer, has no token to pad with, the template that the recipe
-            names cannot be read, or `needs_template` and there is none or it does not parse.
+        ModelError: it cannot be read, is not a fast tokenizer, has no token to pad with, has tokens that the model does
+            not know, the template that the recipe names cannot be read, or `needs_template` and there is none or it
+            does not parse.
     """
     folder = resolve(spec)
-    from transformers import AutoTokenizer
-
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, use_fast=True, trust_remote_code=False, local_files_only=True
-            )
-    except Exception as error:  # whatever transformers raises here is about this folder
-        raise ModelError(
-            f"the tokenizer cannot be read: {reason(error)}",
-            where=spec.source,
-            fix="copy the tokenizer's files (tokenizer.json, tokenizer_config.json) beside the weights again",
-        ) from error
+    tokenizer = read_tokenizer(folder, where=spec.source)
     if not tokenizer.is_fast:
         raise ModelError("the model has no fast tokenizer (tokenizer.json)", where=spec.source)
     if tokenizer.pad_token_id is None:
@@ -388,4 +384,5 @@ def load_tokenizer(spec: ModelSpec, *, needs_template: bool = False) -> PreTrain
         tokenizer.chat_template = template_text(spec.chat_template)
     if needs_template:
         require_template(tokenizer, where="model.chat_template" if spec.chat_template else spec.source)
+    check_vocabulary(tokenizer, read_config(folder / "config.json"), where=spec.source)
     return tokenizer

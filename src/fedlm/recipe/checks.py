@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fedlm.recipe.capacity import capacity_problems
-from fedlm.recipe.data_checks import Path, Problem, all_sources, changed, data_problems, kind_of, origin_problems
+from fedlm.recipe.data_checks import Path, Problem, all_sources, changed, data_problems, kind_of
 from fedlm.recipe.guards import guard_problems
 from fedlm.recipe.methods import ALGORITHMS, FACTORS
+from fedlm.recipe.presets import model_problems
 from fedlm.recipe.tasks import TASKS, WRITTEN
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _model(recipe: Recipe) -> Iterator[Problem]:
-    yield from origin_problems(recipe.model, "source", ("model",))
+    yield from model_problems(recipe.model)
     if recipe.adapter.dora:
         yield (
             ("adapter", "dora"),

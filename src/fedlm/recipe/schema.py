@@ -7,7 +7,7 @@ Combinations that span fields are judged in `fedlm.recipe.checks`.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -19,6 +19,7 @@ from fedlm.recipe.checks import problems
 from fedlm.recipe.data import Columns, DataSpec, PartitionSpec, SiloSpec, SourceSpec, SplitSpec
 from fedlm.recipe.guards import DownlinkSpec, GuardSpec
 from fedlm.recipe.model import AdapterSpec, ModelSpec
+from fedlm.recipe.presets import with_seed
 from fedlm.recipe.speeds import SpeedSpec
 from fedlm.recipe.strict import Strict
 from fedlm.recipe.tasks import TASKS
@@ -124,6 +125,11 @@ class Recipe(Strict):
         if name not in TASKS:
             raise ValueError(f"unknown task '{name}', {nearest(name, TASKS)}")
         return name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _seeded(cls, data: Any) -> Any:
+        return with_seed(data)
 
     @model_validator(mode="after")
     def _possible(self) -> Recipe:

@@ -21,6 +21,7 @@ from fedlm.models.catalogue import CATALOGUE
 from fedlm.recipe.capacity import Capacity
 from fedlm.recipe.load import load_yaml
 from fedlm.recipe.methods import ALGORITHMS, FACTORS
+from fedlm.recipe.presets import is_preset
 from fedlm.recipe.schema import ModelSpec, Recipe
 from fedlm.recipe.strict import Strict
 from fedlm.training.batches import steps_per_round
@@ -53,7 +54,8 @@ class Policy(Strict):
     )
     models: dict[str, str] = Field(
         default_factory=dict,
-        description="Name in the recipe -> folder or .gguf file here, or 'pinned' to fetch what the recipe pins.",
+        description="Name in the recipe -> folder or .gguf file here, or 'pinned' to fetch what the recipe pins; also "
+        "of a preset's tokenizer.",
     )
     chat_templates: dict[str, str] = Field(
         default_factory=dict, description="Name in the recipe -> Jinja file here. 'chatml' is always allowed."
@@ -163,6 +165,8 @@ def local_model(policy: Policy, spec: ModelSpec) -> ModelSpec:
     elif folder is None and not policy.any_pinned_model:
         allowed = ", ".join(policy.models) or "none"
         raise Forbidden(f"this silo's policy does not allow the model '{spec.source}' (models: {allowed})")
+    if spec.tokenizer is not None:
+        changes |= _local_tokenizer(policy, spec.tokenizer)
     if spec.chat_template not in (None, "chatml"):
         file = _mapped(policy.chat_templates, spec.chat_template)
         if file is None:
@@ -174,9 +178,28 @@ def local_model(policy: Policy, spec: ModelSpec) -> ModelSpec:
     return spec.model_copy(update=changes)
 
 
+def _local_tokenizer(policy: Policy, tokenizer: str) -> dict[str, str | None]:
+    """What changes in a preset's spec so that this silo finds its tokenizer.
+
+    Raises:
+        Forbidden: the owner allows none by this name.
+    """
+    folder = _mapped(policy.models, tokenizer)
+    if folder is not None and folder != PINNED:
+        return {"tokenizer": folder, "sha256": None, "revision": None}
+    if not _is_pinned(tokenizer):
+        raise Forbidden(
+            f"the tokenizer '{_name(tokenizer)}' lies on the coordinator's disk; this silo uses it only if its policy "
+            "says where it lies here (models)"
+        )
+    if folder is None and not policy.any_pinned_model:
+        raise Forbidden(f"this silo's policy does not allow the tokenizer of '{tokenizer}' (models)")
+    return {}
+
+
 def _is_pinned(source: str) -> bool:
-    """Whether a recipe that passed validation pins this model to its bytes."""
-    return source in CATALOGUE or is_package(source) or source.startswith("hub:")
+    """Whether a recipe that passed validation pins this model to its bytes; a preset's follow from its seed."""
+    return source in CATALOGUE or is_package(source) or source.startswith("hub:") or is_preset(source)
 
 
 def _mapped(table: dict[str, str], text: str | None) -> str | None:
