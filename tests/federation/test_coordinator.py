@@ -32,6 +32,8 @@ def train_reply(request: Request, update: float, **fields: Any) -> Reply:
         "examples": 4,
         "rows": 8,
         "target_tokens": 10,
+        "loss_count": 10,
+        "figures": {},
         "tokens": 20,
         "loss": 2.0,
         "steps": 1,
@@ -78,7 +80,7 @@ class Toys:
             return Reply(*identity, {}, {"card": card, "versions": {}, "protocol": 1})
         if request.verb == "evaluate":
             loss = float((request.tensors["w"] - self.target).square().mean())
-            return Reply(*identity, {}, {"examples": 2, "loss_sum": loss * 10, "loss_tokens": 10})
+            return Reply(*identity, {}, {"examples": 2, "loss_sum": loss * 10, "loss_tokens": 10, "figures": {}})
         return train_reply(request, float(self.names.index(request.silo) + 1))
 
     def close(self) -> None: ...
@@ -189,7 +191,8 @@ def test_a_refused_update_is_a_failure_by_name_and_the_round_goes_on(tiny: Tiny,
 
 
 @pytest.mark.parametrize(
-    "fields", [{"loss": float("nan")}, {"tokens": -1}, {"steps": "many"}, {"seconds": float("inf")}]
+    "fields",
+    [{"loss": float("nan")}, {"tokens": -1}, {"steps": "many"}, {"seconds": float("inf")}, {"figures": {"x": [0, 1]}}],
 )
 def test_figures_that_cannot_be_written_down_are_refused(tiny: Tiny, tmp_path: Path, fields: dict[str, Any]) -> None:
     started, toys = Started(tiny, tmp_path, "federation.quorum=0.5"), Toys()
@@ -210,11 +213,16 @@ def test_figures_that_cannot_be_written_down_are_refused(tiny: Tiny, tmp_path: P
         {"loss_tokens": None},
         {"loss_tokens": 2 * 64 + 1},  # two rows of at most 64 tokens
         {"examples": 3},
+        {"figures": None},
+        {"figures": {"stolen": [1.0, 1]}},
+        {"figures": {"loss": [1.0]}},
+        {"figures": {"loss": [float("nan"), 1]}},
+        {"figures": {"loss": [1.0, 2 * 64 + 1]}},
     ],
 )
 def test_counts_that_a_silos_rows_do_not_allow_are_refused(tiny: Tiny, tmp_path: Path, fields: dict[str, Any]) -> None:
     started, toys = Started(tiny, tmp_path, "federation.quorum=0.5"), Toys()
-    counts = {"examples": 2, "loss_sum": 1.0, "loss_tokens": 10, **fields}
+    counts = {"examples": 2, "loss_sum": 1.0, "loss_tokens": 10, "figures": {}, **fields}
     toys.behave["evaluate s1"] = lambda r: Reply(r.silo, r.verb, r.run, r.round, 0, {}, counts)
     started.run(toys)
     assert [(f["silo"], f["kind"]) for f in started.rounds()[1]["validation"]["failures"]] == [("s1", "bad_update")]

@@ -59,7 +59,7 @@ def test_a_sketch_is_that_of_the_dense_gradient_of_the_mean_loss(
             assert got.dtype is torch.float32
     chosen = [data[i] for step in batches(spec, data.lengths, KEY, 0) for i in step]
     assert (result.steps, result.examples, len(events)) == (0, 18, 3)
-    assert result.loss == pytest.approx(padded_nll(adapted, chosen).mean().item(), rel=1e-5)
+    assert result.loss == pytest.approx(padded_nll(adapted, sequences_of(chosen)).mean().item(), rel=1e-5)
     assert result.target_tokens == sum(e.targets for e in chosen)
     assert all(p.grad is None for p in adapted.parameters())
     assert not any(layer._forward_hooks for layer in lora_layers(adapted).values()), "the hooks are gone"
