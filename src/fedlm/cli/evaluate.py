@@ -89,9 +89,9 @@ def _resolve(target: Path, overrides: list[str], base: bool, round_: str | None)
                 where=str(target),
                 fix="add --base for the base model, or name a run directory",
             )
-    from fedlm.models.adapters import initial_tensors
+    from fedlm.models.adapters import base_tensors
 
-    return recipe, folder, initial_tensors(recipe), "base model"
+    return recipe, folder, base_tensors(recipe), "base model"
 
 
 def _data_folder(run: Path) -> Path:

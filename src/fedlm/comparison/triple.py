@@ -176,7 +176,7 @@ class _Comparison:
 
     def run(self, arms: list[Arm]) -> list[ArmResult]:
         """All arms: the federation first, by itself; then those that train in one place, side by side."""
-        from fedlm.models.adapters import initial_tensors
+        from fedlm.models.adapters import base_tensors
 
         self._count = len(arms) + 2
         main, local = federated_recipe(self.recipe), local_recipe(self.recipe)
@@ -185,7 +185,7 @@ class _Comparison:
             opened.callback(first.close)
             federated = self._federated(main, first)
             base = self._measured(
-                BASE, lambda: (self.measure(first.engine, initial_tensors(self.recipe), BASE), dict(_NOTHING))
+                BASE, lambda: (self.measure(first.engine, base_tensors(self.recipe), BASE), dict(_NOTHING))
             )
             if all(self._result_file(arm.folder).exists() for arm in arms) or (
                 main.training == local.training and main.federation.algorithm == local.federation.algorithm

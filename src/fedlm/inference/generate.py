@@ -14,6 +14,7 @@ from torch import nn
 
 from fedlm.errors import ModelError
 from fedlm.models.load import render
+from fedlm.models.soft_prompts import virtual_tokens
 from fedlm.randomness import torch_generator
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ def stream(
 @torch.inference_mode()
 def _tokens(model: nn.Module, prompt: list[int], sampling: Sampling, stop: set[int]) -> Iterator[int]:
     context = int(getattr(model.config, "max_position_embeddings", 0)) or None
+    if context is not None:
+        context -= virtual_tokens(model)
     if not prompt:
         raise ModelError("the prompt is empty")
     if context is not None and len(prompt) >= context:

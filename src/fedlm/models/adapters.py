@@ -1,8 +1,9 @@
-"""What is trained and exchanged: LoRA, IA3 or the full weights, with names and first values that are equal everywhere.
+"""What is trained and exchanged: LoRA, IA3, soft prompts or the full weights, named and first valued alike everywhere.
 
 LoRA (Hu et al., ICLR 2022) adds (alpha / rank) B A to a weight, LoRA-SB (alpha / rank) B R A (`fedlm.models.square`);
 IA3 (Liu et al., NeurIPS 2022) scales keys, values and the feed-forward's inner activations. They come from PEFT, so
-that anything that reads PEFT reads the result. Adapter parameters are fp32 whatever the base's dtype.
+that anything that reads PEFT reads the result. Soft prompts: `fedlm.models.soft_prompts`. Adapter parameters are fp32
+whatever the base's dtype.
 
 A tensor's name is PEFT's name in a saved adapter without the leading 'base_model.model.', for instance
 `model.layers.0.self_attn.q_proj.lora_A.weight`; with kind 'full' it is the model's own parameter name. Each first value
@@ -26,9 +27,10 @@ from fedlm.messages import Tensors
 from fedlm.models.directions import add_terms, is_description
 from fedlm.models.folders import quiet
 from fedlm.models.load import load_base, resolve, unloadable
+from fedlm.models.soft_prompts import OFF, SoftPromptModel, attach_prompt
 from fedlm.models.square import insert_squares
 from fedlm.randomness import key, torch_generator
-from fedlm.recipe.methods import FACTORS
+from fedlm.recipe.methods import FACTORS, PROMPTS
 from fedlm.recipe.schema import AdapterSpec, Recipe
 
 # PEFT reads a property that transformers renamed. For the whole process: `catch_warnings` does not hold across threads.
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PREFIX = "base_model.model."
+PROMPT = "prompt_encoder."
+"""What the names of a soft prompt's parameters begin with."""
 _ADAPTER_PART = re.compile(r"\.(lora_A|lora_B|ia3_l)\.default(?=\.|$)")
 _SQUARE_PART = re.compile(r"\.lora_B\.([BR])$")
 _IA3_LLAMA_LIKE = (["k_proj", "v_proj", "down_proj"], ["down_proj"])
@@ -49,13 +53,16 @@ def attach(model: PreTrainedModel, spec: AdapterSpec, seed: int) -> nn.Module:
     """The model with trainable parameters as `spec` says, at their common first values.
 
     For 'lora', 'lora-sb' and 'ia3' the model is wrapped by PEFT and its outputs are still the base's (B = 0, scales =
-    1). For 'full' the model itself is returned with fp32 weights. Those that are mapped from a file in fp32 stay
-    mapped: pages become the process's own when they are written to, and the file never changes.
+    1). Soft prompts wrap it too, and change its outputs from the start. For 'full' the model itself is returned with
+    fp32 weights. Those that are mapped from a file in fp32 stay mapped: pages become the process's own when they are
+    written to, and the file never changes.
 
     Raises:
         ModelError: a target matches no linear module (those that exist are listed), is tied to the embeddings, IA3 has
-            no default for the architecture, or the LoRA rank is above a layer's smaller side.
+            no default for the architecture, or the LoRA rank is above a layer's smaller side; see `attach_prompt`.
     """
+    if spec.kind in PROMPTS:
+        return attach_prompt(model, spec, seed)
     if spec.kind == "full":
         unfrozen: nn.Module = _unfreeze(model)
         return unfrozen
@@ -247,6 +254,9 @@ def set_tensors(model: nn.Module, tensors: Tensors, spec: AdapterSpec) -> None:
     """
     from fedlm.models.deltas import is_delta, put_deltas
 
+    if isinstance(model, SoftPromptModel):
+        model.off = OFF in tensors
+        tensors = {name: tensor for name, tensor in tensors.items() if name != OFF}
     values = {name: tensor for name, tensor in tensors.items() if not is_delta(name)}
     layers = lora_layers(model) if spec.kind == "lora" else {}
     parameters = adapter_parameters(model)
@@ -270,7 +280,7 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter of the adapter by stable name, whether it is trained now or not; without one, all that train."""
     named = {}
     for name, parameter in model.named_parameters():
-        if _ADAPTER_PART.search(name):
+        if _ADAPTER_PART.search(name) or name.startswith(PROMPT):
             named[_stable(name)] = parameter
     return named or trainable(model)
 
@@ -354,9 +364,15 @@ def completed(tensors: Tensors, recipe: Recipe) -> Tensors:
 
 
 def initial_tensors(recipe: Recipe) -> Tensors:
-    """The first global model: what `get_tensors(attach(load_base(...)))` gives; adapters need no weights for it."""
-    if recipe.adapter.kind == "full":
+    """The first global model: what `get_tensors(attach(load_base(...)))` gives; adapters of layers need no weights for
+    it."""
+    if recipe.adapter.kind == "full" or recipe.adapter.kind in PROMPTS:
         return get_tensors(attach(load_base(recipe.model, device="cpu"), recipe.adapter, recipe.seed))
     return {
         name: first_value(name, parameter.shape, recipe.seed) for name, parameter in trainable(skeleton(recipe)).items()
     }
+
+
+def base_tensors(recipe: Recipe) -> Tensors:
+    """What a silo loads so that its model is the base: the first values, except for a prompt, which is left out."""
+    return {OFF: torch.ones(1)} if recipe.adapter.kind in PROMPTS else initial_tensors(recipe)

@@ -24,10 +24,14 @@ from fedlm.models.adapters import PREFIX, attach, check_tensors, lora_layers, se
 from fedlm.models.deltas import deltas_of, is_delta, joined, parted
 from fedlm.models.folders import DTYPES, HELPERS, local_path, new_folder, open_weights, weight_files
 from fedlm.models.load import load_base, load_tokenizer, resolve
+from fedlm.models.soft_prompts import SoftPromptModel, peft_prompt_config
 from fedlm.models.square import folded, unfolded
+from fedlm.recipe.methods import PROMPTS
 from fedlm.recipe.schema import AdapterSpec, ModelSpec, Recipe
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ENCODER_WEIGHTS = "prompt_encoder.safetensors"
+"""Beside PEFT's file, which has the rows of a prompt alone: the parameters that make them."""
 
 
 def save_adapter(folder: Path, tensors: Tensors, recipe: Recipe) -> None:
@@ -38,7 +42,7 @@ def save_adapter(folder: Path, tensors: Tensors, recipe: Recipe) -> None:
 
     Args:
         tensors: the adapter's parameters, and deltas, which become a part of it: its rank is larger then. LoRA-SB's
-            become plain LoRA.
+            become plain LoRA, a prompt that an encoder or a projection makes the rows that it comes to.
 
     Raises:
         ModelError: the tensors do not fit the recipe's adapter, or the folder holds something or cannot be written.
@@ -47,6 +51,9 @@ def save_adapter(folder: Path, tensors: Tensors, recipe: Recipe) -> None:
     model = skeleton(recipe)
     values = {name: tensor for name, tensor in tensors.items() if not is_delta(name)}
     check_tensors({name: p.shape for name, p in trainable(model).items()}, values)
+    if recipe.adapter.kind in PROMPTS:
+        _save_prompt(folder, values, recipe)
+        return
     tensors, adapter = joined(folded(tensors) if recipe.adapter.kind == "lora-sb" else tensors, recipe.adapter)
     with _written(folder) as temporary:
         if recipe.adapter.kind == "full":
@@ -55,9 +62,22 @@ def save_adapter(folder: Path, tensors: Tensors, recipe: Recipe) -> None:
             return
         saved = {PREFIX + name: tensor.to(torch.float32) for name, tensor in tensors.items()}
         write_tensors(temporary / ADAPTER_WEIGHTS, saved, {"format": "pt"})
-        config = _config_of(model, recipe)
+        config = _config_of(model.peft_config["default"], recipe)  # type: ignore[index]
         if adapter is not recipe.adapter:
             config |= {"r": adapter.rank, "lora_alpha": adapter.alpha}
+        write_atomic(temporary / "adapter_config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _save_prompt(folder: Path, tensors: Tensors, recipe: Recipe) -> None:
+    model = attach(load_base(recipe.model, device="cpu"), recipe.adapter, recipe.seed)
+    assert isinstance(model, SoftPromptModel)
+    set_tensors(model, tensors, recipe.adapter)
+    rows = model.rows().detach().to(torch.float32).contiguous()
+    with _written(folder) as temporary:
+        write_tensors(temporary / ADAPTER_WEIGHTS, {"prompt_embeddings": rows}, {"format": "pt"})
+        if recipe.adapter.kind in ("p-tuning", "prompt-projection"):
+            write_tensors(temporary / ENCODER_WEIGHTS, tensors, {"format": "pt"})
+        config = _config_of(peft_prompt_config(model), recipe)
         write_atomic(temporary / "adapter_config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 
@@ -82,9 +102,9 @@ def _written(folder: Path) -> Iterator[Path]:
         ) from error
 
 
-def _config_of(model: nn.Module, recipe: Recipe) -> dict[str, Any]:
+def _config_of(peft: Any, recipe: Recipe) -> dict[str, Any]:
     """adapter_config.json as PEFT writes it for inference, with sorted lists so that equal adapters are equal bytes."""
-    config: dict[str, Any] = model.peft_config["default"].to_dict()  # type: ignore[union-attr,index]
+    config: dict[str, Any] = peft.to_dict()
     name, revision = base_name(recipe.model)
     config |= {"base_model_name_or_path": name, "revision": revision, "inference_mode": True}
     return {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
@@ -107,10 +127,12 @@ def load_adapter(folder: Path, spec: AdapterSpec) -> Tensors:
     Raises:
         ModelError: there is no adapter, or it is corrupt.
     """
-    for name in (ADAPTER_WEIGHTS, "model.safetensors"):
+    for name in (ENCODER_WEIGHTS, ADAPTER_WEIGHTS, "model.safetensors"):
         if (folder / name).is_file():
             with open_weights(folder / name):
                 tensors = {k.removeprefix(PREFIX): v for k, v in read_tensors(folder / name).items()}
+            if "prompt_embeddings" in tensors:
+                return {"prompt_encoder.embedding.weight": tensors["prompt_embeddings"]}
             if spec.kind == "lora-sb":
                 return unfolded(tensors)
             return parted(tensors, spec.rank, spec.scale(spec.rank)) if spec.kind == "lora" else tensors
@@ -131,8 +153,11 @@ def save_merged(folder: Path, tensors: Tensors, recipe: Recipe, dtype: str = "fl
         changed weights, 0.0 for fp32 (or when nothing changed).
 
     Raises:
-        ModelError: the folder holds something, cannot be written, or the tensors do not fit.
+        ModelError: the folder holds something, cannot be written, or the tensors do not fit; or what was trained is a
+            prompt.
     """
+    if recipe.adapter.kind in PROMPTS:
+        raise ModelError("a soft prompt is no change of the weights, so it cannot be merged", fix="export the adapter")
     check_empty(folder)
     base = resolve(recipe.model)
     model = attach(load_base(recipe.model, device="cpu").to(torch.float32), recipe.adapter, recipe.seed)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from fedlm.recipe.capacity import capacity_problems
 from fedlm.recipe.data_checks import Path, Problem, all_sources, changed, data_problems, kind_of
 from fedlm.recipe.guards import guard_problems
-from fedlm.recipe.methods import ALGORITHMS, FACTORS
+from fedlm.recipe.methods import ALGORITHMS, FACTORS, PROMPTS
 from fedlm.recipe.presets import model_problems
 from fedlm.recipe.tasks import TASKS, WRITTEN
 
@@ -90,6 +90,12 @@ def _without_effect(recipe: Recipe) -> Iterator[Problem]:
         (adapter, ("adapter",), "dropout", adapter.kind, FACTORS),
         (adapter, ("adapter",), "rslora", adapter.kind, FACTORS),
         (adapter, ("adapter",), "targets", adapter.kind, (*FACTORS, "ia3")),
+        (adapter, ("adapter",), "virtual_tokens", adapter.kind, PROMPTS),
+        (adapter, ("adapter",), "prompt_text", adapter.kind, ("prompt", "prefix", "prompt-projection")),
+        (adapter, ("adapter",), "encoder", adapter.kind, ("p-tuning",)),
+        (adapter, ("adapter",), "encoder_hidden", adapter.kind, ("p-tuning",)),
+        (adapter, ("adapter",), "encoder_layers", adapter.encoder, ("lstm",)),
+        (adapter, ("adapter",), "intrinsic_dim", adapter.kind, ("prompt-projection",)),
         (training, ("training",), "final_lr", training.schedule, ("linear", "cosine")),
     ]
     for spec, path, field, chosen, by in readers:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-KINDS = ("lora", "ia3", "full")
+SOFT = ("prompt", "p-tuning", "prefix")
+"""Kinds of adapter that are a trained prompt, whose parameters are averaged by name."""
+PROMPTS = (*SOFT, "prompt-projection")
+"""Kinds of adapter that are tokens before the text."""
+KINDS = ("lora", "ia3", "full", *SOFT)
 FACTORS = ("lora", "lora-sb")
 """Kinds of adapter that have LoRA factors A and B."""
 

@@ -43,8 +43,11 @@ class ModelSpec(Strict):
 class AdapterSpec(Strict):
     """What is trained and exchanged."""
 
-    kind: Literal["lora", "lora-sb", "ia3", "full"] = Field(
-        "lora", description="'lora-sb': B R A with fixed A, B and a trained square R, for the algorithm fed-sb."
+    kind: Literal["lora", "lora-sb", "ia3", "full", "prompt", "p-tuning", "prefix", "prompt-projection"] = Field(
+        "lora",
+        description="'lora-sb': B R A with fixed A, B and a trained square R, for the algorithm fed-sb. 'prompt', "
+        "'p-tuning', 'prefix': vectors before the text. 'prompt-projection': such vectors along few random directions, "
+        "for fedbpt.",
     )
     rank: PositiveInt = 8
     alpha: PositiveFloat = 16.0
@@ -56,6 +59,19 @@ class AdapterSpec(Strict):
         False, description="Refused: DoRA's magnitudes are no function of B A, so no aggregation of them is exact."
     )
     targets: Literal["all-linear"] | list[str] = Field("all-linear", description="Module names, or all linear layers.")
+    virtual_tokens: PositiveInt = Field(20, description="Soft prompts: tokens before every sequence.")
+    prompt_text: str | None = Field(
+        None,
+        min_length=1,
+        description="prompt, prefix, prompt-projection: words that the prompt starts as; default: drawn from the "
+        "vocabulary.",
+    )
+    encoder: Literal["mlp", "lstm"] = Field("mlp", description="p-tuning: what makes the prompt of its trained inputs.")
+    encoder_hidden: PositiveInt | None = Field(
+        None, description="p-tuning: its inner width; default: the model's hidden size."
+    )
+    encoder_layers: PositiveInt = Field(2, description="p-tuning: layers of the LSTM.")
+    intrinsic_dim: PositiveInt = Field(500, description="prompt-projection: d, the numbers that are searched.")
 
     def scale(self, rank: int) -> float:
         """What multiplies B A of LoRA factors of this rank."""

@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 from fedlm.errors import FedlmError, ModelError
 from fedlm.training.head import plain_head
 from fedlm.training.packing import Packed, pack
+from fedlm.training.prefixes import Prefix
 from fedlm.training.sequences import Encoded
 from fedlm.training.short_attention import short_attention, visible
 
@@ -30,13 +31,14 @@ _FIX = "set `training.packing: false`"
 
 
 def packed_attention(
-    module: nn.Module,  # noqa: ARG001
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,  # noqa: ARG001
     *,
     packed: Packed,
+    prefix: Prefix | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -49,6 +51,8 @@ def packed_attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, d]
     # Values come straight from a product; rotations in fp32 may have widened the others, which autocast does not undo.
     q, k = q.to(v.dtype), k.to(v.dtype)
+    if prefix is not None:
+        k, v = prefix.into(k, v, int(module.layer_idx))  # type: ignore[arg-type]
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     longest = max(len(g.ancestors) + g.length for g in packed.grids)
     if q.device.type == "cpu" and dropout == 0.0 and longest <= SHORT:

@@ -16,12 +16,15 @@ from fedlm.recipe.schema import TrainingSpec
 from fedlm.training.attention import causal_model, packed
 from fedlm.training.head import CHUNK, head_nll, plain_head
 from fedlm.training.packing import Packed, pack
+from fedlm.training.prefixes import prefix_of, with_prompt
 from fedlm.training.sequences import Encoded
 
 
 def target_nll(model: nn.Module, batch: Packed) -> Tensor:
     """Negative log-likelihood of each target [M], fp32, differentiable. Call inside `attention.packed(model)`."""
     inputs = {"input_ids": batch.ids, "position_ids": batch.positions, "use_cache": False, "packed": batch}
+    if (prefix := prefix_of(model, batch)) is not None:
+        inputs["prefix"] = prefix
     if len(batch.targets) > CHUNK and plain_head(inner := causal_model(model)):
         hidden = inner.base_model(**inputs).last_hidden_state[0]
         return head_nll(inner.get_output_embeddings(), hidden[batch.predictors], batch.targets)
@@ -49,7 +52,8 @@ def batch_nll(model: nn.Module, sequences: Sequence[Encoded], spec: TrainingSpec
     """Negative log-likelihood [M] of every target of one forward pass, in the order of the sequences."""
     with precision(model):
         if spec.packing:
-            return target_nll(model, pack(sequences, share=not drops(model)).to(model_device(model)))
+            batch = pack(with_prompt(model, sequences), share=not drops(model))
+            return target_nll(model, batch.to(model_device(model)))
         return padded_nll(model, sequences)
 
 
@@ -112,7 +116,7 @@ def sequence_nll(
                 if not any(s.targets for s in chosen):
                     continue
                 if packing:
-                    batch = pack(chosen).to(device)
+                    batch = pack(with_prompt(model, chosen)).to(device)
                     nll, owners = target_nll(model, batch), batch.owners
                 else:
                     nll = padded_nll(model, chosen)

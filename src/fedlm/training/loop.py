@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedlm.errors import TrainingError
 from fedlm.messages import Observe, Tensors
+from fedlm.models.soft_prompts import virtual_tokens
 from fedlm.randomness import key
 from fedlm.recipe.schema import TrainingSpec
 from fedlm.training.attention import causal_model, packed
@@ -204,10 +205,12 @@ def check_length(model: Module, max_length: int) -> None:
         TrainingError: naming both numbers.
     """
     limit = getattr(causal_model(model).config, "max_position_embeddings", None)
-    if limit is not None and max_length > limit:
+    virtual = virtual_tokens(model)
+    if limit is not None and max_length + virtual > limit:
+        taken = f", of which the prompt takes {virtual}" if virtual else ""
         raise TrainingError(
-            f"`training.max_length` is {max_length} but the model has {limit} positions",
-            fix=f"set `training.max_length` to {limit} or less",
+            f"`training.max_length` is {max_length} but the model has {limit} positions{taken}",
+            fix=f"set `training.max_length` to {limit - virtual} or less",
         )
 
 

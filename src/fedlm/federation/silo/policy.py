@@ -20,7 +20,7 @@ from fedlm.messages import Request
 from fedlm.models.catalogue import CATALOGUE
 from fedlm.recipe.capacity import Capacity
 from fedlm.recipe.load import load_yaml
-from fedlm.recipe.methods import ALGORITHMS, FACTORS
+from fedlm.recipe.methods import ALGORITHMS, FACTORS, PROMPTS
 from fedlm.recipe.presets import is_preset
 from fedlm.recipe.schema import ModelSpec, Recipe
 from fedlm.recipe.strict import Strict
@@ -36,6 +36,9 @@ class Forbidden(Exception):
     """The silo's owner does not allow this; the text says what, and what is allowed. It is sent to the coordinator."""
 
 
+AdapterKind = Literal["lora", "lora-sb", "ia3", "full", "prompt", "p-tuning", "prefix", "prompt-projection"]
+
+
 class Policy(Strict):
     """What a coordinator may ask of this silo. Without a policy file these defaults hold."""
 
@@ -45,8 +48,8 @@ class Policy(Strict):
     )
     tasks: list[Literal["instruct", "pretrain"]] | None = Field(None, description="What may be learnt; default: all.")
     algorithms: list[str] | None = Field(None, description="How updates may be made; default: all.")
-    adapters: list[Literal["lora", "lora-sb", "ia3", "full"]] = Field(
-        default_factory=lambda: ["lora", "lora-sb", "ia3"],  # type: ignore[arg-type]
+    adapters: list[AdapterKind] = Field(
+        default_factory=lambda: ["lora", "lora-sb", "ia3", *PROMPTS],  # type: ignore[arg-type]
         description="What may be trained and sent. 'full' sends as many numbers as the model has, and must be listed.",
     )
     any_pinned_model: bool = Field(

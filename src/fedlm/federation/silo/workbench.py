@@ -94,7 +94,7 @@ class Workbench:
 
         self.model: Any = attach(load_base(spec), self.recipe.adapter, self.recipe.seed)
         check_length(self.model, self.recipe.training.max_length)
-        self._first = _FirstValues(trainable(self.model), self.recipe.seed)
+        self._first = _FirstValues(trainable(self.model), self.recipe.seed, self.model)
         self._weights = (spec.dtype, spec.quantise)
 
     def _stand(self, spec: ModelSpec) -> None:
@@ -186,7 +186,7 @@ class Workbench:
             check_length(other.model, ours.training.max_length)
             self.tokenizer, self.model = other.tokenizer, other.model
             other._forget()
-            self._first = _FirstValues(adapter_parameters(self.model), ours.seed)
+            self._first = _FirstValues(adapter_parameters(self.model), ours.seed, self.model)
             self._weights = (ours.model.dtype, ours.model.quantise)
             self._ready = True
             return True
@@ -264,10 +264,12 @@ class Workbench:
 class _FirstValues:
     """The adapter's shared first values, drawn when they are first needed."""
 
-    def __init__(self, parameters: Mapping[str, Parameter], seed: int) -> None:
+    def __init__(self, parameters: Mapping[str, Parameter], seed: int, model: Any) -> None:
+        from fedlm.models.soft_prompts import SoftPromptModel, first_values
+
         self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self._seed = seed
-        self._drawn: Tensors = {}
+        self._drawn: Tensors = first_values(model, seed) if isinstance(model, SoftPromptModel) else {}
 
     def filled(self, tensors: Tensors) -> Tensors:
         """These tensors and, under every other name of the adapter, its first value: at the layer's rank."""
