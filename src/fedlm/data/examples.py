@@ -1,9 +1,10 @@
-"""Canonical examples: every source's rows, whatever their columns, in one of four forms.
+"""Canonical examples: every source's rows, whatever their columns, in one of five forms.
 
     text        text
     messages    messages: list of {role, content}             (prompt + response maps here)
                 answers: further right texts of the last assistant turn, often none
-    preference  prompt, chosen, rejected
+    preference  prompt, chosen, rejected                      (or messages in place of prompt: the turns before)
+    judged      prompt, response, desirable: bool
     choice      question, choices: list of str, answer: index
 
 and always label, domain, hash (hex SHA-256 of the content), group (what `partition.by` names) and row ('file:line').
@@ -30,7 +31,10 @@ _MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 SCHEMAS = {
     "text": pa.schema([("text", pa.string()), *_COMMON]),
     "messages": pa.schema([("messages", pa.list_(_MESSAGE)), ("answers", pa.list_(pa.string())), *_COMMON]),
-    "preference": pa.schema([(n, pa.string()) for n in ("prompt", "chosen", "rejected")] + _COMMON),
+    "preference": pa.schema(
+        [*((n, pa.string()) for n in ("prompt", "chosen", "rejected")), ("messages", pa.list_(_MESSAGE)), *_COMMON]
+    ),
+    "judged": pa.schema([("prompt", pa.string()), ("response", pa.string()), ("desirable", pa.bool_()), *_COMMON]),
     "choice": pa.schema(
         [("question", pa.string()), ("choices", pa.list_(pa.string())), ("answer", pa.int64()), *_COMMON]
     ),
@@ -44,6 +48,8 @@ _FORMS = [
     ({"text"}, "text"),
     ({"prompt", "response"}, "messages"),
     ({"prompt", "chosen", "rejected"}, "preference"),
+    ({"messages", "chosen", "rejected"}, "preference"),
+    ({"prompt", "response", "desirable"}, "judged"),
     ({"question", "choices", "answer"}, "choice"),
 ]
 
@@ -211,7 +217,6 @@ def _answers(name: str) -> Callable[[Row], list[str]]:
 
     return build
 
-
 def _message(item: Any, where: str) -> dict[str, str]:
     if not isinstance(item, Mapping):
         raise MalformedRowError(f"{where} is not a record")
@@ -231,13 +236,36 @@ def _message(item: Any, where: str) -> dict[str, str]:
 
 
 def _preference(columns: Columns) -> Callable[[Row], Example]:
-    parts = {name: compile_text(str(getattr(columns, name))) for name in ("prompt", "chosen", "rejected")}
+    names = ["chosen", "rejected"] if columns.messages is not None else ["prompt", "chosen", "rejected"]
+    parts = {name: compile_text(str(getattr(columns, name))) for name in names}
+    turns = _conversation(str(columns.messages))
 
     def build(row: Row) -> Example:
-        example = {name: text(row) for name, text in parts.items()}
-        if example["chosen"] == example["rejected"]:
-            raise MalformedRowError("the chosen and the rejected text are equal")
+        example: Example = {name: text(row) for name, text in parts.items()}
+        if columns.messages is not None:
+            example |= turns(row)
+            if example["messages"][-1]["role"] == "assistant":
+                raise MalformedRowError("the messages end with the assistant's turn, so nothing is left to answer")
+        if _squeezed(example["chosen"]) == _squeezed(example["rejected"]):
+            raise MalformedRowError("the chosen and the rejected text are equal (white space aside)")
         return example
+
+    return build
+
+
+_VERDICTS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def _judged(columns: Columns) -> Callable[[Row], Example]:
+    prompt, response = compile_text(str(columns.prompt)), compile_text(str(columns.response))
+    name = str(columns.desirable)
+    verdict = compile_text(name)
+
+    def build(row: Row) -> Example:
+        said = verdict(row).strip().lower().removesuffix(".0")
+        if said not in _VERDICTS:
+            raise MalformedRowError(f"column '{name}' is neither true nor false")
+        return {"prompt": prompt(row), "response": response(row), "desirable": _VERDICTS[said]}
 
     return build
 
@@ -332,5 +360,6 @@ _CONTENT: dict[str, Callable[[Columns], Callable[[Row], Example]]] = {
     "text": _text,
     "messages": _messages,
     "preference": _preference,
+    "judged": _judged,
     "choice": _choice,
 }

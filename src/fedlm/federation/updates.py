@@ -97,12 +97,14 @@ def largest_weight(recipe: Recipe, rows: int) -> float:
     if spec.weights == "tokens":
         return float(rows * largest_tokens(recipe))
     # Pre-training cuts a document into sequences; nobody but the silo knows into how many.
-    return float(rows if TASKS[recipe.task].one_per_row else rows * math.ceil(LONGEST_DOCUMENT / max(longest - 1, 1)))
+    facts = TASKS[recipe.task]
+    return float(rows * facts.sequences if facts.one_per_row else rows * math.ceil(LONGEST_DOCUMENT / max(longest - 1, 1)))
 
 
 def largest_tokens(recipe: Recipe) -> int:
     """The most target tokens that one row can have."""
-    return recipe.training.max_length if TASKS[recipe.task].one_per_row else LONGEST_DOCUMENT
+    facts = TASKS[recipe.task]
+    return recipe.training.max_length * facts.sequences if facts.one_per_row else LONGEST_DOCUMENT
 
 
 def _listed(names: list[str], limit: int = 3) -> str:

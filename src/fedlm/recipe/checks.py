@@ -13,6 +13,7 @@ from fedlm.recipe.data_checks import Path, Problem, all_sources, changed, data_p
 from fedlm.recipe.guards import guard_problems
 from fedlm.recipe.methods import ALGORITHMS, FACTORS, PROMPTS
 from fedlm.recipe.presets import model_problems
+from fedlm.recipe.preference import preference_problems
 from fedlm.recipe.tasks import TASKS, WRITTEN
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _model(recipe)
     yield from data_problems(recipe.data)
     yield from _task(recipe)
+    yield from preference_problems(recipe)
     yield from _federation(recipe)
     yield from _method(recipe)
     yield from _asynchronous(recipe)
@@ -59,6 +61,9 @@ def _task(recipe: Recipe) -> Iterator[Problem]:
     kinds = {kind_of(source.columns) for _, source in found}
     for index, metric in enumerate(recipe.evaluation.metrics):
         here = ("evaluation", "metrics", index)
+        if metric != "loss" and not TASKS[recipe.task].likelihood:
+            yield here, f"'{metric}' is no figure of the task '{recipe.task}'"
+            continue
         if recipe.data.at_silos or metric == "loss":
             continue
         if metric not in WRITTEN and "choice" not in kinds:

@@ -14,7 +14,7 @@ class Columns(Strict):
     """How a row becomes an example. Each value is a column name (dots reach into nested records, with a number into
     lists) or, where it holds braces, a template such as '{text:.400}\\n\\nTopic?' whose fields are column names. Give
     exactly one of `messages`, `text`, `prompt`+`response`, `prompt`+`chosen`+`rejected`,
-    `question`+`choices`+`answer`."""
+    `messages`+`chosen`+`rejected`, `prompt`+`response`+`desirable`, `question`+`choices`+`answer`."""
 
     messages: str | None = Field(
         None, description="A list of {role, content}, of ShareGPT's {from, value}, or of pairs {question, answer}."
@@ -24,6 +24,7 @@ class Columns(Strict):
     response: str | None = None
     chosen: str | None = None
     rejected: str | None = None
+    desirable: str | None = Field(None, description="Whether the response is wanted: true or false (or 1, 0, yes, no).")
     question: str | None = None
     choices: str | list[str] | None = Field(
         None, description="A column with a list, a list of column names each in braces, or a list of literal texts."
@@ -42,7 +43,10 @@ class Columns(Strict):
         description="With messages, or prompt and response: a column with a list of texts that are right as well as "
         "the last assistant turn, for the metrics of written answers.",
     )
-    label: str | None = Field(None, description="Column used by partitioners and plots; defaults to the answer's text.")
+    label: str | None = Field(
+        None,
+        description="Column used by partitioners, plots and `preference.weights`; defaults to the answer's text.",
+    )
 
 
 class SourceSpec(Strict):

@@ -25,6 +25,8 @@ _MAPPINGS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
     "prompt + response": ("prompt", "response"),
     "prompt + chosen + rejected": ("prompt", "chosen", "rejected"),
+    "messages + chosen + rejected": ("messages", "chosen", "rejected"),
+    "prompt + response + desirable": ("prompt", "response", "desirable"),
     "question + choices + answer": ("question", "choices", "answer"),
 }
 _KINDS = {
@@ -32,13 +34,15 @@ _KINDS = {
     "text": "text",
     "prompt + response": "messages",
     "prompt + chosen + rejected": "preference",
+    "messages + chosen + rejected": "preference",
+    "prompt + response + desirable": "judged",
     "question + choices + answer": "choice",
 }
 _ONLY_HUB = "only 'hub:' sources have it"
 
 
 def mapping_of(columns: Columns) -> str | None:
-    """Which of the five ways the columns follow, e.g. 'prompt + response'; None unless exactly one."""
+    """Which of these ways the columns follow, e.g. 'prompt + response'; None unless exactly one."""
     used = {name for names in _MAPPINGS.values() for name in names if getattr(columns, name) is not None}
     for mapping, names in _MAPPINGS.items():
         if used == set(names):
@@ -47,7 +51,7 @@ def mapping_of(columns: Columns) -> str | None:
 
 
 def kind_of(columns: Columns) -> str | None:
-    """The kind of example the columns give: 'text', 'messages', 'preference' or 'choice'."""
+    """The kind of example the columns give: 'text', 'messages', 'preference', 'judged' or 'choice'."""
     mapping = mapping_of(columns)
     return _KINDS[mapping] if mapping else None
 

@@ -20,6 +20,7 @@ from fedlm.recipe.data import Columns, DataSpec, PartitionSpec, SiloSpec, Source
 from fedlm.recipe.guards import DownlinkSpec, GuardSpec
 from fedlm.recipe.model import AdapterSpec, ModelSpec
 from fedlm.recipe.presets import with_seed
+from fedlm.recipe.preference import PreferenceSpec
 from fedlm.recipe.speeds import SpeedSpec
 from fedlm.recipe.strict import Strict
 from fedlm.recipe.tasks import TASKS
@@ -35,6 +36,7 @@ __all__ = [
     "FederationSpec",
     "ModelSpec",
     "PartitionSpec",
+    "PreferenceSpec",
     "Recipe",
     "SiloSpec",
     "SourceSpec",
@@ -112,6 +114,7 @@ class Recipe(Strict):
     adapter: AdapterSpec = AdapterSpec()
     data: DataSpec
     training: TrainingSpec
+    preference: PreferenceSpec = PreferenceSpec()
     federation: FederationSpec = FederationSpec()
     guards: list[GuardSpec] = Field(
         default_factory=list, description="What happens to an update before it leaves its silo, in this order."

@@ -20,11 +20,20 @@ class TaskFacts:
     figures: tuple[str, ...] = ()
     """Of `FIGURES`, what it counts on held-out rows beside the loss."""
     one_per_row: bool = True
-    """A row gives one example at most."""
+    """A row gives one example at most, or so many sequences of `max_length`:"""
+    sequences: int = 1
 
 
 TASKS: dict[str, TaskFacts] = {
     "instruct": TaskFacts(("messages", "choice"), template=True),
+    "preference": TaskFacts(
+        ("preference", "judged", "choice"),
+        template=True,
+        loss="preference loss per pair or judged answer",
+        likelihood=False,
+        figures=("reward_accuracy", "reward_margin"),
+        sequences=4,
+    ),
     "pretrain": TaskFacts(("text",), template=False, one_per_row=False),
 }
 
@@ -50,6 +59,12 @@ FIGURES: dict[str, Figure] = {
     "rouge2": Figure("ROUGE-2", unit=True),
     "loss": Figure("loss", higher=False),
     "skipped_steps": Figure("steps skipped as spikes", proportion=True, higher=False),
+    "reward_accuracy": Figure("reward accuracy", proportion=True),
+    "reward_margin": Figure("reward margin"),
+    "ranking_accuracy": Figure("right answer the likelier", proportion=True),
+    "kl": Figure("KL to the reference, nats per token", higher=False),
+    "chosen_logp": Figure("log-probability of chosen answers, per token"),
+    "rejected_logp": Figure("log-probability of rejected answers, per token", higher=False),
 }
 
 WRITTEN: dict[str, tuple[str, ...]] = {
