@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fedlm.errors import DataError, ModelError
 from fedlm.evaluation.choice import encode_choices, judge_choices
@@ -38,6 +39,7 @@ def measure(
     packing: bool = True,
     skip: bool = False,
     reference: Callable[[], AbstractContextManager[None]] | None = None,
+    reference_logps: Callable[[Sequence[Encoded]], NDArray[np.float64]] | None = None,
 ) -> Fields:
     """Measure a model on canonical examples; the result is plain JSON and holds no text.
 
@@ -50,6 +52,7 @@ def measure(
         packing: False for models that cannot be packed (the recipe's `training.packing`).
         skip: a row that the chat template refuses has no loss, as the recipe's `malformed: skip` says.
         reference: inside, the model is the one that the run began with; for tasks that compare with it.
+        reference_logps: log-probability of each sequence's targets under that model.
         items: add each row's result under "items", in the order of the rows, for paired comparisons.
 
     Returns:
@@ -67,7 +70,7 @@ def measure(
     """
     rows = _subset(rows, spec.max_examples)
     if not TASKS[task.name].likelihood:
-        held = Held(rows, model, tokenizer, max_length, spec.batch_tokens, packing, skip, reference)
+        held = Held(rows, model, tokenizer, max_length, spec.batch_tokens, packing, skip, reference, reference_logps)
         with _evaluating(model):
             found = task.measure(held)
         for total, _ in found.figures.values():

@@ -98,7 +98,8 @@ def largest_weight(recipe: Recipe, rows: int) -> float:
         return float(rows * largest_tokens(recipe))
     # Pre-training cuts a document into sequences; nobody but the silo knows into how many.
     facts = TASKS[recipe.task]
-    return float(rows * facts.sequences if facts.one_per_row else rows * math.ceil(LONGEST_DOCUMENT / max(longest - 1, 1)))
+    most = facts.sequences if facts.one_per_row else math.ceil(LONGEST_DOCUMENT / max(longest - 1, 1))
+    return float(rows * most)
 
 
 def largest_tokens(recipe: Recipe) -> int:

@@ -97,7 +97,13 @@ class TokenSet(Sequence[Example]):
 
 
 def encode_all(
-    dataset: Iterable[dict[str, Any]], task: Task, tokenizer: Any, max_length: int, *, skip: bool = False
+    dataset: Iterable[dict[str, Any]],
+    task: Task,
+    tokenizer: Any,
+    max_length: int,
+    *,
+    skip: bool = False,
+    silo: str = "",
 ) -> TokenSet:
     """Encode every row; rows that keep no target token within `max_length` are counted in `dropped`.
 
@@ -107,6 +113,7 @@ def encode_all(
         tokenizer: with a chat template, where the task needs one.
         max_length: tokens per sequence.
         skip: count a row that the task or the chat template refuses as dropped, as the recipe's `malformed: skip` says.
+        silo: whose rows they are.
 
     Raises:
         DataError: a row is refused and not skipped (file and row are named), all are, or no row keeps a target.
@@ -136,4 +143,4 @@ def encode_all(
             f"none of the {rows} rows keeps a target token within {max_length} tokens",
             fix="raise `training.max_length` or shorten the prompts",
         )
-    return TokenSet.of(found, dropped, cut)
+    return TokenSet.of(task.together(found, silo), dropped, cut)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
 from fedlm.recipe.schema import TrainingSpec
-from fedlm.training.forward import batch_nll
+from fedlm.training.attention import packed
+from fedlm.training.forward import batch_nll, by_tokens
 from fedlm.training.sequences import Encoded, Example
 
 Figures = dict[str, tuple[float, float]]
@@ -68,6 +70,28 @@ class Likelihood(Objective):
 
     def terms(self, part: Sequence[Example]) -> tuple[Tensor, float]:
         return batch_nll(self.tools.model, sequences_of(part), self.tools.spec), self.targets
+
+
+@torch.no_grad()
+def mean_loss(objective: Objective, examples: Sequence[Example], batch_tokens: int) -> float:
+    """The objective over all these examples as one step, without gradients or dropout.
+
+    Args:
+        batch_tokens: tokens per forward pass; an example is never cut.
+    """
+    model, packing = objective.tools.model, objective.tools.spec.packing
+    training = model.training
+    model.eval()
+    try:
+        with packed(model) if packing else nullcontext():
+            chosen = objective.begin(examples)
+            total = divisor = 0.0
+            for run in by_tokens([len(e) for e in chosen], batch_tokens):
+                terms, divisor = objective.terms([chosen[i] for i in run])
+                total += float(terms.sum(dtype=torch.float64))
+    finally:
+        model.train(training)
+    return total / divisor
 
 
 def sequences_of(examples: Sequence[Example]) -> list[Encoded]:

@@ -28,6 +28,7 @@ from fedlm.federation.disk import disk_errors
 from fedlm.federation.memory import peak_rss
 from fedlm.federation.records import PLANNED
 from fedlm.federation.silo.received import Received, UnsyncedError
+from fedlm.federation.silo.reference import Reference
 from fedlm.federation.silo.session import SiloSession, TimeBudget
 from fedlm.federation.silo.state import StateStore, Trained, request_digest, request_key
 from fedlm.federation.silo.workbench import POOLED, Workbench
@@ -201,7 +202,16 @@ class Silo:
         started = time.monotonic()
         place = self._place(request, plan)
         moments = before.optimizer if before and recipe.training.keeps else {}
-        session = SiloSession(bench, place, moments, self._observe, self._should_stop, plan, self._budget(plan))
+        session = SiloSession(
+            bench,
+            place,
+            moments,
+            self._observe,
+            self._should_stop,
+            plan,
+            self._budget(plan),
+            reference=self._reference(request),
+        )
         rule = bench.algorithm.local(request.tensors, before.rule if before else {}, place)
         outcome = rule.run(session)
         if self._should_stop():
@@ -260,6 +270,12 @@ class Silo:
         except RunError as error:
             raise RunError(error.what, where=str(self._store.folder), fix=error.fix) from None
 
+    def _reference(self, request: Request) -> Reference | None:
+        """The policy at the start of the stage; None where full training has overwritten it."""
+        if self.bench.recipe.adapter.kind == "full":
+            return None
+        return Reference(self.bench, self._store.folder, request.run)
+
     def _budget(self, plan: Plan) -> TimeBudget | None:
         """The time for a round's steps: on the recipe's virtual clock in a simulation, on the real one else."""
         if plan.seconds is None:
@@ -294,6 +310,7 @@ class Silo:
             bench.put(request.tensors)
         else:
             bench.put(bench.algorithm.measured(request.tensors, self._kept(request), self._place(request, plan)))
+        reference = self._reference(request)
         with self._stoppable():
             counts: dict[str, Any] = measure(
                 bench.model,
@@ -306,6 +323,8 @@ class Silo:
                 items=bool(request.fields.get("items", False)),
                 packing=recipe.training.packing,
                 skip=recipe.data.malformed == "skip",
+                reference=reference.inside if reference else None,
+                reference_logps=reference.logps if reference else None,
             )
         return {}, {**counts, "seconds": time.monotonic() - started, "peak_rss": peak_rss()}
 

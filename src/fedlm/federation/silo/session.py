@@ -13,9 +13,11 @@ from fedlm.federation.clock import steps_within
 from fedlm.messages import Event, Observe, Tensors
 from fedlm.randomness import numpy_generator
 from fedlm.recipe.schema import Recipe
+from fedlm.recipe.tasks import TASKS
 from fedlm.training.plan import Plan
 
 if TYPE_CHECKING:
+    from fedlm.federation.silo.reference import Reference
     from fedlm.federation.silo.workbench import Workbench
     from fedlm.training.encode import TokenSet
     from fedlm.training.loop import TrainResult
@@ -70,12 +72,18 @@ class SiloSession:
         should_stop: Callable[[], bool],
         plan: Plan,
         budget: TimeBudget | None = None,
+        *,
+        reference: Reference | None = None,
     ) -> None:
         self.place, self._bench, self._observe, self._should_stop = place, bench, observe, should_stop
         self._plan, self._budget = plan, budget
         self._moments = optimizer
         self.optimizer: Tensors = {}
         self.tokens: TokenSet = bench.training_tokens(place.silo)
+        self._reference = reference
+        if bench.task.compares:
+            assert reference is not None, "the task's loss compares with a reference"
+            self.tokens = reference.beside(self.tokens)
         self.recipe: Recipe = plan.recipe(bench.recipe, len(self.tokens))
         self.model: Module = bench.model
 
@@ -125,25 +133,24 @@ class SiloSession:
 
         place = self.place
         key: tuple[str | int, ...] = (self.recipe.seed, place.silo, *([purpose] if purpose else []), place.round)
-        return self._bench.task.objective(Tools(self.model, self.recipe.training, self._bench.tokenizer, key=key))
+        inside = None if self._reference is None else self._reference.inside
+        return self._bench.task.objective(Tools(self.model, self.recipe.training, self._bench.tokenizer, inside, key))
 
     def loss(self, tensors: Tensors, rows: int | None = None, *, alone: bool = False) -> float:
-        """Mean loss over target tokens of the silo's training rows, or a keyed subset of them, with these values;
-        `alone`: each row in a forward pass of its own."""
+        """The task's mean loss over the silo's training rows, or a keyed subset of them, with these values; `alone`:
+        each row in a forward pass of its own."""
         from fedlm.training.forward import sequence_nll
-        from fedlm.training.objective import sequences_of
+        from fedlm.training.objective import mean_loss, sequences_of
 
         self.put(tensors)
         chosen = list(range(len(self.tokens)))
         if rows is not None and rows < len(chosen):
             generator = numpy_generator(self.recipe.seed, "loss rows", self.place.silo)
             chosen = sorted(generator.permutation(len(chosen))[:rows].tolist())
-        sums, counts = sequence_nll(
-            self.model,
-            sequences_of([self.tokens[i] for i in chosen]),
-            1 if alone else self.recipe.evaluation.batch_tokens,
-            packing=self.recipe.training.packing,
-        )
+        examples, limit = [self.tokens[i] for i in chosen], 1 if alone else self.recipe.evaluation.batch_tokens
+        if not TASKS[self.recipe.task].likelihood:
+            return mean_loss(self.objective("loss"), examples, limit)
+        sums, counts = sequence_nll(self.model, sequences_of(examples), limit, packing=self.recipe.training.packing)
         return float(sums.sum() / counts.sum())
 
     def should_stop(self) -> bool:

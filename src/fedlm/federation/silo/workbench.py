@@ -10,7 +10,8 @@ import gc
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,10 @@ class Workbench:
         self._ready = False
         self._tokens: OrderedDict[str, TokenSet] = OrderedDict()
         self._plans: dict[str, Plan] = {}
+        self.start: Tensors = {}
+        """The adapter that the run starts from, and the reference of tasks that have one; empty: the bare base."""
+        self._loaded: Tensors = {}
+        """What `put` was given last."""
         self._aside: dict[tuple[str, str | None], tuple[Any, _FirstValues]] = {}
         """Models in other types of weights than the one that stands here, for simulated silos that have those."""
 
@@ -96,6 +101,12 @@ class Workbench:
         check_length(self.model, self.recipe.training.max_length)
         self._first = _FirstValues(trainable(self.model), self.recipe.seed, self.model)
         self._weights = (spec.dtype, spec.quantise)
+
+    @property
+    def standing(self) -> ModelSpec:
+        """The base model in the type of weights that stands here."""
+        dtype, quantise = self._weights
+        return self.recipe.model.model_copy(update={"dtype": dtype, "quantise": quantise})
 
     def _stand(self, spec: ModelSpec) -> None:
         """Let the model stand here in this type of weights. All types stay: their weights are mapped files."""
@@ -222,7 +233,28 @@ class Workbench:
             return adapter_parameters(self.model)
         whole = tensors if self.recipe.adapter.kind == "full" else self._first.filled(tensors)
         set_tensors(self.model, whole, self.recipe.adapter)
+        self._loaded = tensors
         return adapter_parameters(self.model)
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Inside, the model is the one that the run starts from; afterwards the adapter has its values again.
+
+        Raises:
+            ModelError: the full weights are trained, so the start is nowhere left.
+        """
+        from fedlm.models.adapters import adapter_parameters, base_only, set_tensors
+
+        if not self.start:
+            with base_only(self.model):
+                yield
+            return
+        now = {**self._loaded, **self.take(adapter_parameters(self.model))}
+        set_tensors(self.model, self._first.filled(self.start), self.recipe.adapter)
+        try:
+            yield
+        finally:
+            set_tensors(self.model, now, self.recipe.adapter)
 
     @cached_property
     def _rebuilt(self) -> Rebuilt:
@@ -254,6 +286,7 @@ class Workbench:
             self.tokenizer,
             self.recipe.training.max_length,
             skip=self.recipe.data.malformed == "skip",
+            silo=name,
         )
         self._tokens[name] = tokens
         while len(self._tokens) > 1 and sum(len(t.ids) for t in self._tokens.values()) > TOKENS_HELD:

@@ -6,9 +6,10 @@ from fedlm.errors import RecipeError, nearest
 from fedlm.recipe.schema import Recipe
 from fedlm.training.tasks.base import Task
 from fedlm.training.tasks.instruct import Instruct
+from fedlm.training.tasks.preference import Preference
 from fedlm.training.tasks.pretrain import Pretrain
 
-CLASSES: dict[str, type[Task]] = {"instruct": Instruct, "pretrain": Pretrain}
+CLASSES: dict[str, type[Task]] = {"instruct": Instruct, "preference": Preference, "pretrain": Pretrain}
 
 
 def get_task(name: str, recipe: Recipe | None = None) -> Task:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedlm.recipe.schema import Recipe
 from fedlm.training.objective import Figures, Likelihood, Objective, Tools
 from fedlm.training.sequences import Encoded, Example
+
+REFERENCE = "reference_"
+"""Facts of this name and a number: what the reference gives that sequence of an example, in nats (`Task.compares`)."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,8 @@ class Held:
     """Leave out rows that the task or the chat template refuses."""
     reference: Callable[[], AbstractContextManager[None]] | None = None
     """Inside, the model is the one that the run began with."""
+    reference_logps: Callable[[Sequence[Encoded]], NDArray[np.float64]] | None = None
+    """Log-probability of each sequence's targets under that model, remembered."""
 
 
 @dataclass
@@ -70,6 +78,23 @@ class Task:
             DataError, ModelError: as `pieces`.
         """
         return [Example((piece,)) for piece in self.pieces(row, tokenizer, max_length)]
+
+    @property
+    def compares(self) -> bool:
+        """Whether its loss needs what the reference gives each sequence, as facts (`REFERENCE`)."""
+        return False
+
+    def together(self, examples: list[Example], silo: str = "") -> list[Example]:
+        """All examples of a silo once more, for what a row by itself cannot know.
+
+        Args:
+            silo: whose training rows they are; held-out ones without a name.
+
+        Raises:
+            DataError: nothing can be learnt from them together.
+        """
+        del silo
+        return examples
 
     def objective(self, tools: Tools) -> Objective:
         """What one round of one silo minimises."""

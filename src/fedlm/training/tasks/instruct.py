@@ -23,7 +23,7 @@ class Instruct(Task):
     def pieces(self, row: dict[str, Any], tokenizer: Any, max_length: int) -> list[Encoded]:
         where = row.get("row")
         messages = self._messages(row)
-        whole = _render(tokenizer, messages, False, where)
+        whole = rendered(tokenizer, messages, False, where)
         special = set(tokenizer.all_special_ids)
         ids: list[int] = []
         loss: list[bool] = []
@@ -31,8 +31,8 @@ class Instruct(Task):
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            prompt = _render(tokenizer, messages[:turn], True, where)
-            answered = _render(tokenizer, messages[: turn + 1], False, where)
+            prompt = rendered(tokenizer, messages[:turn], True, where)
+            answered = rendered(tokenizer, messages[: turn + 1], False, where)
             if not (answered.startswith(prompt) and whole.startswith(answered) and len(prompt) >= done):
                 raise DataError(
                     f"the chat template renders a conversation up to assistant turn {turn} differently from the "
@@ -40,8 +40,8 @@ class Instruct(Task):
                     where=where,
                     fix=f"{FIX}, or use single-turn rows",
                 )
-            context = _tokens(tokenizer, whole[done : len(prompt)])
-            answer = _tokens(tokenizer, answered[len(prompt) :])
+            context = tokens_of(tokenizer, whole[done : len(prompt)])
+            answer = tokens_of(tokenizer, answered[len(prompt) :])
             last = max((i for i, token in enumerate(answer) if token in special), default=len(answer) - 1)
             ids += context + answer
             loss += [False] * len(context) + [i <= last for i in range(len(answer))]
@@ -69,7 +69,8 @@ def choice_messages(question: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]], generation_prompt: bool, where: str | None) -> str:
+def rendered(tokenizer: Any, messages: list[dict[str, str]], generation_prompt: bool, where: str | None) -> str:
+    """Messages in the chat template; a DataError, which names the row, where the template refuses them."""
     try:
         return render(tokenizer, messages, generation_prompt)
     except MessagesRefused as error:
@@ -82,5 +83,6 @@ def _render(tokenizer: Any, messages: list[dict[str, str]], generation_prompt: b
         ) from None  # the template's own error may quote the text
 
 
-def _tokens(tokenizer: Any, text: str) -> list[int]:
+def tokens_of(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a rendered text, which has its special tokens already."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
