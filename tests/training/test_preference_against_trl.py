@@ -26,7 +26,7 @@ from tests.training.helpers import learnt
 
 trl = pytest.importorskip("trl", reason="the optional extra [bench] is not installed")
 
-WORDS = "patient dose medicine bank money school science books was given lent and to the a of for".split()
+WORDS = "patient dose medicine bank money school science books was given lent and to the a of for".split()  # noqa: SIM905
 ROWS = 8
 COMMON: dict[str, Any] = {
     "per_device_train_batch_size": ROWS, "learning_rate": 1e-2, "report_to": [], "lr_scheduler_type": "constant",

@@ -19,6 +19,7 @@ HEADS = {
     "accuracy": "accuracy",
     "generation_accuracy": "accuracy, generated",
     **{figure: FIGURES[figure].words for figures in WRITTEN.values() for figure in figures},
+    "reward_accuracy": FIGURES["reward_accuracy"].words,
     "loss": "loss",
 }
 

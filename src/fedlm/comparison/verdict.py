@@ -16,13 +16,14 @@ from fedlm.evaluation.summary import perplexity
 from fedlm.messages import Fields
 from fedlm.recipe.tasks import FIGURES, WRITTEN
 
-HEADLINES = ("accuracy", "generation_accuracy", "f1", "rougeL", "exact_match", "loss")
+HEADLINES = ("accuracy", "generation_accuracy", "reward_accuracy", "f1", "rougeL", "exact_match", "loss")
 """The verdict is on the first of these that was measured."""
 
 ITEMS = {
     "accuracy": "choice",
     "generation_accuracy": "generation",
     **{figure: figure for figures in WRITTEN.values() for figure in figures},
+    "reward_accuracy": "reward",
     "loss": "nll",
 }
 
@@ -66,7 +67,7 @@ def arm_metrics(result: ArmResult) -> Fields:
     if len(nll) and tokens.sum() > 0:
         low, high = bootstrap_mean(nll, tokens, seed=result.seed, purpose="loss")
         summary["loss_interval"] = [low, high]
-        if (bounds := (perplexity(low), perplexity(high))) and None not in bounds:
+        if "perplexity" in summary and None not in (bounds := (perplexity(low), perplexity(high))):
             summary["perplexity_interval"] = list(bounds)
     for figure in (f for f, facts in FIGURES.items() if facts.unit and f in summary):
         if len(scores := result.items(figure)):
@@ -259,7 +260,7 @@ def _row(results: Sequence[ArmResult]) -> Fields:
             row[f"{metric}_interval"] = list(bootstrap_mean(mean, weights, seed=seeds[0], purpose=f"row {metric}"))
         worst = [s["fairness"][metric]["worst"] for s in summaries]
         row[f"worst_{metric}"] = _mean(worst)
-    if "loss" in row:
+    if "loss" in row and all("perplexity" in s for s in summaries):
         row["perplexity"] = perplexity(row["loss"])
     for cost in COSTS:
         values = [r.cost[cost] for r in results if r.cost.get(cost) is not None]

@@ -217,6 +217,7 @@ def _answers(name: str) -> Callable[[Row], list[str]]:
 
     return build
 
+
 def _message(item: Any, where: str) -> dict[str, str]:
     if not isinstance(item, Mapping):
         raise MalformedRowError(f"{where} is not a record")

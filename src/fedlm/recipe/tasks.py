@@ -20,7 +20,7 @@ class TaskFacts:
     figures: tuple[str, ...] = ()
     """Of `FIGURES`, what it counts on held-out rows beside the loss."""
     one_per_row: bool = True
-    """A row gives one example at most, or so many sequences of `max_length`:"""
+    """What a row gives is bounded: at most `sequences` sequences of `max_length` tokens."""
     sequences: int = 1
 
 

@@ -240,7 +240,7 @@ class Progress:
         if is_number(event.get("loss")):
             parts.append(f"train loss {number(event['loss'], 4)}")
         validation = event.get("validation") or {}
-        for key in ("loss", "accuracy", "generation_accuracy", "exact_match", "f1", "rougeL"):
+        for key in ("loss", "accuracy", "generation_accuracy", "reward_accuracy", "exact_match", "f1", "rougeL"):
             if is_number(validation.get(key)):
                 best = key == "loss" and len(tally.validation) > 1 and tally.validation[-1] <= min(tally.validation)
                 parts.append(

@@ -17,7 +17,8 @@ from fedlm.training.tasks.preference_losses import kto_losses, pair_losses
 
 Floats = NDArray[np.float64]
 Found = tuple[Figures, dict[str, list[Any]]]
-"""Figures, and by row under 'reward' whether its reward is right and under 'row_loss' its loss."""
+"""Figures, and by row under 'reward' whether its reward is right, under 'nll' its loss, of which 'tokens' says that it
+counts once."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def _rewards(losses: Floats, margins: Floats) -> Found:
         "reward_accuracy": (float(right.sum()), rows),
         "reward_margin": (float(margins.sum()), rows),
     }
-    return figures, {"reward": right.tolist(), "row_loss": losses.tolist()}
+    return figures, {"reward": right.tolist(), "nll": losses.tolist(), "tokens": [1] * len(losses)}
 
 
 def _half_ties(margins: Floats) -> Floats:
