@@ -12,8 +12,8 @@ from fedlm.recipe.capacity import capacity_problems
 from fedlm.recipe.data_checks import Path, Problem, all_sources, changed, data_problems, kind_of
 from fedlm.recipe.guards import guard_problems
 from fedlm.recipe.methods import ALGORITHMS, FACTORS, PROMPTS
-from fedlm.recipe.presets import model_problems
 from fedlm.recipe.preference import preference_problems
+from fedlm.recipe.presets import model_problems
 from fedlm.recipe.tasks import TASKS, WRITTEN
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from fedlm.recipe.checks import problems
 from fedlm.recipe.data import Columns, DataSpec, PartitionSpec, SiloSpec, SourceSpec, SplitSpec
 from fedlm.recipe.guards import DownlinkSpec, GuardSpec
 from fedlm.recipe.model import AdapterSpec, ModelSpec
-from fedlm.recipe.presets import with_seed
 from fedlm.recipe.preference import PreferenceSpec
+from fedlm.recipe.presets import with_seed
 from fedlm.recipe.speeds import SpeedSpec
 from fedlm.recipe.strict import Strict
 from fedlm.recipe.tasks import TASKS
