@@ -67,7 +67,8 @@ def train(
     parameters = {name: torch.nn.Parameter(value.clone()) for name, value in rule.start().items()}
     stepper = optimizer(list(parameters.values()))
     gradients = []
-    for _ in range(steps):
+    for step in range(steps):
+        rule.before(step, parameters)
         gradient = silo.gradient(to_vector({name: p.detach() for name, p in parameters.items()}))
         gradients.append(gradient)
         for name, value in to_tensors(gradient).items():
@@ -100,7 +101,7 @@ class Federation:
         received = self.algorithm.broadcast(self.theta, self.state, self.done)
         accumulator = self.algorithm.accumulator(Path())
         for i in range(len(self.silos)) if sampled is None else sampled:
-            place = Place(f"silo-{i}", self.done, 2**30)
+            place = Place(f"silo-{i}", self.done, 2**30, silos=len(self.silos))
             update, self.silo_states[i], _ = train(
                 self.algorithm,
                 received,

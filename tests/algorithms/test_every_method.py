@@ -34,6 +34,13 @@ OPTIONS = {
     "feedsign": ["training.lr=5e-4"],  # the schema's, so that none is given
     "feddyn": ["federation.algorithm.dyn_alpha=1.0"],
     "fedbuff": ["federation.algorithm.buffer=3"],
+    "streaming-diloco": [
+        "federation.algorithm.fragments=2",
+        "federation.algorithm.overlap=1",
+        "federation.algorithm.mixing=0.5",
+        "federation.downlink={send: changed}",
+    ],
+    "delayed-nesterov": ["federation.algorithm.buffer=2"],
 }
 
 

@@ -74,6 +74,14 @@ def test_fedavgm_is_torchs_sgd_with_momentum(momentum: float, rate: float) -> No
     same(ours, reference(optimizer, w))
 
 
+@pytest.mark.parametrize("momentum, rate", [(0.9, 0.7), (0.5, 0.1), (0.0, 1.0)])
+def test_diloco_is_torchs_sgd_with_nesterov_momentum(momentum: float, rate: float) -> None:
+    w = torch.nn.Parameter(torch.linspace(-1, 1, N))
+    optimizer = torch.optim.SGD([w], lr=rate, momentum=momentum, nesterov=momentum > 0)
+    ours = trajectory(AlgorithmSpec(name="diloco", server_momentum=momentum, server_lr=rate))
+    same(ours, reference(optimizer, w))
+
+
 def test_fedadagrad_is_torchs_adagrad_started_at_tau_squared() -> None:
     """torch adds eps outside the root as the paper does tau; beta1 = 0 as in the paper's experiments."""
     tau = 1e-2
@@ -135,6 +143,8 @@ def test_default_server_rates() -> None:
         rates = [get_algorithm(AlgorithmSpec(name=n), adapter).server_lr for n in names]
         assert rates == [1.0, 1.0, 1.0, *adaptive]
     assert get_algorithm(AlgorithmSpec(name="fedadam", server_lr=0.5)).server_lr == 0.5
+    outer = [get_algorithm(AlgorithmSpec(name=n)) for n in ("diloco", "streaming-diloco", "eager-diloco")]
+    assert {(a.server_lr, a.spec.server_momentum) for a in outer} == {(0.7, 0.9)}
 
 
 @pytest.mark.parametrize("field", ["server_momentum", "beta2"])

@@ -42,7 +42,8 @@ class ToySession:
         parameters = {name: p for name, p in whole.items() if rule.trains(name)}
         assert parameters.keys() <= start.keys()
         stepper = self.optimizer(list(parameters.values()))
-        for _ in range(self.recipe.training.steps):
+        for step in range(self.recipe.training.steps):
+            rule.before(step, parameters)
             gradient = self.silo.gradient(self.joined(whole))
             for name, part in zip(self.first, gradient.split([v.numel() for v in self.first.values()]), strict=True):
                 whole[name].grad = part.clone()

@@ -13,9 +13,15 @@ from .test_load import GOOD
 
 NAME, SPEEDS = "federation.algorithm.name", "federation.speeds"
 REFUSED = [
-    (["federation.concurrency=2"], "concurrency: has no effect with 'fedavg' (it belongs to fedasync, fedbuff)"),
+    (
+        ["federation.concurrency=2"],
+        "concurrency: has no effect with 'fedavg' (it belongs to delayed-nesterov, fedasync, fedbuff)",
+    ),
     ([f"{SPEEDS}.sigma=2.0"], "speeds: has no effect with 'fedavg'"),
-    (["federation.algorithm.buffer=4"], "buffer: has no effect with 'fedavg' (it belongs to fedbuff)"),
+    (
+        ["federation.algorithm.buffer=4"],
+        "buffer: has no effect with 'fedavg' (it belongs to delayed-nesterov, fedbuff)",
+    ),
     ([f"{NAME}=fedasync", "federation.algorithm.buffer=4"], "buffer: has no effect with 'fedasync'"),
     ([f"{NAME}=fedbuff", "federation.algorithm.mu=0.1"], "mu: has no effect with 'fedbuff'"),
     ([f"{NAME}=fedbuff", "federation.sample=2"], "sample: has no effect with 'fedbuff': say in `concurrency`"),

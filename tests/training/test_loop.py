@@ -125,9 +125,14 @@ def test_rule_sets_the_start_and_corrects_after_clipping(adapted: Any, data: Tok
     class Rule:
         def __init__(self) -> None:
             self.norms: list[float] = []
+            self.before_steps: list[int] = []
 
         def start(self) -> dict[str, torch.Tensor]:
             return {n: torch.zeros_like(p) for n, p in learnt(adapted).items()}
+
+        def before(self, step: int, parameters: dict[str, torch.nn.Parameter]) -> None:
+            assert all(p.grad is None for p in parameters.values())
+            self.before_steps.append(step)
 
         def correct(self, parameters: dict[str, torch.nn.Parameter]) -> None:
             gradients = [p.grad for p in parameters.values() if p.grad is not None]
@@ -145,6 +150,7 @@ def test_rule_sets_the_start_and_corrects_after_clipping(adapted: Any, data: Tok
         generator_key=KEY,
         rule=rule,
     )
+    assert rule.before_steps == [0, 1, 2, 3]
     assert len(rule.norms) == 4 and max(rule.norms) < 1.01e-3
     assert all((p == 0).all() for p in learnt(adapted).values())  # started at zero, every gradient removed
 

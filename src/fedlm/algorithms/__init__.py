@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from fedlm.algorithms.base import Algorithm
+from fedlm.algorithms.delayed_nesterov import DelayedNesterov
+from fedlm.algorithms.diloco import DiLoCo
 from fedlm.algorithms.ditto import Ditto
+from fedlm.algorithms.eager_diloco import EagerDiLoCo
 from fedlm.algorithms.fedadagrad import FedAdagrad
 from fedlm.algorithms.fedadam import FedAdam
 from fedlm.algorithms.fedasync import FedAsync
@@ -36,6 +39,7 @@ from fedlm.algorithms.lora_fair import LoRAFAIR
 from fedlm.algorithms.lorm import LoRM
 from fedlm.algorithms.rolora import RoLoRA
 from fedlm.algorithms.scaffold import Scaffold
+from fedlm.algorithms.streaming_diloco import StreamingDiLoCo
 from fedlm.algorithms.task_arithmetic import TaskArithmetic
 from fedlm.algorithms.ties import Ties
 from fedlm.errors import RecipeError, nearest
@@ -50,6 +54,10 @@ CLASSES: dict[str, type[Algorithm]] = {
     "fedadam": FedAdam,
     "fedyogi": FedYogi,
     "fedadagrad": FedAdagrad,
+    "diloco": DiLoCo,
+    "streaming-diloco": StreamingDiLoCo,
+    "eager-diloco": EagerDiLoCo,
+    "delayed-nesterov": DelayedNesterov,
     "fedmezo": FedMeZO,
     "fedkseed": FedKSeed,
     "feedsign": FeedSign,

@@ -178,6 +178,8 @@ class Place:
     is then the number of server steps before the model that it starts from."""
     staleness: int = 0
     """Server steps since that model, for the coordinator; known when the update arrives."""
+    silos: int = 1
+    """Silos whose updates make the round's mean, for the silo."""
 
 
 @dataclass
@@ -261,6 +263,9 @@ class LocalRule:
         """Whether this parameter of the adapter is trained in this round."""
         return True
 
+    def before(self, step: int, parameters: dict[str, Parameter]) -> None:
+        """Change parameters in place; called before the forward pass of every optimiser step, counted from 0."""
+
     def correct(self, parameters: dict[str, Parameter]) -> None:
         """Change `.grad` in place; called once after clipping and before every optimiser step."""
 
@@ -289,6 +294,12 @@ class Algorithm:
     def server_lr(self) -> float:
         """eta of the server step: the recipe's, or the algorithm's own default."""
         return self.default_server_lr if self.spec.server_lr is None else self.spec.server_lr
+
+    @property
+    def cycle(self) -> int:
+        """The first rounds after which updates are of no other tensors or shapes than before: set-up rounds, factors
+        sent in turn."""
+        return 2
 
     # at both ends
     def trainable(self, name: str) -> bool:

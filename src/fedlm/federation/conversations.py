@@ -77,7 +77,12 @@ class Conversations:
 
         def requests() -> Iterator[Request]:
             for name in sampled:
-                fields = {"round": number, "rounds": self.spec.rounds, "accepted": accepted.get(name, -1)}
+                fields = {
+                    "round": number,
+                    "rounds": self.spec.rounds,
+                    "accepted": accepted.get(name, -1),
+                    "silos": want,
+                }
                 yield self.request(name, "train", number, broadcast, fields)
 
         def check(reply: Reply) -> Verdict:
@@ -100,6 +105,7 @@ class Conversations:
             self.failed(number, failure)
         if number == 0:
             self._tell_lost_rows(result)
+            self._tell_repeated(result)
         return result
 
     def verdict(self, reply: Reply, parameters: Tensors) -> Verdict:
@@ -127,7 +133,7 @@ class Conversations:
         rounds, where = self.spec.rounds, "guards"
         alike = {self.plan(silo): silo for silo in self.enrolled.trainers}
         try:
-            for round_ in range(min(2, rounds)):  # methods that set up at first, or that send A and B in turn
+            for round_ in range(min(self.algorithm.cycle, rounds)):
                 moving: dict[str, torch.Size] = {}
                 for plan, silo in alike.items():
                     place = Place(silo, round_, rounds, self.recipe.seed, plan.rank)
@@ -197,6 +203,21 @@ class Conversations:
                 limit = self.recipe.training.max_length
                 of = sum(self.enrolled.training_rows[name] for name in rows)
                 self.phase(f"{sum(rows.values())} of {of} rows {what} at {limit} tokens (in {len(rows)} silos)")
+
+    def _tell_repeated(self, result: FoldResult) -> None:
+        """Pre-training is meant to see text once: say who goes through theirs more than once in a single round."""
+        if self.recipe.task != "pretrain" or self.recipe.training.steps is None:
+            return
+        taken = {name: (int(f["examples"]), int(f["rows"])) for name, f in result.fields.items()}
+        again = {name: examples / rows for name, (examples, rows) in taken.items() if examples > rows}
+        if again:
+            worst = max(again, key=again.__getitem__)
+            examples, rows = taken[worst]
+            self.phase(
+                f"{len(again)} of {len(taken)} silos have less text than a round takes ('{worst}' goes "
+                f"{again[worst]:.1f} times through its {rows} sequences for {examples} examples): lower training.steps "
+                "or batch_size"
+            )
 
     def validate(self, tensors: Tensors, number: int, traffic: Traffic, accepted: Mapping[str, int]) -> Fields | None:
         """Summary on the rows that are measured between rounds; None when no silo has any."""

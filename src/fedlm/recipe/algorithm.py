@@ -19,15 +19,18 @@ class AlgorithmSpec(Strict):
     weights: Literal["tokens", "examples", "equal"] | None = Field(
         None,
         description="What a silo counts for in the mean: the examples it holds, their target tokens, or equal. "
-        "Defaults: examples; fedasync, feddyn, feedsign, hetlora, scaffold, task-arithmetic, ties: always equal.",
+        "Defaults: examples; delayed-nesterov, eager-diloco, fedasync, feddyn, feedsign, hetlora, scaffold, "
+        "task-arithmetic, ties: always equal.",
     )
     mu: Annotated[float, Field(ge=0.0)] = Field(0.01, description="fedprox, fedasync: strength of the proximal term.")
     server_lr: PositiveFloat | None = Field(
         None,
         description="Defaults: 1.0; adaptive rules 1e-3, on adapters 5e-3 (fedadagrad 3e-2); task-arithmetic 0.3; "
-        "feedsign 1e-4; fedasync 0.6 (alpha).",
+        "feedsign 1e-4; fedasync 0.6 (alpha); diloco and its relatives 0.7.",
     )
-    server_momentum: Fraction = Field(0.9, description="fedavgm; beta1 of the adaptive rules.")
+    server_momentum: Fraction = Field(
+        0.9, description="fedavgm, diloco and its relatives; beta1 of the adaptive rules."
+    )
     beta2: Fraction = 0.99
     tau: PositiveFloat = Field(1e-3, description="Adaptivity floor of fedadam, fedyogi and fedadagrad.")
     seeds: PositiveInt = Field(
@@ -83,7 +86,29 @@ class AlgorithmSpec(Strict):
         0.2, description="ties: share of an update's values, the largest, that is kept."
     )
 
-    buffer: PositiveInt = Field(10, description="fedbuff: K, the updates that a server step takes.")
+    fragments: PositiveInt = Field(
+        4, description="streaming-diloco: P, parts of the model that are synchronised in turn, one a round."
+    )
+    pattern: Literal["strided", "sequential"] = Field(
+        "strided", description="streaming-diloco: layer l belongs to fragment l mod P, or neighbours lie together."
+    )
+    overlap: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="streaming-diloco: tau, local steps of the next round before a synchronised fragment is mixed in.",
+    )
+    mixing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="streaming-diloco: alpha, the silo's own share in a synchronised fragment."
+    )
+
+    buffer: PositiveInt = Field(
+        10,
+        description="fedbuff: K, the updates that a server step takes; delayed-nesterov: N, those that its momentum "
+        "takes in at once.",
+    )
+    momentum_share: Annotated[float, Field(ge=0.0)] = Field(
+        0.0,
+        description="delayed-nesterov: c, the momentum's part in the steps in which it is not refreshed; at most 1/N.",
+    )
     staleness: Literal["constant", "polynomial", "hinge"] = Field(
         "polynomial",
         description="fedasync, fedbuff: how an update from a model of tau server steps ago is damped: not at all, by "
@@ -92,12 +117,13 @@ class AlgorithmSpec(Strict):
     staleness_a: PositiveFloat | None = Field(None, description="a; defaults: polynomial 0.5, hinge 10.")
     staleness_b: Annotated[int, Field(ge=0)] = Field(4, description="b of the hinge.")
     max_staleness: Annotated[int, Field(ge=0)] = Field(
-        50, description="fedasync, fedbuff: server steps after which a silo's work no longer counts and it gets new."
+        50,
+        description="Asynchronous: server steps after which a silo's work no longer counts and it gets new.",
     )
 
     def updates_per_step(self) -> int:
         """Updates that a server step of an asynchronous federation takes."""
-        return 1 if self.name == "fedasync" else self.buffer
+        return self.buffer if self.name == "fedbuff" else 1
 
     @field_validator("name")
     @classmethod

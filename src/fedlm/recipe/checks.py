@@ -12,6 +12,7 @@ from fedlm.recipe.capacity import capacity_problems
 from fedlm.recipe.data_checks import Path, Problem, all_sources, changed, data_problems, kind_of
 from fedlm.recipe.guards import guard_problems
 from fedlm.recipe.methods import ALGORITHMS, FACTORS, PROMPTS
+from fedlm.recipe.outer import outer_problems
 from fedlm.recipe.preference import preference_problems
 from fedlm.recipe.presets import model_problems
 from fedlm.recipe.tasks import TASKS, WRITTEN
@@ -30,6 +31,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     yield from preference_problems(recipe)
     yield from _federation(recipe)
     yield from _method(recipe)
+    yield from outer_problems(recipe)
     yield from _asynchronous(recipe)
     yield from guard_problems(recipe)
     yield from capacity_problems(recipe)
@@ -156,7 +158,7 @@ def _method(recipe: Recipe) -> Iterator[Problem]:
             f"'{name}' measures small differences of losses with one fp32 copy of the weights: set it to float32",
         )
     if method.same_steps and recipe.training.steps is None:
-        yield ("training", "epochs"), f"silos vote step by step with '{name}': give `steps`, the same for all"
+        yield ("training", "epochs"), f"with '{name}' all silos take the same number of steps: give `steps`"
     algorithm = recipe.federation.algorithm
     if name == "ferret" and algorithm.seeds % algorithm.per_block:
         yield (

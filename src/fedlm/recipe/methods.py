@@ -60,6 +60,9 @@ class Method:
     """Why what compression lost in one round cannot be added to a later update; empty where it can."""
     needs_feedback: str = ""
     """Why it has to be added; empty where it need not."""
+    goes_on: bool = False
+    """Silos go on from where they stand, so rounds are parts of one training: all take part, and keep their
+    optimiser."""
 
 
 _ADAPTIVE = ("server_momentum", "beta2", "tau")
@@ -81,6 +84,7 @@ _TURNED = "a round's factors are written in a basis that no other round has"
 _NO_STATE = "a silo begins anew before it is known which of its updates count, so it keeps nothing"
 
 _STALENESS = ("staleness", "staleness_a", "staleness_b", "max_staleness")
+_FRAGMENTS = ("fragments", "pattern", "overlap", "mixing")
 
 ALGORITHMS: dict[str, Method] = {
     "fedavg": Method("McMahan et al., AISTATS 2017", linear=True, partial=True, plain_broadcast=True),
@@ -309,6 +313,37 @@ ALGORITHMS: dict[str, Method] = {
         linear=False,
         asynchronous=True,
         options=("buffer", *_STALENESS),
+        no_feedback=_NO_STATE,
+    ),
+    "diloco": Method(
+        "Douillard et al., 2023", linear=True, partial=True, options=("server_momentum",), plain_broadcast=True
+    ),
+    "streaming-diloco": Method(
+        "Douillard et al., 2025",
+        linear=True,
+        silo_state=True,
+        options=("server_momentum", *_FRAGMENTS),
+        adapters=("full", "lora"),
+        same_steps=True,
+        plain_broadcast=True,
+        goes_on=True,
+    ),
+    "eager-diloco": Method(
+        "Kale et al., 2025",
+        linear=True,
+        silo_state=True,
+        equal_weights=True,
+        options=("server_momentum",),
+        adapters=("full", "lora"),
+        min_rounds=2,
+        goes_on=True,
+    ),
+    "delayed-nesterov": Method(
+        "Liu et al., 2024",
+        linear=False,  # as fedbuff
+        asynchronous=True,
+        equal_weights=True,
+        options=("server_momentum", "buffer", "momentum_share", "max_staleness"),
         no_feedback=_NO_STATE,
     ),
 }

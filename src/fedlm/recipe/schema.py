@@ -58,11 +58,11 @@ class FederationSpec(Strict):
     )
     quorum: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         1.0,
-        description="Share of the round's sample that must answer, else the run stops; fedasync, fedbuff: share of all "
+        description="Share of the round's sample that must answer, else the run stops; asynchronous: share of all "
         "silos whose last training did not fail.",
     )
     deadline: PositiveFloat | None = Field(
-        None, description="Seconds per round; fedasync, fedbuff: per training, in a simulation on the virtual clock."
+        None, description="Seconds per round; asynchronous: per training, in a simulation on the virtual clock."
     )
     retries: Annotated[int, Field(ge=0, le=10)] = Field(
         1, description="How often a request is sent again to a silo whose process died."
@@ -73,7 +73,7 @@ class FederationSpec(Strict):
     workers: PositiveInt | Literal["auto"] = Field("auto", description="Processes that train silos side by side.")
     threads: PositiveInt = Field(1, description="Torch threads per worker; part of what makes runs repeatable.")
     concurrency: Literal["all"] | PositiveInt = Field(
-        "all", description="fedasync, fedbuff: silos at work at once, drawn from all; there are no samples of a round."
+        "all", description="Asynchronous: silos at work at once, drawn from all; there are no samples of a round."
     )
     speeds: SpeedSpec = SpeedSpec()
     downlink: DownlinkSpec = DownlinkSpec()

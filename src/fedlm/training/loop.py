@@ -42,6 +42,8 @@ class LocalRule(Protocol):
 
     def start(self) -> Tensors: ...
 
+    def before(self, step: int, parameters: dict[str, Parameter]) -> None: ...
+
     def correct(self, parameters: dict[str, Parameter]) -> None: ...
 
 
@@ -102,7 +104,8 @@ def train(
 
     Args:
         generator_key: (seed, silo, ...) of the batch order; the round is added here.
-        rule: gives the parameters to start from and corrects gradients after clipping; None changes nothing.
+        rule: gives the parameters to start from, may change them before a step, and corrects gradients after clipping;
+            None changes nothing.
         optimizer_state: what this silo's last round left, empty or None at the beginning.
         should_stop: asked before every step; True ends the round early.
 
@@ -133,6 +136,8 @@ def train(
             rate = learning_rate(spec, (window.round * steps + step) / (window.rounds * steps))
             for group in optimizer.param_groups:
                 group["lr"] = rate
+            if rule is not None:
+                rule.before(step, parameters)
             examples = objective.begin([data[i] for i in chosen])
             total = divisor = 0.0
             for part in micro_batches(examples, spec):

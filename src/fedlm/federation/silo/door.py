@@ -288,7 +288,8 @@ class Silo:
         recipe = self.bench.recipe
         rounds = int(request.fields.get("rounds", recipe.federation.rounds))
         dispatch = int(request.fields["dispatch"]) if "dispatch" in request.fields else None
-        return Place(self.name, request.round, rounds, recipe.seed, plan.rank, dispatch=dispatch)
+        silos = max(1, int(request.fields.get("silos", 1)))
+        return Place(self.name, request.round, rounds, recipe.seed, plan.rank, dispatch=dispatch, silos=silos)
 
     def _evaluate(self, request: Request) -> tuple[Tensors, Fields]:
         from fedlm.evaluation import measure
