@@ -140,9 +140,10 @@ def _harness(recipe: Recipe, tensors: Tensors, tasks: str, limit: int | None) ->
     from fedlm.evaluation.harness import run_harness
     from fedlm.models.adapters import attach, set_tensors
     from fedlm.models.load import load_base, load_tokenizer
+    from fedlm.recipe.heads import outputs_of
     from fedlm.recipe.tasks import TASKS
 
-    model = attach(load_base(recipe.model), recipe.adapter, recipe.seed)
+    model = attach(load_base(recipe.model), recipe.adapter, recipe.seed, outputs_of(recipe))
     set_tensors(model, tensors, recipe.adapter)
     model.eval()
     names = [name.strip() for name in tasks.split(",") if name.strip()]

@@ -25,6 +25,7 @@ from fedlm.data.sources import Located, locate
 from fedlm.errors import DataError
 from fedlm.randomness import key, numpy_generator
 from fedlm.recipe.schema import DataSpec, Recipe, SourceSpec, SplitSpec
+from fedlm.recipe.tasks import TASKS
 
 Ints = npt.NDArray[np.int64]
 ROLES = ("train", "validation", "test")
@@ -187,6 +188,7 @@ def load_data(recipe: Recipe, base: Path = Path()) -> FederatedData:
         parts = {silo.name: kept[owner == silo.name] for silo in spec.silos}
     for name, part in sorted(parts.items()):
         _check_training_rows(name, roles[part])
+    _check_classes(recipe, rows, kept)
     data = FederatedData(rows, tables[0].kind, parts, roles, {k: n for k, n in skipped.items() if n})
     data.duplicates = len(kept) - len({hashes[i] for i in kept})
     if spec.partition is not None and spec.partition.by and spec.partition.kind in ("dirichlet", "shards"):
@@ -268,6 +270,19 @@ def _check_domains(located: list[Located]) -> None:
                 fix="give each source a `name` of its own",
             )
         first[found.domain] = found.source.path
+
+
+def _check_classes(recipe: Recipe, rows: Any, kept: Ints) -> None:
+    """Refuse to learn classes of which there is one: a silo may hold a single class, all silos together may not."""
+    if TASKS[recipe.task].head != "labels":
+        return
+    choices, answers = rows["choices"][:], rows["answer"][:]
+    if len({choices[i][answers[i]] for i in kept.tolist()}) < 2:
+        raise DataError(
+            "all rows have the same class, so there is nothing to tell apart",
+            where="data",
+            fix="check the columns `choices` and `answer`, and `where`",
+        )
 
 
 def _check_training_rows(name: str, roles: Ints) -> None:

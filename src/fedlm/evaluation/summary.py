@@ -8,7 +8,7 @@ from typing import Any
 
 from fedlm.evaluation.intervals import wilson
 from fedlm.messages import Fields
-from fedlm.recipe.tasks import FIGURES
+from fedlm.recipe.tasks import FIGURES, figure_of
 
 
 def summarise(measured: Mapping[str, Mapping[str, Any]]) -> Fields:
@@ -20,7 +20,8 @@ def summarise(measured: Mapping[str, Mapping[str, Any]]) -> Fields:
         accuracy, accuracy_norm (multiple choice over all items) and generation_accuracy, each with "<name>_interval"
         (Wilson, 95 %) and its "<name>_total"; parse_rate;
         every figure that a task counts (`fedlm.recipe.tasks.FIGURES`) by its name, with "<name>_total", and of
-        proportions "<name>_interval"; a task's own loss is such a figure, and has no perplexity;
+        proportions "<name>_interval"; a task's own loss is such a figure, and has no perplexity; of F1 by label only
+        "macro_f1", the mean over the labels that occur, in the rows or in the answers;
         fairness: for loss and each accuracy {"mean", "worst", "variance"} over the silos that have such items, every
         silo counting the same (population variance; worst is the highest loss or the lowest accuracy, "worst_silo"
         its name);
@@ -44,7 +45,8 @@ def summarise(measured: Mapping[str, Mapping[str, Any]]) -> Fields:
     total["figures"] = added(counts.get("figures", {}) for _, counts in sorted(measured.items()))
     result = _figures(total)
     for figure, (positive, count) in total["figures"].items():
-        if FIGURES[figure].proportion and count:
+        known = figure_of(figure)
+        if known is not None and known.proportion and count:
             result[f"{figure}_interval"] = list(wilson(round(positive), round(count)))
     for figure, correct, count in _ACCURACIES:
         if total[count]:
@@ -82,10 +84,17 @@ def _figures(counts: Mapping[str, Any]) -> Fields:
             figures[f"{figure}_total"] = counts[total]
     if counts.get("generation_total"):
         figures["parse_rate"] = counts["generation_parsed"] / counts["generation_total"]
+    by_label: list[float] = []
     for figure, (positive, count) in counts.get("figures", {}).items():
-        if count:
-            figures[figure] = positive / count
-            figures[f"{figure}_total"] = count
+        if not count:
+            continue
+        if figure.startswith("label_f1/"):
+            by_label.append(positive / count)
+            continue
+        figures[figure] = positive / count
+        figures[f"{figure}_total"] = count
+    if by_label:
+        figures["macro_f1"] = sum(by_label) / len(by_label)
     return figures
 
 

@@ -10,7 +10,7 @@ from fedlm.federation.records import LINE, PLANNED
 from fedlm.federation.updates import largest_tokens
 from fedlm.messages import Fields, Reply
 from fedlm.recipe.schema import Recipe
-from fedlm.recipe.tasks import FIGURES, TASKS, WRITTEN
+from fedlm.recipe.tasks import TASKS, WRITTEN, figure_of
 
 LARGEST = 2**53
 """Counts beyond it are no whole numbers in JSON readers, and a million of them still have a finite sum."""
@@ -41,16 +41,16 @@ def require_numbers(silo: str, fields: Mapping[str, Any], names: Iterable[str]) 
 
 def check_training(reply: Reply) -> None:
     """Refuse a reply to `train` whose figures cannot be written down. Raises UpdateRefused."""
-    check_figures(reply.silo, reply.fields.get("figures"), FIGURES, LARGEST)
+    check_figures(reply.silo, reply.fields.get("figures"), LARGEST)
     require_numbers(reply.silo, reply.fields, [*LINE, *([PLANNED] if PLANNED in reply.fields else [])])
 
 
-def check_figures(silo: str, figures: Any, known: Iterable[str], most: float) -> None:
+def check_figures(silo: str, figures: Any, most: float) -> None:
     """Refuse figures that are no (sum, count) of known names, or that count more than `most`. Raises UpdateRefused."""
     if not isinstance(figures, dict):
         raise UpdateRefused("the reply has no figures", where=silo)
     for name, pair in figures.items():
-        if name not in known:
+        if (known := figure_of(name)) is None:
             raise UpdateRefused(f"the reply has an unknown figure {name[:80]!r}", where=silo)
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise UpdateRefused(f"the reply's figure '{name}' is no sum and count", where=silo)
@@ -59,7 +59,7 @@ def check_figures(silo: str, figures: Any, known: Iterable[str], most: float) ->
         require_numbers(silo, {f"{name} (count)": count}, [f"{name} (count)"])
         if count > most:
             raise UpdateRefused(f"the reply's '{name}' counts {count}, above {most}", where=silo)
-        if (FIGURES[name].proportion or FIGURES[name].unit) and not 0 <= total <= count:
+        if (known.proportion or known.unit) and not 0 <= total <= count:
             raise UpdateRefused(f"the reply's '{name}' is {total} of {count}", where=silo)
 
 
@@ -90,7 +90,7 @@ def check_counts(reply: Reply, recipe: Recipe, rows: int) -> None:
         UpdateRefused: a count is missing, or impossible.
     """
     fields, facts = reply.fields, TASKS[recipe.task]
-    check_figures(reply.silo, fields.get("figures"), FIGURES, rows * largest_tokens(recipe))
+    check_figures(reply.silo, fields.get("figures"), rows * largest_tokens(recipe))
     if not facts.likelihood:
         require_numbers(reply.silo, fields, ["examples"])
         if absent := sorted({"loss", *facts.figures} - fields["figures"].keys()):
@@ -99,7 +99,7 @@ def check_counts(reply: Reply, recipe: Recipe, rows: int) -> None:
             raise UpdateRefused(f"the reply's 'examples' is {fields['examples']}, above {rows}", where=reply.silo)
         return
     written = [name for metric in recipe.evaluation.metrics for name in WRITTEN.get(metric, ())]
-    check_figures(reply.silo, {name: fields["figures"].get(name) for name in written}, written, rows)
+    check_figures(reply.silo, {name: fields["figures"].get(name) for name in written}, rows)
     wanted = [name for metric in recipe.evaluation.metrics for name in COUNTS.get(metric, ())]
     require_numbers(reply.silo, fields, ["examples", *wanted])
     bounds = {"examples": rows, "loss_tokens": rows * largest_tokens(recipe)}

@@ -19,6 +19,7 @@ from fedlm.models.adapters import attach, base_only, completed, set_tensors
 from fedlm.models.export import load_adapter
 from fedlm.models.folders import local_path
 from fedlm.models.load import load_base, load_tokenizer
+from fedlm.recipe.heads import outputs_of
 from fedlm.recipe.load import load_recipe
 from fedlm.recipe.schema import ModelSpec, Recipe
 
@@ -140,7 +141,7 @@ def open_chat(source: str, spec: ModelSpec | None = None, which: str | None = No
     if spec is None and is_run(path):
         recipe = run_recipe(path)
         tensors, name = run_tensors(path, which)
-        model = attach(load_base(recipe.model), recipe.adapter, recipe.seed)
+        model = attach(load_base(recipe.model), recipe.adapter, recipe.seed, outputs_of(recipe))
         set_tensors(model, tensors, recipe.adapter)
         model.eval()
         return Chat(model, load_tokenizer(recipe.model), f"{recipe.name} ({name})", adapted=True)

@@ -2,8 +2,8 @@
 
 LoRA (Hu et al., ICLR 2022) adds (alpha / rank) B A to a weight, LoRA-SB (alpha / rank) B R A (`fedlm.models.square`);
 IA3 (Liu et al., NeurIPS 2022) scales keys, values and the feed-forward's inner activations. They come from PEFT, so
-that anything that reads PEFT reads the result. Soft prompts: `fedlm.models.soft_prompts`. Adapter parameters are fp32
-whatever the base's dtype.
+that anything that reads PEFT reads the result. Soft prompts: `fedlm.models.soft_prompts`; heads beside all but these:
+`fedlm.models.heads`. Adapter parameters are fp32 whatever the base's dtype.
 
 A tensor's name is PEFT's name in a saved adapter without the leading 'base_model.model.', for instance
 `model.layers.0.self_attn.q_proj.lora_A.weight`; with kind 'full' it is the model's own parameter name. Each first value
@@ -26,10 +26,12 @@ from fedlm.errors import ModelError
 from fedlm.messages import Tensors
 from fedlm.models.directions import add_terms, is_description
 from fedlm.models.folders import quiet
+from fedlm.models.heads import add_head, is_head, vocabulary
 from fedlm.models.load import load_base, resolve, unloadable
 from fedlm.models.soft_prompts import OFF, SoftPromptModel, attach_prompt
 from fedlm.models.square import insert_squares
 from fedlm.randomness import key, torch_generator
+from fedlm.recipe.heads import outputs_of
 from fedlm.recipe.methods import FACTORS, PROMPTS
 from fedlm.recipe.schema import AdapterSpec, Recipe
 
@@ -49,13 +51,16 @@ _FEEDFORWARD_ENDS = {"down_proj", "fc2", "fc_out", "dense_4h_to_h", "wo", "w2", 
 """Last linear layers of feed-forward blocks, by the names that architectures give them; IA3 scales their input."""
 
 
-def attach(model: PreTrainedModel, spec: AdapterSpec, seed: int) -> nn.Module:
+def attach(model: PreTrainedModel, spec: AdapterSpec, seed: int, outputs: int = 0) -> nn.Module:
     """The model with trainable parameters as `spec` says, at their common first values.
 
     For 'lora', 'lora-sb' and 'ia3' the model is wrapped by PEFT and its outputs are still the base's (B = 0, scales =
     1). Soft prompts wrap it too, and change its outputs from the start. For 'full' the model itself is returned with
     fp32 weights. Those that are mapped from a file in fp32 stay mapped: pages become the process's own when they are
     written to, and the file never changes.
+
+    Args:
+        outputs: of the head (`fedlm.models.heads`); 0 for none.
 
     Raises:
         ModelError: a target matches no linear module (those that exist are listed), is tied to the embeddings, IA3 has
@@ -65,6 +70,10 @@ def attach(model: PreTrainedModel, spec: AdapterSpec, seed: int) -> nn.Module:
         return attach_prompt(model, spec, seed)
     if spec.kind == "full":
         unfrozen: nn.Module = _unfreeze(model)
+        if outputs:
+            add_head(unfrozen, outputs)
+            for name in vocabulary(unfrozen):
+                unfrozen.get_parameter(name).requires_grad_(False)
         return unfrozen
     from peft import get_peft_model
 
@@ -78,6 +87,8 @@ def attach(model: PreTrainedModel, spec: AdapterSpec, seed: int) -> nn.Module:
         _check_rank(lora_layers(wrapped), spec.rank)
     if spec.kind == "lora-sb":
         insert_squares(lora_layers(wrapped))
+    if outputs:
+        add_head(wrapped, outputs)
     with torch.no_grad():
         for name, parameter in trainable(wrapped).items():
             parameter.data = parameter.data.to(torch.float32)
@@ -99,12 +110,12 @@ def _check_rank(layers: dict[str, Any], rank: int) -> None:
 
 def first_value(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
     """A parameter before training: A uniform in +-1/sqrt(fan in) (as PEFT: kaiming_uniform, a = sqrt 5), B and R 0,
-    IA3 1."""
+    IA3 1, a head 0."""
     if ".lora_A." in name:
         bound = 1.0 / math.sqrt(shape[1])
         generator = torch_generator(seed, "adapter", name)
         return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
-    if ".lora_B." in name or ".lora_R." in name:
+    if ".lora_B." in name or ".lora_R." in name or is_head(name):
         return torch.zeros(shape, dtype=torch.float32)
     return torch.ones(shape, dtype=torch.float32)
 
@@ -278,11 +289,13 @@ def set_tensors(model: nn.Module, tensors: Tensors, spec: AdapterSpec) -> None:
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter of the adapter by stable name, whether it is trained now or not; without one, all that train."""
-    named = {}
+    named, adapted = {}, False
     for name, parameter in model.named_parameters():
-        if _ADAPTER_PART.search(name) or name.startswith(PROMPT):
+        part = _ADAPTER_PART.search(name) is not None or name.startswith(PROMPT)
+        adapted = adapted or part
+        if part or is_head(_stable(name)):
             named[_stable(name)] = parameter
-    return named or trainable(model)
+    return named if adapted else trainable(model)
 
 
 def _fitting(shape: torch.Size, value: torch.Tensor | None, name: str) -> torch.Size:
@@ -347,7 +360,7 @@ def skeleton(recipe: Recipe) -> nn.Module:
         except Exception as error:  # whatever transformers raises here is about this folder
             raise unloadable(error, recipe.model) from error
         model.requires_grad_(False)
-        return attach(model, recipe.adapter, recipe.seed)
+        return attach(model, recipe.adapter, recipe.seed, outputs_of(recipe))
 
 
 def completed(tensors: Tensors, recipe: Recipe) -> Tensors:
@@ -357,7 +370,7 @@ def completed(tensors: Tensors, recipe: Recipe) -> Tensors:
         return {**initial_tensors(recipe), **tensors}
     if not is_description(tensors):
         return tensors
-    model = attach(load_base(recipe.model, device="cpu"), recipe.adapter, recipe.seed)
+    model = attach(load_base(recipe.model, device="cpu"), recipe.adapter, recipe.seed, outputs_of(recipe))
     weights = {name: parameter.detach() for name, parameter in trainable(model).items()}
     add_terms(weights, tensors, recipe.seed)
     return weights
@@ -367,7 +380,8 @@ def initial_tensors(recipe: Recipe) -> Tensors:
     """The first global model: what `get_tensors(attach(load_base(...)))` gives; adapters of layers need no weights for
     it."""
     if recipe.adapter.kind == "full" or recipe.adapter.kind in PROMPTS:
-        return get_tensors(attach(load_base(recipe.model, device="cpu"), recipe.adapter, recipe.seed))
+        base = load_base(recipe.model, device="cpu")
+        return get_tensors(attach(base, recipe.adapter, recipe.seed, outputs_of(recipe)))
     return {
         name: first_value(name, parameter.shape, recipe.seed) for name, parameter in trainable(skeleton(recipe)).items()
     }

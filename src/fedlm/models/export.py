@@ -23,9 +23,11 @@ from fedlm.messages import Tensors
 from fedlm.models.adapters import PREFIX, attach, check_tensors, lora_layers, set_tensors, skeleton, trainable
 from fedlm.models.deltas import deltas_of, is_delta, joined, parted
 from fedlm.models.folders import DTYPES, HELPERS, local_path, new_folder, open_weights, weight_files
+from fedlm.models.heads import HEAD, head_config, vocabulary
 from fedlm.models.load import load_base, load_tokenizer, resolve
 from fedlm.models.soft_prompts import SoftPromptModel, peft_prompt_config
 from fedlm.models.square import folded, unfolded
+from fedlm.recipe.heads import labels_of, outputs_of
 from fedlm.recipe.methods import PROMPTS
 from fedlm.recipe.schema import AdapterSpec, ModelSpec, Recipe
 
@@ -37,8 +39,10 @@ ENCODER_WEIGHTS = "prompt_encoder.safetensors"
 def save_adapter(folder: Path, tensors: Tensors, recipe: Recipe) -> None:
     """Write a trained adapter as PEFT does, or for kind 'full' the whole model as a folder with its tokenizer.
 
-    `PeftModel.from_pretrained(base, folder)` gives fedlm's own logits. The base is named by the recipe's source and
-    never by a path of this machine. The folder is there as a whole or not at all; it must not exist yet, or be empty.
+    `PeftModel.from_pretrained(base, folder)` gives fedlm's own logits; where a head was trained, `base` must come from
+    `AutoModelForSequenceClassification.from_pretrained(name, num_labels=...)`, with the tokenizer's padding token. The
+    base is named by the recipe's source and never by a path of this machine. The folder is there as a whole or not at
+    all; it must not exist yet, or be empty.
 
     Args:
         tensors: the adapter's parameters, and deltas, which become a part of it: its rank is larger then. LoRA-SB's
@@ -57,7 +61,7 @@ def save_adapter(folder: Path, tensors: Tensors, recipe: Recipe) -> None:
     tensors, adapter = joined(folded(tensors) if recipe.adapter.kind == "lora-sb" else tensors, recipe.adapter)
     with _written(folder) as temporary:
         if recipe.adapter.kind == "full":
-            _carry(recipe.model, temporary, torch.float32)
+            _carry(recipe, temporary, torch.float32)
             write_tensors(temporary / "model.safetensors", tensors, {"format": "pt"})
             return
         saved = {PREFIX + name: tensor.to(torch.float32) for name, tensor in tensors.items()}
@@ -107,6 +111,8 @@ def _config_of(peft: Any, recipe: Recipe) -> dict[str, Any]:
     config: dict[str, Any] = peft.to_dict()
     name, revision = base_name(recipe.model)
     config |= {"base_model_name_or_path": name, "revision": revision, "inference_mode": True}
+    if outputs_of(recipe):
+        config |= {"task_type": "SEQ_CLS", "modules_to_save": [HEAD.removesuffix(".weight")]}
     return {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
 
 
@@ -160,15 +166,18 @@ def save_merged(folder: Path, tensors: Tensors, recipe: Recipe, dtype: str = "fl
         raise ModelError("a soft prompt is no change of the weights, so it cannot be merged", fix="export the adapter")
     check_empty(folder)
     base = resolve(recipe.model)
-    model = attach(load_base(recipe.model, device="cpu").to(torch.float32), recipe.adapter, recipe.seed)
+    base_model = load_base(recipe.model, device="cpu").to(torch.float32)
+    model = attach(base_model, recipe.adapter, recipe.seed, outputs_of(recipe))
     set_tensors(model, tensors, recipe.adapter)
     _merge_deltas(model, tensors)
     merged: nn.Module = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model  # type: ignore[operator]
     state = {name: p.detach() for name, p in merged.named_parameters()}  # tied weights once
     state |= {name: b for name, b in merged.named_buffers() if name in merged.state_dict()}
+    if outputs_of(recipe):
+        state = {name: tensor for name, tensor in state.items() if name not in vocabulary(base_model)}
     loss = rounding_loss(base, state, DTYPES[dtype])
     with _written(folder) as temporary:
-        _carry(recipe.model, temporary, DTYPES[dtype])
+        _carry(recipe, temporary, DTYPES[dtype])
         cast_state = {n: t.to(DTYPES[dtype]) if t.is_floating_point() else t for n, t in state.items()}
         write_tensors(temporary / "model.safetensors", cast_state, {"format": "pt"})
     return loss
@@ -201,14 +210,20 @@ def rounding_loss(base: Path, merged: Tensors, dtype: torch.dtype) -> float:
     return float((lost / changed) ** 0.5) if changed else 0.0
 
 
-def _carry(spec: ModelSpec, folder: Path, dtype: torch.dtype) -> None:
-    """Copy everything of the base but weights and their index; tokenizer and template are those that training used."""
-    base = resolve(spec)
+def _carry(recipe: Recipe, folder: Path, dtype: torch.dtype) -> None:
+    """Copy everything of the base but weights and their index; tokenizer and template are those that training used.
+
+    With a head the model is one for sequence classification.
+    """
+    base = resolve(recipe.model)
     for file in sorted(base.iterdir()):
         if file.is_file() and file.suffix in HELPERS and not file.name.endswith(".index.json"):
             shutil.copyfile(file, folder / file.name)
     config = json.loads((base / "config.json").read_text())
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
+    tokenizer = load_tokenizer(recipe.model)
+    if outputs_of(recipe):
+        config |= head_config(outputs_of(recipe), labels_of(recipe), config["model_type"], tokenizer.pad_token_id)
     write_atomic(folder / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
-    load_tokenizer(spec).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

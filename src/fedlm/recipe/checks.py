@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from fedlm.recipe.capacity import capacity_problems
 from fedlm.recipe.data_checks import Path, Problem, all_sources, changed, data_problems, kind_of
 from fedlm.recipe.guards import guard_problems
+from fedlm.recipe.heads import head_problems
 from fedlm.recipe.methods import ALGORITHMS, FACTORS, PROMPTS
 from fedlm.recipe.outer import outer_problems
 from fedlm.recipe.preference import preference_problems
@@ -29,6 +30,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     yield from data_problems(recipe.data)
     yield from _task(recipe)
     yield from preference_problems(recipe)
+    yield from head_problems(recipe)
     yield from _federation(recipe)
     yield from _method(recipe)
     yield from outer_problems(recipe)

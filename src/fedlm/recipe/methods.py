@@ -63,6 +63,8 @@ class Method:
     goes_on: bool = False
     """Silos go on from where they stand, so rounds are parts of one training: all take part, and keep their
     optimiser."""
+    heads: bool = False
+    """It treats every trained tensor alike, whatever its name: a head beside the adapter is one of them."""
 
 
 _ADAPTIVE = ("server_momentum", "beta2", "tau")
@@ -87,14 +89,28 @@ _STALENESS = ("staleness", "staleness_a", "staleness_b", "max_staleness")
 _FRAGMENTS = ("fragments", "pattern", "overlap", "mixing")
 
 ALGORITHMS: dict[str, Method] = {
-    "fedavg": Method("McMahan et al., AISTATS 2017", linear=True, partial=True, plain_broadcast=True),
-    "fedprox": Method("Li et al., MLSys 2020", linear=True, partial=True, options=("mu",), plain_broadcast=True),
+    "fedavg": Method(
+        "McMahan et al., AISTATS 2017",
+        linear=True,
+        partial=True,
+        plain_broadcast=True,
+        heads=True,
+    ),
+    "fedprox": Method(
+        "Li et al., MLSys 2020",
+        linear=True,
+        partial=True,
+        options=("mu",),
+        plain_broadcast=True,
+        heads=True,
+    ),
     "fednova": Method(
         "Wang et al., NeurIPS 2020",
         linear=True,
         partial=True,
         plain_broadcast=True,
         no_guards="an update says by how many steps it was divided, and that may not be rounded",
+        heads=True,
     ),
     "scaffold": Method(
         "Karimireddy et al., ICML 2020",
@@ -103,13 +119,40 @@ ALGORITHMS: dict[str, Method] = {
         silo_state=True,
         equal_weights=True,
         needs_feedback=_DRIFT,
+        heads=True,
     ),
     "fedavgm": Method(
-        "Hsu et al., 2019", linear=True, partial=True, options=("server_momentum",), plain_broadcast=True
+        "Hsu et al., 2019",
+        linear=True,
+        partial=True,
+        options=("server_momentum",),
+        plain_broadcast=True,
+        heads=True,
     ),
-    "fedadam": Method("Reddi et al., ICLR 2021", linear=True, partial=True, options=_ADAPTIVE, plain_broadcast=True),
-    "fedyogi": Method("Reddi et al., ICLR 2021", linear=True, partial=True, options=_ADAPTIVE, plain_broadcast=True),
-    "fedadagrad": Method("Reddi et al., ICLR 2021", linear=True, partial=True, options=_ADAPTIVE, plain_broadcast=True),
+    "fedadam": Method(
+        "Reddi et al., ICLR 2021",
+        linear=True,
+        partial=True,
+        options=_ADAPTIVE,
+        plain_broadcast=True,
+        heads=True,
+    ),
+    "fedyogi": Method(
+        "Reddi et al., ICLR 2021",
+        linear=True,
+        partial=True,
+        options=_ADAPTIVE,
+        plain_broadcast=True,
+        heads=True,
+    ),
+    "fedadagrad": Method(
+        "Reddi et al., ICLR 2021",
+        linear=True,
+        partial=True,
+        options=_ADAPTIVE,
+        plain_broadcast=True,
+        heads=True,
+    ),
     "fedmezo": Method(
         "Ling et al., KDD 2024",
         linear=True,
@@ -117,6 +160,7 @@ ALGORITHMS: dict[str, Method] = {
         without=_BACKWARD,
         zeroth_order=True,
         plain_broadcast=True,
+        heads=True,
     ),
     "fedkseed": Method(
         "Qin et al., ICML 2024",
@@ -155,6 +199,7 @@ ALGORITHMS: dict[str, Method] = {
         server_rate=False,
         plain_broadcast=True,
         needs_feedback=_DRIFT,
+        heads=True,
     ),
     "ditto": Method(
         "Li et al., ICML 2021",
@@ -163,6 +208,7 @@ ALGORITHMS: dict[str, Method] = {
         options=("ditto_lambda",),
         personal=True,
         plain_broadcast=True,
+        heads=True,
     ),
     "feddpa": Method(
         "Yang et al., NeurIPS 2024",
@@ -193,6 +239,7 @@ ALGORITHMS: dict[str, Method] = {
         min_rounds=2,
         without=("keep_optimizer",),
         no_guards="an update also says which model it belongs to, and is not for the same one in every round",
+        heads=True,
     ),
     "lorm": Method(
         "Salami et al., ICLR 2025",
@@ -212,10 +259,20 @@ ALGORITHMS: dict[str, Method] = {
         principal=True,
     ),
     "task-arithmetic": Method(
-        "Ilharco et al., ICLR 2023", linear=True, partial=True, equal_weights=True, plain_broadcast=True
+        "Ilharco et al., ICLR 2023",
+        linear=True,
+        partial=True,
+        equal_weights=True,
+        plain_broadcast=True,
+        heads=True,
     ),
     "ties": Method(
-        "Yadav et al., NeurIPS 2023", linear=False, equal_weights=True, options=("density",), plain_broadcast=True
+        "Yadav et al., NeurIPS 2023",
+        linear=False,
+        equal_weights=True,
+        options=("density",),
+        plain_broadcast=True,
+        heads=True,
     ),
     "fedit": Method("Zhang et al., ICASSP 2024", linear=True, partial=True, adapters=("lora",), plain_broadcast=True),
     "ffa-lora": Method("Sun et al., ICLR 2024", linear=True, partial=True, adapters=("lora",), plain_broadcast=True),
@@ -307,6 +364,7 @@ ALGORITHMS: dict[str, Method] = {
         equal_weights=True,
         options=("mu", *_STALENESS),
         no_feedback=_NO_STATE,
+        heads=True,
     ),
     "fedbuff": Method(
         "Nguyen et al., AISTATS 2022",
@@ -314,6 +372,7 @@ ALGORITHMS: dict[str, Method] = {
         asynchronous=True,
         options=("buffer", *_STALENESS),
         no_feedback=_NO_STATE,
+        heads=True,
     ),
     "diloco": Method(
         "Douillard et al., 2023", linear=True, partial=True, options=("server_momentum",), plain_broadcast=True

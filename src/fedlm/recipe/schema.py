@@ -18,6 +18,7 @@ from fedlm.recipe.capacity import CapacitySpec
 from fedlm.recipe.checks import problems
 from fedlm.recipe.data import Columns, DataSpec, PartitionSpec, SiloSpec, SourceSpec, SplitSpec
 from fedlm.recipe.guards import DownlinkSpec, GuardSpec
+from fedlm.recipe.heads import ClassifySpec, RewardSpec
 from fedlm.recipe.model import AdapterSpec, ModelSpec
 from fedlm.recipe.preference import PreferenceSpec
 from fedlm.recipe.presets import with_seed
@@ -120,6 +121,8 @@ class Recipe(Strict):
         default_factory=list, description="What happens to an update before it leaves its silo, in this order."
     )
     evaluation: EvaluationSpec = EvaluationSpec()
+    classify: ClassifySpec = ClassifySpec()
+    reward: RewardSpec = RewardSpec()
     trackers: list[Literal["tensorboard", "mlflow"]] = Field(default_factory=list)
 
     @field_validator("task")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class TaskFacts:
     one_per_row: bool = True
     """What a row gives is bounded: at most `sequences` sequences of `max_length` tokens."""
     sequences: int = 1
+    head: Literal["none", "labels", "score"] = "none"
+    """What it puts on top of the model in place of the next token: a logit for each label, or one number."""
 
 
 TASKS: dict[str, TaskFacts] = {
@@ -35,6 +39,18 @@ TASKS: dict[str, TaskFacts] = {
         sequences=4,
     ),
     "pretrain": TaskFacts(("text",), template=False, one_per_row=False),
+    "classify": TaskFacts(
+        ("choice",), template=False, loss="nats per row", likelihood=False, figures=("accuracy",), head="labels"
+    ),
+    "reward": TaskFacts(
+        ("preference", "choice"),
+        template=True,
+        loss="nats per pair",
+        likelihood=False,
+        figures=("reward_accuracy", "reward_margin"),
+        sequences=2,
+        head="score",
+    ),
 }
 
 
@@ -65,6 +81,9 @@ FIGURES: dict[str, Figure] = {
     "kl": Figure("KL to the reference, nats per token", higher=False),
     "chosen_logp": Figure("log-probability of chosen answers, per token"),
     "rejected_logp": Figure("log-probability of rejected answers, per token", higher=False),
+    "accuracy": Figure("accuracy", proportion=True),
+    "label_f1": Figure("F1 of a label", unit=True),
+    "macro_f1": Figure("macro F1", unit=True),
 }
 
 WRITTEN: dict[str, tuple[str, ...]] = {
@@ -73,3 +92,11 @@ WRITTEN: dict[str, tuple[str, ...]] = {
     "rouge": ("rouge1", "rouge2", "rougeL"),
 }
 """Metrics of written answers, on rows of messages, and the figures that each counts."""
+
+_NUMBERED = re.compile(r"(label_f1)/[0-9]{1,4}")
+
+
+def figure_of(name: str) -> Figure | None:
+    """What a figure of this name means; 'label_f1/3' is the fourth label's. None where there is no such figure."""
+    match = _NUMBERED.fullmatch(name)
+    return FIGURES.get(match[1] if match else name)

@@ -65,6 +65,8 @@ class Packed:
     """int64 [M]"""
     owners: Tensor
     """int64 [M]: the sequence each target belongs to."""
+    ends: Tensor
+    """int64 [sequences]: the row of each sequence's last token that is read."""
     grids: list[Grid]
     places: Tensor
     """int64 [T]: where each row is in the grids' rows laid end to end."""
@@ -76,7 +78,7 @@ class Packed:
         if device.type == "cpu":
             return self
         moved = [grid.to(device) for grid in self.grids]
-        names = ("ids", "positions", "predictors", "targets", "owners", "places")
+        names = ("ids", "positions", "predictors", "targets", "owners", "ends", "places")
         return replace(self, grids=moved, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
@@ -98,7 +100,7 @@ class _Segment:
 def pack(sequences: Sequence[Encoded], *, share: bool = True) -> Packed:
     """Lay out sequences (each of at least one token) as one row; `share=False` computes every token of each.
 
-    A sequence is read up to its last target, which is predicted and never read.
+    A sequence is read up to its last target, which is predicted and never read; without targets it is read whole.
     """
     read = [s.ids[: max(1, np.flatnonzero(s.loss)[-1])] if s.loss.any() else s.ids for s in sequences]
     order = sorted(range(len(read)), key=lambda i: read[i].astype(">i4").tobytes())
@@ -158,6 +160,7 @@ def pack(sequences: Sequence[Encoded], *, share: bool = True) -> Packed:
         predictors=torch.from_numpy(np.concatenate(predictors)),
         targets=torch.from_numpy(np.concatenate(targets)),
         owners=torch.from_numpy(np.concatenate(owners)),
+        ends=torch.tensor([int(paths[i][-1]) for i in range(len(sequences))]),
         grids=grids,
         places=torch.from_numpy(places),
         sequences=len(sequences),

@@ -17,6 +17,7 @@ from typing import Any
 
 from fedlm.errors import RunError, UpdateRefused
 from fedlm.messages import Fields
+from fedlm.models.heads import is_head
 from fedlm.recipe.capacity import Capacity, read_bytes
 from fedlm.recipe.methods import ALGORITHMS, FACTORS
 from fedlm.recipe.schema import EvaluationSpec, ModelSpec, Recipe, TrainingSpec
@@ -55,11 +56,11 @@ class Plan:
     quantise: str | None = None
 
     def trains(self, name: str) -> bool:
-        """Whether a tensor (or layer) of the adapter is trained; others stay as received."""
+        """Whether a tensor (or layer) of the adapter is trained; others stay as received. A head always is."""
         block = block_of(name)
         if block is not None and block < self.first_layer:
             return False
-        return self.targets is None or any(f".{target}." in f".{name}." for target in self.targets)
+        return self.targets is None or is_head(name) or any(f".{target}." in f".{name}." for target in self.targets)
 
     @property
     def partial(self) -> bool:

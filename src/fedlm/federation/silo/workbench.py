@@ -20,6 +20,7 @@ from torch.nn import Parameter
 
 from fedlm.messages import Tensors
 from fedlm.recipe.capacity import Capacity
+from fedlm.recipe.heads import outputs_of
 from fedlm.recipe.schema import ModelSpec, Recipe
 from fedlm.recipe.tasks import TASKS
 
@@ -97,7 +98,7 @@ class Workbench:
         from fedlm.models.load import load_base
         from fedlm.training.loop import check_length
 
-        self.model: Any = attach(load_base(spec), self.recipe.adapter, self.recipe.seed)
+        self.model: Any = attach(load_base(spec), self.recipe.adapter, self.recipe.seed, outputs_of(self.recipe))
         check_length(self.model, self.recipe.training.max_length)
         self._first = _FirstValues(trainable(self.model), self.recipe.seed, self.model)
         self._weights = (spec.dtype, spec.quantise)
@@ -190,6 +191,7 @@ class Workbench:
             )
             again = (ours.seed, ours.federation.algorithm) == (theirs.seed, theirs.federation.algorithm)
             usual = other._ready and other._weights == (theirs.model.dtype, theirs.model.quantise)
+            same = same and outputs_of(ours) == outputs_of(theirs)
             if self._ready or not usual or not same or not (again or ours.adapter.kind != "full"):
                 return False
             if TASKS[ours.task].template:

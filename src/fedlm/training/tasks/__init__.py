@@ -5,11 +5,19 @@ from __future__ import annotations
 from fedlm.errors import RecipeError, nearest
 from fedlm.recipe.schema import Recipe
 from fedlm.training.tasks.base import Task
+from fedlm.training.tasks.classify import Classify
 from fedlm.training.tasks.instruct import Instruct
 from fedlm.training.tasks.preference import Preference
 from fedlm.training.tasks.pretrain import Pretrain
+from fedlm.training.tasks.reward import Reward
 
-CLASSES: dict[str, type[Task]] = {"instruct": Instruct, "preference": Preference, "pretrain": Pretrain}
+CLASSES: dict[str, type[Task]] = {
+    "classify": Classify,
+    "instruct": Instruct,
+    "preference": Preference,
+    "pretrain": Pretrain,
+    "reward": Reward,
+}
 
 
 def get_task(name: str, recipe: Recipe | None = None) -> Task:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlm.errors import DataError
 from fedlm.recipe.schema import Recipe
 from fedlm.training.objective import Figures, Likelihood, Objective, Tools
 from fedlm.training.sequences import Encoded, Example
@@ -95,6 +96,21 @@ class Task:
         """
         del silo
         return examples
+
+    def held_examples(self, held: Held) -> list[Example]:
+        """The examples of all held-out rows.
+
+        Raises:
+            DataError: a row is refused, and not skipped.
+        """
+        found: list[Example] = []
+        for row in held.rows:
+            try:
+                found += self.examples(dict(row), held.tokenizer, held.max_length)
+            except DataError:
+                if not held.skip:
+                    raise
+        return found
 
     def objective(self, tools: Tools) -> Objective:
         """What one round of one silo minimises."""

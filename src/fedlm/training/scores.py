@@ -1,0 +1,89 @@
+"""What a head says of whole sequences: its outputs on each one's last token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from fedlm.models.heads import head_of
+from fedlm.training.attention import causal_model, packed
+from fedlm.training.forward import by_tokens, drops, model_device, precision
+from fedlm.training.packing import pack
+from fedlm.training.sequences import Encoded
+
+
+def whole(ids: list[int], tokenizer: Any, max_length: int) -> Encoded | None:
+    """A sequence without target tokens, cut to `max_length`, for a head; None where nothing is left.
+
+    Padding tokens at its end go: transformers' sequence classification reads the last token that is not padding, which
+    where a model pads with its end-of-turn token is the one before that.
+    """
+    kept = ids[:max_length]
+    while kept and kept[-1] == tokenizer.pad_token_id:
+        kept = kept[:-1]
+    if not kept:
+        return None
+    return Encoded(np.asarray(kept, np.int32), np.zeros(len(kept), np.bool_), cut=len(ids) > max_length)
+
+
+def sequence_scores(model: nn.Module, sequences: Sequence[Encoded], *, packing: bool = True) -> Tensor:
+    """The head's outputs [sequences, outputs], fp32, differentiable. With packing, call inside `attention.packed`.
+
+    Raises:
+        ModelError: the model has no head.
+    """
+    head = head_of(model)
+    with precision(model):
+        hidden = _packed(model, sequences) if packing else _padded(model, sequences)
+    return linear(hidden.float(), head.weight.float())
+
+
+def _packed(model: nn.Module, sequences: Sequence[Encoded]) -> Tensor:
+    """Hidden states [sequences, d] of last tokens from one packed row."""
+    batch = pack(sequences, share=not drops(model)).to(model_device(model))
+    inner = causal_model(model)
+    out = inner.base_model(input_ids=batch.ids, position_ids=batch.positions, use_cache=False, packed=batch)
+    return out.last_hidden_state[0][batch.ends]  # type: ignore[no-any-return]
+
+
+def _padded(model: nn.Module, sequences: Sequence[Encoded]) -> Tensor:
+    """The same from an ordinary padded batch; for models that cannot be packed."""
+    device, longest = model_device(model), max(len(s) for s in sequences)
+    ids, real = np.zeros((len(sequences), longest), np.int64), np.zeros((len(sequences), longest), np.int64)
+    for i, s in enumerate(sequences):
+        ids[i, : len(s)], real[i, : len(s)] = s.ids, 1
+    inner = causal_model(model)
+    out = inner.base_model(
+        input_ids=torch.from_numpy(ids).to(device), attention_mask=torch.from_numpy(real).to(device), use_cache=False
+    )
+    last = torch.tensor([len(s) - 1 for s in sequences], device=device)
+    return out.last_hidden_state[torch.arange(len(sequences), device=device), last]  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def scores_of(
+    model: nn.Module, sequences: Sequence[Encoded], batch_tokens: int, *, packing: bool = True
+) -> NDArray[np.float64]:
+    """The head's outputs [sequences, outputs], measured: sequences that begin alike should be neighbours.
+
+    Args:
+        batch_tokens: tokens per forward pass.
+    """
+    training = model.training
+    found = np.zeros((len(sequences), head_of(model).out_features))
+    model.eval()
+    try:
+        with packed(model) if packing else nullcontext():
+            for run in by_tokens([len(s) for s in sequences], batch_tokens):
+                scores = sequence_scores(model, [sequences[i] for i in run], packing=packing)
+                found[run] = scores.double().cpu().numpy()
+    finally:
+        model.train(training)
+    return found
