@@ -15,7 +15,7 @@ from fedlm.evaluation import summarise
 from fedlm.federation.enrolment import Enrolment
 from fedlm.federation.figures import check_counts, check_training
 from fedlm.federation.folding import FoldResult, Verdict, fold_in_order
-from fedlm.federation.records import Traffic, failure_lines, reasons, silo_line
+from fedlm.federation.records import LEFT_OUT, Traffic, failure_lines, reasons, silo_line
 from fedlm.federation.rundir import RunDir
 from fedlm.federation.sampling import quorum, sample
 from fedlm.federation.updates import check_update, largest_weight
@@ -49,6 +49,8 @@ class Conversations:
         self.downlink = Downlink(recipe, self.rank) if self.spec.downlink.send == "changed" else None
         self.enrolled = Enrolment(recipe, run_dir, self)
         self.role = "validation"
+        self.chosen: dict[str, list[int]] = {}
+        """By silo, its groups of rows that stand for all silos' rows, where the recipe selects so."""
         self._parts: tuple[Tensors, dict[int, Tensors]] | None = None
         """The last broadcast and, by rank, what of it travels."""
         self._observe = observe
@@ -197,6 +199,10 @@ class Conversations:
         return Place(silo, reply.round, self.spec.rounds, self.recipe.seed, rank, steps)
 
     def _tell_lost_rows(self, result: FoldResult) -> None:
+        if (selection := self.recipe.data.selection) is not None:
+            left = sum(int(fields.get(LEFT_OUT, 0)) for fields in result.fields.values())
+            of = sum(self.enrolled.training_rows[name] for name in result.fields)
+            self.phase(f"{left} of {of} rows are left out by '{selection.method}' (in {len(result.fields)} silos)")
         for figure, what in (("dropped", "keep no target token and are not used"), ("cut", "are cut")):
             rows = {name: int(fields[figure]) for name, fields in result.fields.items() if fields[figure]}
             if rows:
@@ -294,6 +300,8 @@ class Conversations:
     def request(self, silo: str, verb: str, number: int, tensors: Tensors, fields: Fields) -> Request:
         if tensors:
             tensors = self._for_rank(tensors, self.rank(silo))
+        if verb == "train" and silo in self.chosen:
+            fields = {**fields, "chosen": self.chosen[silo]}
         if silo in self.enrolled.plans:
             fields = {**fields, "plan": self.enrolled.plans[silo].fields()}
         attempt = int(self.dir.meta.get("restarts", 0))

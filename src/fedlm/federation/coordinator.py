@@ -41,6 +41,7 @@ from fedlm.federation.records import (
     training_figures,
     training_loss,
 )
+from fedlm.federation.representatives import choose_rows
 from fedlm.federation.rundir import Checkpoint, Progress, RunDir
 from fedlm.federation.sampling import invited, quorum, sample, wanted
 from fedlm.federation.versions import without_reserved
@@ -130,6 +131,7 @@ class Federation:
             {"kind": "run_started", "rounds": self.spec.rounds, "silos": self.names, "run_dir": str(self.dir.path)}
         )
         self.silos.enrolled.greet()
+        choose_rows(self.silos)
         if isinstance(self.algorithm, FedBuff):
             self.flight = Flight(self.recipe, self.silos, self.dir, self.algorithm)
         state = self.restore() if resume else None

@@ -30,7 +30,7 @@ class Enrolment:
 
     Attributes:
         training_rows: by silo, its number of training rows.
-        trainers: names of the silos with training rows, sorted.
+        trainers: names of the silos with training rows that are trained on, sorted.
         measured_rows: by role, its number of rows by silo, of the silos that have any.
         plans: by silo that has one, what it does of a round.
         refused: why silos do not take part; written down with the next round.
@@ -44,6 +44,7 @@ class Enrolment:
         self.measured_rows: dict[str, dict[str, int]] = {}
         self.plans: dict[str, Plan] = {}
         self.refused: list[Failure] = []
+        self._idle: set[str] = set()
         self._missing: list[str] = []
         self._late: queue.SimpleQueue[Reply] = queue.SimpleQueue()
         """Answers to `hello` of silos that were missing, not yet taken in."""
@@ -156,9 +157,23 @@ class Enrolment:
         rows = {name: cards[name]["rows"] for name in self._names if name in cards}
         self._missing = [name for name in self._names if name not in cards]
         self.training_rows = {name: counts["train"] for name, counts in rows.items() if counts["train"] > 0}
-        self.trainers = list(self.training_rows)
+        self._sort_out()
         for role in ("validation", "test"):
             self.measured_rows[role] = {name: counts[role] for name, counts in rows.items() if counts[role] > 0}
+
+    def rest(self, names: set[str]) -> None:
+        """These silos are not sampled in this run: none of their rows is trained on.
+
+        Raises:
+            RunError: nobody is left.
+        """
+        self._idle = names
+        self._sort_out()
+        if not self.trainers:
+            raise RunError("no silo is left to train: none of their rows was chosen", where="data.selection")
+
+    def _sort_out(self) -> None:
+        self.trainers = [name for name in self.training_rows if name not in self._idle]
 
     def _known_cards(self, file: Path) -> dict[str, Fields]:
         if not file.exists():

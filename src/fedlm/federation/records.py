@@ -73,12 +73,15 @@ LINE = (
 """Figures of a silo's training that are written down; `loss` is a mean over `loss_count` target tokens, pairs ...;
 `dropped` rows kept no target token, `cut` ones lost some."""
 
+LEFT_OUT = "left_out"
+"""Rows that the recipe's selection did without; only where it has one."""
+
 PLANNED = "planned_steps"
 """The steps that a silo would have taken with more time; only where it took fewer."""
 
 
 def silo_line(fields: Fields) -> dict[str, Any]:
-    line = {name: fields[name] for name in (*LINE, PLANNED) if name in fields}
+    line = {name: fields[name] for name in (*LINE, LEFT_OUT, PLANNED) if name in fields}
     if fields.get("figures"):
         line["figures"] = {name: total / count for name, (total, count) in fields["figures"].items() if count}
     return {**line, "bytes_up": fields.get("sent_bytes", 0), "bytes_down": fields.get("received_bytes", 0)}

@@ -16,6 +16,7 @@ from fedlm.recipe.methods import ALGORITHMS, FACTORS, PROMPTS
 from fedlm.recipe.outer import outer_problems
 from fedlm.recipe.preference import preference_problems
 from fedlm.recipe.presets import model_problems
+from fedlm.recipe.selection import selection_problems
 from fedlm.recipe.tasks import TASKS, WRITTEN
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _asynchronous(recipe)
     yield from guard_problems(recipe)
     yield from capacity_problems(recipe)
+    yield from selection_problems(recipe)
     yield from _without_effect(recipe)
 
 

@@ -24,12 +24,14 @@ class TaskFacts:
     one_per_row: bool = True
     """What a row gives is bounded: at most `sequences` sequences of `max_length` tokens."""
     sequences: int = 1
+    selects: bool = False
+    """Its rows are instruction and response, which `data.selection` judges."""
     head: Literal["none", "labels", "score"] = "none"
     """What it puts on top of the model in place of the next token: a logit for each label, or one number."""
 
 
 TASKS: dict[str, TaskFacts] = {
-    "instruct": TaskFacts(("messages", "choice"), template=True),
+    "instruct": TaskFacts(("messages", "choice"), template=True, selects=True),
     "preference": TaskFacts(
         ("preference", "judged", "choice"),
         template=True,

@@ -25,7 +25,7 @@ SILO_LABELS = 200
 STALLED_AFTER = 1800.0
 """Seconds without progress after which a run is called stalled, unless told otherwise."""
 
-VERBS = frozenset({"hello", "train", "evaluate"})
+VERBS = frozenset({"hello", "train", "evaluate", "profile"})
 
 SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200)
 """Bounds of the histograms: from an idle exchange to a round that takes hours."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ class TokenSet(Sequence[Example]):
     """Sequences of an example, neighbours."""
     facts: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     """By name, a number for each example."""
+    left_out: int = 0
+    """Examples that a selection of rows did without."""
 
     def __len__(self) -> int:
         return (len(self.offsets) - 1) // self.width
@@ -55,6 +57,11 @@ class TokenSet(Sequence[Example]):
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each example."""
         return np.diff(self.offsets[:: self.width])
+
+    def subset(self, indices: NDArray[np.int64]) -> TokenSet:
+        """These examples alone, in this order; the others are counted in `left_out`."""
+        chosen = TokenSet.of((self[int(i)] for i in indices), self.dropped, self.cut)
+        return replace(chosen, left_out=self.left_out + len(self) - len(chosen))
 
     @classmethod
     def of(cls, examples: Iterable[Example | Encoded], dropped: int = 0, cut: int = 0) -> TokenSet:

@@ -26,9 +26,10 @@ from fedlm.errors import DataError, FedlmError, RunError, UpdateRefused
 from fedlm.federation.clock import seconds_per_step
 from fedlm.federation.disk import disk_errors
 from fedlm.federation.memory import peak_rss
-from fedlm.federation.records import PLANNED
+from fedlm.federation.records import LEFT_OUT, PLANNED
 from fedlm.federation.silo.received import Received, UnsyncedError
 from fedlm.federation.silo.reference import Reference
+from fedlm.federation.silo.selected import centroids, round_tokens
 from fedlm.federation.silo.session import SiloSession, TimeBudget
 from fedlm.federation.silo.state import StateStore, Trained, request_digest, request_key
 from fedlm.federation.silo.workbench import POOLED, Workbench
@@ -44,7 +45,7 @@ log = logging.getLogger("fedlm.silo")
 PROTOCOL = 1
 """Version of requests and replies; a silo refuses another one at `hello`."""
 
-VERBS = frozenset({"hello", "train", "evaluate"})
+VERBS = frozenset({"hello", "train", "evaluate", "profile"})
 
 
 PRIVATE = ("micro_batch_size", "gradient_checkpointing", "dtype", "quantise")
@@ -103,6 +104,7 @@ class Silo:
             "hello": self._hello,
             "train": self._train,
             "evaluate": self._evaluate,
+            "profile": self._profile,
         }
         if request.verb not in verbs or request.verb not in self._allow:
             allowed = ", ".join(sorted(self._allow))
@@ -115,7 +117,7 @@ class Silo:
             return self._failure(
                 FailureKind.VERSION_MISMATCH, f"this silo speaks protocol {PROTOCOL}, not {request.fields['protocol']}"
             )
-        if self._observe and request.verb != "hello":
+        if self._observe and request.verb in ("train", "evaluate"):
             self._observe({"kind": "silo_started", "round": request.round, "silo": self.name, "verb": request.verb})
         try:
             with self.bench.lock:
@@ -202,6 +204,7 @@ class Silo:
         started = time.monotonic()
         place = self._place(request, plan)
         moments = before.optimizer if before and recipe.training.keeps else {}
+        rows = round_tokens(bench, place, request.fields.get("chosen"))
         session = SiloSession(
             bench,
             place,
@@ -210,6 +213,7 @@ class Silo:
             self._should_stop,
             plan,
             self._budget(plan),
+            tokens=rows,
             reference=self._reference(request),
         )
         rule = bench.algorithm.local(request.tensors, before.rule if before else {}, place)
@@ -235,6 +239,8 @@ class Silo:
             "cut": tokens.cut,
             **outcome.fields,
         }
+        if recipe.data.selection is not None:
+            fields[LEFT_OUT] = tokens.left_out
         planned = steps_per_round(session.recipe.training, len(tokens))
         if plan.seconds is not None and result.steps < planned:
             fields[PLANNED] = planned
@@ -328,6 +334,14 @@ class Silo:
                 reference_logps=reference.logps if reference else None,
             )
         return {}, {**counts, "seconds": time.monotonic() - started, "peak_rss": peak_rss()}
+
+    def _profile(self, request: Request) -> tuple[Tensors, Fields]:
+        """Where groups of this silo's rows lie in the model's states, to choose rows that stand for all silos' rows."""
+        started = time.monotonic()
+        self.bench.load(self._plan(request).model(self.bench.recipe.model))
+        with self._stoppable():
+            found = centroids(self.bench, self.name)
+        return {"centroids": found}, {"seconds": time.monotonic() - started, "peak_rss": peak_rss()}
 
     def _others(self, role: str, limit: int) -> Any:
         """Rows of the other silos, no more than this one has.

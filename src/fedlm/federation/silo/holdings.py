@@ -80,6 +80,7 @@ class OwnText:
             "split": recipe.data.split.model_dump(mode="json"),
             "seed": recipe.data.seed,
             "malformed": recipe.data.malformed,
+            "selection": recipe.data.selection and recipe.data.selection.model_dump(mode="json"),
         }
         try:
             return Recipe.model_validate({**recipe.model_dump(mode="json"), "data": own})

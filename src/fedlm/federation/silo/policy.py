@@ -42,7 +42,7 @@ AdapterKind = Literal["lora", "lora-sb", "ia3", "full", "prompt", "p-tuning", "p
 class Policy(Strict):
     """What a coordinator may ask of this silo. Without a policy file these defaults hold."""
 
-    allow: list[Literal["hello", "train", "evaluate"]] = Field(
+    allow: list[Literal["hello", "train", "evaluate", "profile"]] = Field(
         default_factory=lambda: ["hello", "train", "evaluate"],  # type: ignore[arg-type]
         description="Verbs that are answered.",
     )
@@ -119,6 +119,8 @@ def check_recipe(policy: Policy, recipe: Recipe) -> None:
         _at_most("as LoRA rank", recipe.adapter.rank, policy.max_rank, "max_rank")
     if recipe.training.steps is not None:
         _at_most("steps per round", recipe.training.steps, policy.max_steps_per_round, "max_steps_per_round")
+    if (selection := recipe.data.selection) is not None and selection.method == "fedhds":
+        check_verb(policy, "profile")
     local_model(policy, recipe.model)
 
 

@@ -55,7 +55,7 @@ class Reference:
 
         reference = reference_hash(self._bench)
         self._hold_to(reference)
-        name = f"{reference[:16]}-{_sequences_hash(sequences)[:32]}.safetensors"
+        name = f"{reference[:16]}-{sequences_hash(sequences)[:32]}.safetensors"
         file = self._folder / "reference" / name
         if file.exists():
             try:
@@ -125,7 +125,8 @@ def _digest(tensors: Tensors) -> str:
     return state.hexdigest()
 
 
-def _sequences_hash(sequences: Sequence[Encoded]) -> str:
+def sequences_hash(sequences: Sequence[Encoded]) -> str:
+    """Hex SHA-256 of token ids and masks."""
     state = hashlib.sha256()
     for sequence in sequences:
         state.update(len(sequence).to_bytes(4, "little"))

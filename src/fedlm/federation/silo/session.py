@@ -74,12 +74,13 @@ class SiloSession:
         budget: TimeBudget | None = None,
         *,
         reference: Reference | None = None,
+        tokens: TokenSet | None = None,
     ) -> None:
         self.place, self._bench, self._observe, self._should_stop = place, bench, observe, should_stop
         self._plan, self._budget = plan, budget
         self._moments = optimizer
         self.optimizer: Tensors = {}
-        self.tokens: TokenSet = bench.training_tokens(place.silo)
+        self.tokens: TokenSet = bench.training_tokens(place.silo) if tokens is None else tokens
         self._reference = reference
         if bench.task.compares:
             assert reference is not None, "the task's loss compares with a reference"

@@ -272,10 +272,10 @@ class Workbench:
         return self.data.pooled() if name == POOLED else self.data.silo(name)
 
     def training_tokens(self, name: str) -> TokenSet:
-        """A silo's encoded training rows.
+        """A silo's encoded training rows that a selection by scores keeps (see `fedlm.federation.silo.selected`).
 
         Raises:
-            DataError: the silo has no rows, or none keeps a target token.
+            DataError: the silo has no rows, none keeps a target token, or none has a score that is asked for.
         """
         if name in self._tokens:
             self._tokens.move_to_end(name)
@@ -290,6 +290,10 @@ class Workbench:
             skip=self.recipe.data.malformed == "skip",
             silo=name,
         )
+        if (selection := self.recipe.data.selection) is not None and selection.method == "feddqc":
+            from fedlm.federation.silo.selected import scored
+
+            tokens = scored(self, tokens, selection)
         self._tokens[name] = tokens
         while len(self._tokens) > 1 and sum(len(t.ids) for t in self._tokens.values()) > TOKENS_HELD:
             self._tokens.popitem(last=False)
