@@ -19,6 +19,12 @@ CHATML = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--regenerate-golden", action="store_true", help="write the golden trajectories anew instead of comparing"
+    )
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _libraries_out_of_the_collectors_sight() -> None:
     """The libraries' million objects are walked once, and not whenever a run collects its garbage."""
