@@ -51,11 +51,14 @@ def evaluate(
     """
     if role not in ("test", "validation"):
         raise RunError(f"'{role}' is no held-out role", where="--role", fix="test or validation")
+    from fedlm.federation.start import whole_model
+
     recipe, folder, tensors, name = _resolve(target, overrides or [], base, round_)
     if harness is not None:
         result: dict[str, Any] = {"model": name, "harness": _harness(recipe, tensors, harness, limit)}
     else:
-        result = {"model": name, "role": role, **_on_silos(recipe, folder, tensors, role, items, workers, as_json)}
+        message = whole_model(tensors, _start(target, recipe))
+        result = {"model": name, "role": role, **_on_silos(recipe, folder, message, role, items, workers, as_json)}
     if as_json:
         print_json(result)
     elif harness is not None:
@@ -92,6 +95,14 @@ def _resolve(target: Path, overrides: list[str], base: bool, round_: str | None)
     from fedlm.models.adapters import base_tensors
 
     return recipe, folder, base_tensors(recipe), "base model"
+
+
+def _start(target: Path, recipe: Recipe) -> Tensors:
+    """What a run starts from, for tasks that compare with it; nothing for a recipe."""
+    from fedlm.federation.rundir import RunDir
+    from fedlm.federation.start import held_start
+
+    return held_start(RunDir.open(target, write=False), recipe) if (target / "run.json").is_file() else {}
 
 
 def _data_folder(run: Path) -> Path:

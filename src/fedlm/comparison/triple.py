@@ -32,6 +32,7 @@ from fedlm.federation.engines.local import LocalEngine, resolve_workers
 from fedlm.federation.interrupt import Interrupt
 from fedlm.federation.rundir import RunDir
 from fedlm.federation.sampling import sample
+from fedlm.federation.start import begun, held_start, whole_model, with_start
 from fedlm.files import read_json, write_json
 from fedlm.messages import Event, Fields, Observe, Tensors
 from fedlm.recipe.load import diff_recipes, load_recipe
@@ -176,17 +177,20 @@ class _Comparison:
 
     def run(self, arms: list[Arm]) -> list[ArmResult]:
         """All arms: the federation first, by itself; then those that train in one place, side by side."""
-        from fedlm.models.adapters import base_tensors
-
         self._count = len(arms) + 2
         main, local = federated_recipe(self.recipe), local_recipe(self.recipe)
         with contextlib.ExitStack() as opened:
             first = _Lazily(lambda: self._engine(main, self.federated_dir))
             opened.callback(first.close)
             federated = self._federated(main, first)
-            base = self._measured(
-                BASE, lambda: (self.measure(first.engine, base_tensors(self.recipe), BASE), dict(_NOTHING))
-            )
+
+
+            def first_model() -> Tensors:
+                """What every arm starts from."""
+                start = held_start(RunDir.open(self.federated_dir, write=False), self.recipe)
+                return whole_model(begun(self.recipe, start), start)
+
+            base = self._measured(BASE, lambda: (self.measure(first.engine, first_model(), BASE), dict(_NOTHING)))
             if all(self._result_file(arm.folder).exists() for arm in arms) or (
                 main.training == local.training and main.federation.algorithm == local.federation.algorithm
             ):
@@ -260,11 +264,14 @@ class _Comparison:
         checkpoint = directory.load_checkpoint()
         assert checkpoint is not None, "a finished run keeps its last checkpoint"
         algorithm = get_algorithm(recipe.federation.algorithm, recipe.adapter)
+        start = held_start(directory, recipe)
         if ALGORITHMS[recipe.federation.algorithm.name].personal:
             tensors = algorithm.evaluated(checkpoint.parameters, checkpoint.server_state)
-            measured = self.measure(engine, tensors, arm, directory.run, checkpoint.progress.accepted)
+            message = with_start(tensors, start, recipe)
+            measured = self.measure(engine, message, arm, directory.run, checkpoint.progress.accepted)
         else:
-            measured = self.measure(engine, algorithm.exported(checkpoint.parameters, checkpoint.server_state), arm)
+            exported = algorithm.exported(checkpoint.parameters, checkpoint.server_state)
+            measured = self.measure(engine, whole_model({**start, **exported}, start), arm)
         return measured, cost_of(directory.iterate_rounds())
 
     def measure(

@@ -85,7 +85,10 @@ def run_recipe(
         directory = new_run(recipe, run_dir, base=base, force=force, **facts)
     with using(directory):
         if resume:
+            from fedlm.federation.start import same_start
+
             same_network(directory, where.network)
+            same_start(directory, recipe)
             data = None if where.network else _read(recipe, base, observe)
             if data is not None:
                 same_data(directory, data)
@@ -164,9 +167,12 @@ def new_run(recipe: Recipe, run_dir: Path, *, base: Path = Path(), force: bool =
 
     Raises:
         RunError: the directory is taken (without `force`) or cannot be written.
+        FedlmError: the recipe cannot start from the run that it names (see `read_start`).
     """
+    from fedlm.federation.start import keep_start, read_start
     from fedlm.recipe.load import dump_recipe
 
+    start = read_start(recipe)
     if force:
         remove_run(run_dir)
     now = datetime.now(UTC)
@@ -177,9 +183,12 @@ def new_run(recipe: Recipe, run_dir: Path, *, base: Path = Path(), force: bool =
         "versions": {},
         "created": now.isoformat(timespec="seconds"),
         "base": str(base.resolve()),
+        **({"start": start.facts} if start.facts else {}),
         **facts,
     }
-    return RunDir.create(run_dir, meta=meta, recipe_text=dump_recipe(recipe))
+    directory = RunDir.create(run_dir, meta=meta, recipe_text=dump_recipe(recipe))
+    keep_start(directory, start)
+    return directory
 
 
 def remove_run(run_dir: Path) -> None:
@@ -210,7 +219,10 @@ def _run(
     where: Choice,
 ) -> RunResult:
     from fedlm.federation import coordinator
+    from fedlm.models.fingerprint import base_identity
 
+    if "model" not in directory.meta:  # for runs that start from this one
+        directory.update_meta(model=base_identity(recipe.model))
     engine = make_engine(where, recipe, data, directory, silos=silos, base=base, observe=observe)
     try:
         return coordinator.run(recipe, engine, directory, observe=observe, resume=resume, silos=silos)

@@ -18,6 +18,7 @@ from fedlm.federation.folding import FoldResult, Verdict, fold_in_order
 from fedlm.federation.records import LEFT_OUT, Traffic, failure_lines, reasons, silo_line
 from fedlm.federation.rundir import RunDir
 from fedlm.federation.sampling import quorum, sample
+from fedlm.federation.start import with_start
 from fedlm.federation.updates import check_update, largest_weight
 from fedlm.federation.versions import Downlink
 from fedlm.guards import get_chain, update_key
@@ -42,6 +43,7 @@ class Conversations:
         algorithm: Algorithm,
         names: list[str],
         observe: Observe | None,
+        start: Tensors,
     ) -> None:
         self.recipe, self.spec, self.engine, self.dir = recipe, recipe.federation, engine, run_dir
         self.algorithm, self.names, self.chain = algorithm, names, get_chain(recipe.guards)
@@ -51,6 +53,7 @@ class Conversations:
         self.role = "validation"
         self.chosen: dict[str, list[int]] = {}
         """By silo, its groups of rows that stand for all silos' rows, where the recipe selects so."""
+        self._start = start
         self._parts: tuple[Tensors, dict[int, Tensors]] | None = None
         """The last broadcast and, by rank, what of it travels."""
         self._observe = observe
@@ -298,7 +301,7 @@ class Conversations:
         return self.enrolled.plans.get(silo) or self._whole
 
     def request(self, silo: str, verb: str, number: int, tensors: Tensors, fields: Fields) -> Request:
-        if tensors:
+        if tensors or (self._start and verb != "hello"):
             tensors = self._for_rank(tensors, self.rank(silo))
         if verb == "train" and silo in self.chosen:
             fields = {**fields, "chosen": self.chosen[silo]}
@@ -313,7 +316,7 @@ class Conversations:
             self._parts = (tensors, {})
         ranks = self._parts[1]
         if rank not in ranks:
-            ranks[rank] = self.algorithm.for_rank(tensors, rank)
+            ranks[rank] = with_start(self.algorithm.for_rank(tensors, rank), self._start, self.recipe)
         return ranks[rank]
 
     def tell(self, event: Event) -> None:

@@ -44,9 +44,11 @@ from fedlm.federation.records import (
 from fedlm.federation.representatives import choose_rows
 from fedlm.federation.rundir import Checkpoint, Progress, RunDir
 from fedlm.federation.sampling import invited, quorum, sample, wanted
+from fedlm.federation.start import held_start
 from fedlm.federation.versions import without_reserved
 from fedlm.files import read_json, sync_folder, write_json
 from fedlm.messages import Engine, Fields, Observe, Tensors
+from fedlm.models.deltas import is_delta
 from fedlm.recipe.methods import ALGORITHMS
 from fedlm.recipe.schema import Recipe
 
@@ -120,7 +122,9 @@ class Federation:
         self.flight: Flight | None = None
         """What is under way in an asynchronous federation."""
         self.names = sorted(engine.silos() if silos is None else silos)
-        self.silos = Conversations(recipe, engine, run_dir, self.algorithm, self.names, observe)
+        self.start = held_start(run_dir, recipe)
+        """What the run starts from, constant; no part of the global model."""
+        self.silos = Conversations(recipe, engine, run_dir, self.algorithm, self.names, observe, self.start)
 
     # ---------------------------------------------------------------- the story
 
@@ -280,7 +284,7 @@ class Federation:
             for folder in (temporary, self.dir.adapter):
                 shutil.rmtree(folder, ignore_errors=True)
             exported = self.algorithm.exported(state.parameters, state.server)
-            save_adapter(temporary, completed(exported, self.recipe), self.recipe)
+            save_adapter(temporary, completed(exported, self.recipe, self.start), self.recipe)
             temporary.rename(self.dir.adapter)
             sync_folder(self.dir.path)
             if self.spec.keep == "best-and-last":
@@ -295,8 +299,9 @@ class Federation:
         from fedlm.models.adapters import initial_tensors
         from fedlm.models.principal import principal_tensors
 
-        first = principal_tensors if ALGORITHMS[self.spec.algorithm.name].principal else initial_tensors
-        parameters = self.algorithm.initial(lambda: first(self.recipe))
+        drawn = principal_tensors if ALGORITHMS[self.spec.algorithm.name].principal else initial_tensors
+        values = {name: tensor for name, tensor in self.start.items() if not is_delta(name)}
+        parameters = self.algorithm.initial(lambda: values or drawn(self.recipe))
         return _State(parameters, self.algorithm.init_state(parameters))
 
     def evaluated(self, state: _State) -> Tensors:

@@ -13,6 +13,7 @@ from torch import nn
 from fedlm.algorithms import get_algorithm
 from fedlm.errors import ModelError, RunError
 from fedlm.federation.rundir import RunDir
+from fedlm.federation.start import held_start
 from fedlm.inference.generate import Sampling, stream
 from fedlm.messages import Tensors
 from fedlm.models.adapters import attach, base_only, completed, set_tensors
@@ -77,7 +78,7 @@ def run_tensors(path: Path, which: str | None = None) -> tuple[Tensors, str]:
     recipe = run_recipe(path)
     algorithm = get_algorithm(recipe.federation.algorithm, recipe.adapter)
     tensors = algorithm.exported(checkpoint.parameters, checkpoint.server_state)
-    return completed(tensors, recipe), f"round {number}"
+    return completed(tensors, recipe, held_start(run, recipe)), f"round {number}"
 
 
 @dataclass

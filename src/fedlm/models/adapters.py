@@ -363,11 +363,16 @@ def skeleton(recipe: Recipe) -> nn.Module:
         return attach(model, recipe.adapter, recipe.seed, outputs_of(recipe))
 
 
-def completed(tensors: Tensors, recipe: Recipe) -> Tensors:
+def completed(tensors: Tensors, recipe: Recipe, start: Tensors | None = None) -> Tensors:
     """All values of a model: with an adapter, these tensors and the first values of the parameters that a run neither
-    trained nor exchanged; with full weights, these or those that they describe (see `fedlm.models.directions`)."""
+    trained nor exchanged; with full weights, these or those that they describe (see `fedlm.models.directions`).
+
+    Args:
+        start: what the run starts from (see `fedlm.federation.start`): first values that stand in for the drawn ones,
+            and deltas that lie below.
+    """
     if recipe.adapter.kind != "full":
-        return {**initial_tensors(recipe), **tensors}
+        return {**initial_tensors(recipe), **(start or {}), **tensors}
     if not is_description(tensors):
         return tensors
     model = attach(load_base(recipe.model, device="cpu"), recipe.adapter, recipe.seed, outputs_of(recipe))

@@ -161,7 +161,10 @@ def joined(tensors: Tensors, adapter: AdapterSpec) -> tuple[Tensors, AdapterSpec
     extra = max(len(a) for a, _ in factors.values())
     out: Tensors = {}
     for name, tensor in plain.items():
-        layer, part = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name).groups()  # type: ignore[union-attr]
+        if (match := re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)) is None:  # a head beside the adapter
+            out[name] = tensor
+            continue
+        layer, part = match.groups()
         a, b = factors.get(layer, (None, None))
         if part == "A":
             filled = torch.zeros(extra, tensor.shape[1])

@@ -74,6 +74,18 @@ def fingerprint(spec: ModelSpec) -> dict[str, str]:
     return found
 
 
+def base_identity(spec: ModelSpec) -> dict[str, str]:
+    """Hex SHA-256 of the base `weights`, as `fingerprint` has it, and of the `vocabulary`: the tokenizer without its
+    chat template, which may differ between runs that build on one another.
+
+    Raises:
+        ModelError, PackageError: as `fingerprint`.
+    """
+    plain = spec.model_copy(update={"chat_template": None})
+    vocabulary = tokenizer_hash(load_tokenizer(plain), template=False)
+    return {"weights": fingerprint(plain)["weights"], "vocabulary": vocabulary}
+
+
 def weights_hash(folder: Path) -> str:
     """SHA-256 over a model folder's tensors (name, dtype, shape, bytes; by name) and its config.json.
 
@@ -101,9 +113,9 @@ def _tensor_line(tensor: torch.Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)} {digest}"
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
+def tokenizer_hash(tokenizer: Any, *, template: bool = True) -> str:
     """SHA-256 over all that turns text and messages into token numbers: vocabulary, merges, normalisation, special
-    tokens and the chat template."""
+    tokens and, where `template`, the chat template."""
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     model = parts["model"]
     what = {
@@ -111,7 +123,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
         "added": sorted((t["id"], t["content"], t["special"]) for t in parts["added_tokens"]),
         "rules": [parts.get(name) for name in ("normalizer", "pre_tokenizer", "post_processor")],
         "special": [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id],
-        "template": tokenizer.chat_template,
+        **({"template": tokenizer.chat_template} if template else {}),
     }
     return _sha256(what)
 

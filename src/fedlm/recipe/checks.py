@@ -17,6 +17,7 @@ from fedlm.recipe.outer import outer_problems
 from fedlm.recipe.preference import preference_problems
 from fedlm.recipe.presets import model_problems
 from fedlm.recipe.selection import selection_problems
+from fedlm.recipe.start import start_problems
 from fedlm.recipe.tasks import TASKS, WRITTEN
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 def problems(recipe: Recipe) -> Iterator[Problem]:
     """Every impossible combination in an otherwise well-formed recipe, as (path, reason)."""
     yield from _model(recipe)
+    yield from start_problems(recipe)
     yield from data_problems(recipe.data)
     yield from _task(recipe)
     yield from preference_problems(recipe)

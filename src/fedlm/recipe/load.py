@@ -17,6 +17,7 @@ from fedlm.errors import RecipeError, nearest
 from fedlm.recipe.fields import annotation_at, is_list, literals_in, model_at
 from fedlm.recipe.presets import SCHEME
 from fedlm.recipe.schema import Recipe
+from fedlm.recipe.start import SHORT, check_finished, inherit, normalise, wanted
 from fedlm.recipe.yamltree import Path as Dotted
 from fedlm.recipe.yamltree import Tree, parse_value, parse_yaml
 
@@ -43,13 +44,25 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             validation finds are listed, one per line (`InvalidRecipeError`).
     """
     path = Path(path)
-    return _from_folder(build_recipe(parse_yaml(_read(path), str(path)), overrides), path.parent)
+    tree = read_tree(path, overrides)
+    if (run := wanted(tree)) is not None:
+        folder = _run_folder(run, path.parent)
+        check_finished(folder, tree.place(("start", "run")))
+        inherit(tree, load_recipe(folder / "recipe.yaml"), str(folder))
+    return from_folder(build_recipe(tree), path.parent)
 
 
-def build_recipe(tree: Tree, overrides: Sequence[str] = ()) -> Recipe:
-    """Apply overrides to parsed data and validate it; raises as `load_recipe`."""
+def read_tree(path: Path, overrides: Sequence[str] = ()) -> Tree:
+    """A recipe's data as written, with overrides applied; raises as `load_recipe`."""
+    tree = parse_yaml(_read(path), str(path))
+    normalise(tree)
     for override in overrides:
         _override(tree, override)
+    return tree
+
+
+def build_recipe(tree: Tree) -> Recipe:
+    """Validate parsed data that inherits nothing any more; raises as `load_recipe`."""
     try:
         return Recipe.model_validate(tree.data)
     except ValidationError as error:
@@ -76,8 +89,9 @@ def load_yaml(path: str | Path, schema: type[M], *, what: str, example: str) -> 
         raise InvalidRecipeError(list(_explain(error, tree, schema))) from None
 
 
-def _from_folder(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with the model's local paths, written relative to the recipe's folder, made absolute.
+def from_folder(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with the local paths of its model and its start, written relative to the recipe's folder, made
+    absolute.
 
     A run directory can then be used from any working directory. Names of known models and 'scheme:' sources stay.
     """
@@ -93,7 +107,19 @@ def _from_folder(recipe: Recipe, folder: Path) -> Recipe:
         except (OSError, RuntimeError, ValueError) as fault:  # a name too long, an unknown ~user, a NUL
             reason = (fault.strerror if isinstance(fault, OSError) else str(fault)) or type(fault).__name__
             raise RecipeError(f"this path cannot be used: {reason}", where=f"model.{field}", fix="correct it") from None
-    return recipe.model_copy(update={"model": spec.model_copy(update=changed)}) if changed else recipe
+    recipe = recipe.model_copy(update={"model": spec.model_copy(update=changed)}) if changed else recipe
+    if recipe.start is None:
+        return recipe
+    run = str(_run_folder(recipe.start.run, folder))
+    return recipe.model_copy(update={"start": recipe.start.model_copy(update={"run": run})})
+
+
+def _run_folder(text: str, folder: Path) -> Path:
+    """The run that a recipe in this folder names, absolute."""
+    try:
+        return (folder / Path(text).expanduser()).resolve()
+    except (OSError, RuntimeError, ValueError) as fault:  # as for a model's path
+        raise RecipeError(f"this path cannot be used: {fault}", where="start.run", fix="correct it") from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -180,7 +206,7 @@ def _override(tree: Tree, override: str) -> None:
         raise RecipeError("an override is written path=value", where=where, fix="for instance --set training.lr=1e-4")
     path: list[str | int] = []
     here = tree.data
-    pieces = dotted.strip().split(".")
+    pieces = ["start", "run"] if dotted.strip() == SHORT else dotted.strip().split(".")
     for position, piece in enumerate(pieces):
         model = model_at(Recipe, path)
         last = position == len(pieces) - 1

@@ -65,6 +65,8 @@ class Method:
     optimiser."""
     heads: bool = False
     """It treats every trained tensor alike, whatever its name: a head beside the adapter is one of them."""
+    no_continue: str = ""
+    """Why it cannot go on with the adapter of another run; empty where it can."""
 
 
 _ADAPTIVE = ("server_momentum", "beta2", "tau")
@@ -257,6 +259,7 @@ ALGORITHMS: dict[str, Method] = {
         adapters=("lora",),
         without=("keep_optimizer",),
         principal=True,
+        no_continue="its factors begin at the principal part of the frozen weights",
     ),
     "task-arithmetic": Method(
         "Ilharco et al., ICLR 2023",
@@ -332,6 +335,7 @@ ALGORITHMS: dict[str, Method] = {
         without=("keep_optimizer",),
         server_rate=False,
         no_feedback=_TURNED,
+        no_continue="every round begins with a fresh one",
     ),
     "flexlora": Method(
         "Bai et al., NeurIPS 2024",

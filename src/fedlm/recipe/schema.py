@@ -23,6 +23,7 @@ from fedlm.recipe.model import AdapterSpec, ModelSpec
 from fedlm.recipe.preference import PreferenceSpec
 from fedlm.recipe.presets import with_seed
 from fedlm.recipe.speeds import SpeedSpec
+from fedlm.recipe.start import StartSpec
 from fedlm.recipe.strict import Strict
 from fedlm.recipe.tasks import TASKS
 from fedlm.recipe.training import TrainingSpec
@@ -42,6 +43,7 @@ __all__ = [
     "SiloSpec",
     "SourceSpec",
     "SplitSpec",
+    "StartSpec",
     "TrainingSpec",
 ]
 
@@ -111,6 +113,7 @@ class Recipe(Strict):
     name: Name
     seed: Annotated[int, Field(ge=0)] = 0
     task: str = Field("instruct", description=f"What is learnt: {', '.join(TASKS)}.")
+    start: StartSpec | None = None
     model: ModelSpec
     adapter: AdapterSpec = AdapterSpec()
     data: DataSpec

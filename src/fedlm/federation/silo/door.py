@@ -204,6 +204,7 @@ class Silo:
         started = time.monotonic()
         place = self._place(request, plan)
         moments = before.optimizer if before and recipe.training.keeps else {}
+        received = bench.begin_from(request.tensors)
         rows = round_tokens(bench, place, request.fields.get("chosen"))
         session = SiloSession(
             bench,
@@ -216,7 +217,7 @@ class Silo:
             tokens=rows,
             reference=self._reference(request),
         )
-        rule = bench.algorithm.local(request.tensors, before.rule if before else {}, place)
+        rule = bench.algorithm.local(received, before.rule if before else {}, place)
         outcome = rule.run(session)
         if self._should_stop():
             raise StoppedError
@@ -313,10 +314,11 @@ class Silo:
             return {}, {"examples": 0, "seconds": 0.0, "peak_rss": peak_rss()}
         plan = self._plan(request)
         bench.load(plan.model(recipe.model))
+        received = bench.begin_from(request.tensors)
         if request.fields.get("plain"):  # the adapter's own terms, whatever the algorithm
-            bench.put(request.tensors)
+            bench.put(received, whole=True)
         else:
-            bench.put(bench.algorithm.measured(request.tensors, self._kept(request), self._place(request, plan)))
+            bench.put(bench.algorithm.measured(received, self._kept(request), self._place(request, plan)))
         reference = self._reference(request)
         with self._stoppable():
             counts: dict[str, Any] = measure(

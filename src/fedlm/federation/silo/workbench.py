@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import Parameter
 
+from fedlm.federation.start import parted
 from fedlm.messages import Tensors
+from fedlm.models.deltas import is_delta
 from fedlm.recipe.capacity import Capacity
 from fedlm.recipe.heads import outputs_of
 from fedlm.recipe.schema import ModelSpec, Recipe
@@ -62,9 +64,10 @@ class Workbench:
         self._tokens: OrderedDict[str, TokenSet] = OrderedDict()
         self._plans: dict[str, Plan] = {}
         self.start: Tensors = {}
-        """The adapter that the run starts from, and the reference of tasks that have one; empty: the bare base."""
+        """What the run starts from, and the reference of tasks that have one (see `fedlm.federation.start`): adapter
+        values and frozen deltas; empty: the bare base."""
         self._loaded: Tensors = {}
-        """What `put` was given last."""
+        """What was put on the model last."""
         self._aside: dict[tuple[str, str | None], tuple[Any, _FirstValues]] = {}
         """Models in other types of weights than the one that stands here, for simulated silos that have those."""
 
@@ -216,8 +219,22 @@ class Workbench:
         self._aside.clear()
         self._ready = False
 
-    def put(self, tensors: Tensors) -> dict[str, Parameter]:
-        """Load adapter values, at the rank they have, and deltas; what is left out gets the shared first value.
+    def begin_from(self, message: Tensors) -> Tensors:
+        """Take the run's start out of a message (see `fedlm.federation.start`): what is put on the bench from now on
+        lies on its frozen deltas, and its values stand in for the shared first ones.
+
+        Returns:
+            The message's own tensors.
+        """
+        own, self.start = parted(message)
+        return own
+
+    def put(self, tensors: Tensors, *, whole: bool = False) -> dict[str, Parameter]:
+        """Load adapter values, at the rank they have, and deltas; what is left out gets the value that the run starts
+        from.
+
+        Args:
+            whole: these are all deltas, and none of the start lies below.
 
         Full weights may come as a description (`fedlm.models.directions`).
 
@@ -233,9 +250,10 @@ class Workbench:
         if self.recipe.adapter.kind == "full" and is_description(tensors):
             self._rebuilt.put(tensors)
             return adapter_parameters(self.model)
-        whole = tensors if self.recipe.adapter.kind == "full" else self._first.filled(tensors)
-        set_tensors(self.model, whole, self.recipe.adapter)
-        self._loaded = tensors
+        below = {n: t for n, t in self.start.items() if not (whole and is_delta(n))}
+        values = tensors if self.recipe.adapter.kind == "full" else self._first.filled(tensors, below)
+        set_tensors(self.model, values, self.recipe.adapter)
+        self._loaded = tensors if not below else values
         return adapter_parameters(self.model)
 
     @contextmanager
@@ -252,7 +270,7 @@ class Workbench:
                 yield
             return
         now = {**self._loaded, **self.take(adapter_parameters(self.model))}
-        set_tensors(self.model, self._first.filled(self.start), self.recipe.adapter)
+        set_tensors(self.model, self._first.filled({}, self.start), self.recipe.adapter)
         try:
             yield
         finally:
@@ -310,11 +328,16 @@ class _FirstValues:
         self._seed = seed
         self._drawn: Tensors = first_values(model, seed) if isinstance(model, SoftPromptModel) else {}
 
-    def filled(self, tensors: Tensors) -> Tensors:
-        """These tensors and, under every other name of the adapter, its first value: at the layer's rank."""
+    def filled(self, tensors: Tensors, start: Tensors) -> Tensors:
+        """These tensors and, under every other name of the adapter, its first value: at the layer's rank.
+
+        Args:
+            start: first values that stand in for the drawn ones, cut to a smaller rank where the layer has one; and
+                deltas, which are added as they are.
+        """
         from fedlm.models.adapters import first_value
 
-        whole = dict(tensors)
+        whole = {**tensors, **{name: tensor for name, tensor in start.items() if is_delta(name)}}
         for name, shape in self._shapes.items():
             if name in whole:
                 continue
@@ -324,6 +347,11 @@ class _FirstValues:
             if other is not None and other.ndim == 2 and ".lora_" in name:
                 rank = other.shape[1] if ".lora_A." in name else other.shape[0]
                 shape = torch.Size((rank, shape[1]) if ".lora_A." in name else (shape[0], rank))
+            if name in start:
+                value = start[name]
+                smaller = ".lora_" in name and value.ndim == 2
+                whole[name] = value[: shape[0], : shape[1]].contiguous() if smaller else value
+                continue
             held = self._drawn.get(name)
             if held is None or held.shape != shape:
                 held = self._drawn[name] = first_value(name, shape, self._seed)
