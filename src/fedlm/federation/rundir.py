@@ -2,6 +2,7 @@
 
     run.json            what the run is and how far it got
     recipe.yaml         the recipe as resolved
+    start.safetensors   what the run starts from, where that is another run's adapter
     rounds.jsonl        one object per round, appended; round -1 is the base model before training
     checkpoints/round-NNNN/{model.safetensors, server.safetensors, state.json}
     silos/NAME/RUN/     each simulated silo's private state (nobody but the owner can read it)

@@ -215,7 +215,9 @@ def _mapped(table: dict[str, str], text: str | None) -> str | None:
 
 
 def _name(text: str | None) -> str:
-    return "" if text is None else re.split(r"[/\\]", text.rstrip("/\\"))[-1]
+    """A path's last part; of a run's final model, RUN/adapter, both."""
+    parts = [] if text is None else re.split(r"[/\\]", text.rstrip("/\\"))
+    return "/".join(parts[-2:] if parts[-1:] == ["adapter"] else parts[-1:])
 
 
 def _among(what: str, value: str, allowed: Sequence[str] | None, field: str) -> None:
