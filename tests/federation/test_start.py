@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ from fedlm.federation.start import FILE, held_start, read_start
 from fedlm.files import read_json, read_tensors, write_tensors
 from fedlm.inference.session import open_chat, run_tensors
 from fedlm.messages import Tensors
+from fedlm.models.adapters import adapter_parameters
 from fedlm.models.export import save_merged
 from fedlm.models.fingerprint import fingerprint
 from fedlm.models.load import load_base
@@ -163,7 +166,9 @@ def test_a_smaller_silo_gets_the_first_rows(tiny: Tiny, first: Path) -> None:
     given = {n.replace("_A.", "_B."): start[n.replace("_A.", "_B.")][:, :1] for n in start if ".lora_A." in n}
     parameters = bench.put(given)
     assert torch.equal(parameters[a], start[a][:1]) and torch.equal(parameters[b], start[b][:, :1])
-    assert same(bench.start_values, start)
+    with bench.as_reference():
+        assert same(bench.take(adapter_parameters(bench.model)), start)
+    assert torch.equal(adapter_parameters(bench.model)[b], start[b][:, :1])
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -323,3 +328,43 @@ def test_another_base_or_vocabulary_is_refused(tiny: Tiny, tiny_model_dir: Path,
     write_tensors(other / "model.safetensors", {n: t + 1e-4 for n, t in weights.items()}, {"format": "pt"})
     with pytest.raises(RunError, match="the base model is another one"):
         read_start(copied)
+
+
+# ---------------------------------------------------------------- tasks that look back at it, and heads
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Changes of the tiny recipe that make it learn from pairs of answers."""
+    file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    lines = [json.loads(line) for line in (tiny.base / "rows.jsonl").read_text().splitlines()]
+    rows = [
+        {"prompt": row["prompt"], "chosen": row["response"], "rejected": other["prompt"], "site": row["site"]}
+        for row, other in itertools.pairwise(lines)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = "{prompt: prompt, chosen: chosen, rejected: rejected}"
+    return [f"data.sources=[{{path: {file}, columns: {columns}}}]", "training.max_length=96", "federation.rounds=1"]
+
+
+@pytest.mark.parametrize("way", ["continue", "stack"])
+def test_alignment_compares_with_the_start(tiny: Tiny, first: Path, pairs: list[str], tmp_path: Path, way: str) -> None:
+    """Before training the policy is its reference: KL 0, no margin, and DPO's loss is log 2, whatever the base says."""
+    recipe = after(tiny, first, way, "task=preference", *pairs)
+    run_recipe(recipe, base=tiny.base, run_dir=tmp_path / "run")
+    before, done = (rounds(tmp_path / "run")[i]["validation"] for i in (0, -1))
+    assert abs(before["loss"] - math.log(2)) < 1e-6 and before["reward_margin"] == before["kl"] == 0.0
+    assert done["loss"] < before["loss"] and done["kl"] > 0
+
+
+def test_a_head_is_new_after_another_task_and_exported_with_the_stack(
+    tiny: Tiny, first: Path, pairs: list[str], tmp_path: Path
+) -> None:
+    recipe = after(tiny, first, "stack", "task=reward", *pairs)
+    run_recipe(recipe, base=tiny.base, run_dir=tmp_path / "run")
+    assert abs(losses(tmp_path / "run")[0] - math.log(2)) < 1e-6
+    saved = adapter(tmp_path / "run")
+    assert any(n.endswith("score.weight") for n in saved)
+    assert {len(t) for n, t in saved.items() if "lora_A" in n} == {4}
+    following = after(tiny, tmp_path / "run", "continue", "task=preference", *pairs)
+    assert not any("score" in n for n in read_start(following).tensors), "a reward's head says nothing to a policy"

@@ -184,7 +184,6 @@ class _Comparison:
             opened.callback(first.close)
             federated = self._federated(main, first)
 
-
             def first_model() -> Tensors:
                 """What every arm starts from."""
                 start = held_start(RunDir.open(self.federated_dir, write=False), self.recipe)
