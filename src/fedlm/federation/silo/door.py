@@ -121,7 +121,9 @@ class Silo:
             self._observe({"kind": "silo_started", "round": request.round, "silo": self.name, "verb": request.verb})
         try:
             with self.bench.lock:
-                tensors, fields = verbs[request.verb](self._received.complete(request))
+                whole = self._received.complete(request)
+                own = replace(whole, tensors=self.bench.begin_from(whole.tensors))
+                tensors, fields = verbs[request.verb](own)
         except StoppedError:
             return self._failure(FailureKind.TIMED_OUT, "stopped: the coordinator no longer waits for this reply")
         except _RefusedError as error:
@@ -204,7 +206,6 @@ class Silo:
         started = time.monotonic()
         place = self._place(request, plan)
         moments = before.optimizer if before and recipe.training.keeps else {}
-        received = bench.begin_from(request.tensors)
         rows = round_tokens(bench, place, request.fields.get("chosen"))
         session = SiloSession(
             bench,
@@ -217,7 +218,7 @@ class Silo:
             tokens=rows,
             reference=self._reference(request),
         )
-        rule = bench.algorithm.local(received, before.rule if before else {}, place)
+        rule = bench.algorithm.local(request.tensors, before.rule if before else {}, place)
         outcome = rule.run(session)
         if self._should_stop():
             raise StoppedError
@@ -314,11 +315,10 @@ class Silo:
             return {}, {"examples": 0, "seconds": 0.0, "peak_rss": peak_rss()}
         plan = self._plan(request)
         bench.load(plan.model(recipe.model))
-        received = bench.begin_from(request.tensors)
         if request.fields.get("plain"):  # the adapter's own terms, whatever the algorithm
-            bench.put(received, whole=True)
+            bench.put(request.tensors, whole=True)
         else:
-            bench.put(bench.algorithm.measured(received, self._kept(request), self._place(request, plan)))
+            bench.put(bench.algorithm.measured(request.tensors, self._kept(request), self._place(request, plan)))
         reference = self._reference(request)
         with self._stoppable():
             counts: dict[str, Any] = measure(
