@@ -10,9 +10,9 @@ What a run starts from is constant. It is read once, before anything is computed
 
 Neither is a part of the averaged model. Where silos need them they travel with each request under names that begin with
 `START`; with `federation.downlink.send: changed` they travel once. Frozen deltas always travel, and of the values those
-that the message lacks (a method may exchange a part of the adapter), or all of them where silos need the model that the run
-began with: to compare with it, or to choose rows by it. So a silo never reads the coordinator's disk. After a run with full weights the start is a base
-model, a folder that each party has to have.
+that the message lacks (a method may exchange a part of the adapter), or all of them where silos need the model that the
+run began with: to compare with it, or to choose rows by it. So a silo never reads the coordinator's disk. After a run
+with full weights the start is a base model, a folder that each party has to have.
 """
 
 from __future__ import annotations
