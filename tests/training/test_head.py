@@ -33,6 +33,25 @@ def test_pieces_equal_the_whole(trained: bool, bias: bool) -> None:
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
+def test_kept_logits_give_the_bits_of_those_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer, targets = torch.nn.Linear(16, 50, bias=False), torch.randint(0, 50, (2 * head.CHUNK + 7,))
+    hidden, calls = torch.randn(len(targets), 16), []
+    real = head.checkpoint
+    monkeypatch.setattr(head, "checkpoint", lambda *a, **options: calls.append(1) or real(*a, **options))
+    results = []
+    for most in (head.STORED, 0):
+        monkeypatch.setattr(head, "STORED", most)
+        h = hidden.clone().requires_grad_()
+        layer.zero_grad()
+        nll = head.head_nll(layer, h, targets)
+        nll.mean().backward()
+        assert layer.weight.grad is not None and h.grad is not None
+        results.append((nll.detach(), h.grad, layer.weight.grad.clone()))
+    assert len(calls) == 3
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_used_for_many_targets_only(base: Any, sequences: list[Encoded], monkeypatch: pytest.MonkeyPatch) -> None:
     with packed(base):
         whole = target_nll(base, pack(sequences))

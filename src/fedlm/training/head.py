@@ -16,6 +16,10 @@ from torch.utils.checkpoint import checkpoint
 CHUNK = 256
 """Targets whose logits exist at once."""
 
+STORED = 1 << 23
+"""Logits of a head that is trained are kept for the backward pass up to so many, and computed twice beyond. Bits are the
+same; on a small vocabulary it saves a seventh of a step, on a large one it would cost gigabytes."""
+
 _plain: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
@@ -25,8 +29,9 @@ def head_nll(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     trained = any(p.requires_grad for p in head.parameters())
     if torch.is_grad_enabled() and hidden.requires_grad and not trained and getattr(head, "bias", None) is None:
         return _FrozenHead.apply(hidden, weight, targets)  # type: ignore[no-any-return,no-untyped-call]
+    twice = torch.is_grad_enabled() and len(targets) * len(weight) > STORED
     parts = [
-        checkpoint(_nll, head, h, t, use_reentrant=False) if torch.is_grad_enabled() else _nll(head, h, t)
+        checkpoint(_nll, head, h, t, use_reentrant=False) if twice else _nll(head, h, t)
         for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)  # type: ignore[no-untyped-call]
     ]
     return torch.cat(parts)
