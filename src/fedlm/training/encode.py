@@ -54,6 +54,11 @@ class TokenSet(Sequence[Example]):
         return (self[i] for i in range(len(self)))
 
     @property
+    def held(self) -> int:
+        """Tokens that take up memory of this process: mapped ones take none."""
+        return 0 if isinstance(self.ids, np.memmap) else len(self.ids)
+
+    @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each example."""
         return np.diff(self.offsets[:: self.width])
@@ -99,8 +104,17 @@ class TokenSet(Sequence[Example]):
         """Memory-map what `save` wrote: processes share the pages."""
         arrays = {n: np.load(folder / f"{n}.npy", mmap_mode="r", allow_pickle=False) for n in _ARRAYS}
         counts = json.loads((folder / "counts.json").read_text())
+        counts.pop("sha256", None)
         facts = {n: np.load(folder / f"fact-{n}.npy", mmap_mode="r", allow_pickle=False) for n in counts.pop("facts")}
         return cls(**arrays, **counts, facts=facts)
+
+
+@dataclass
+class Tally:
+    """What became of rows, once all are encoded; see `TokenSet`."""
+
+    dropped: int = 0
+    cut: int = 0
 
 
 def encode_all(
@@ -112,7 +126,23 @@ def encode_all(
     skip: bool = False,
     silo: str = "",
 ) -> TokenSet:
-    """Encode every row; rows that keep no target token within `max_length` are counted in `dropped`.
+    """Encode every row into memory; see `encoded_rows`.
+
+    Args:
+        silo: whose rows they are.
+
+    Raises:
+        DataError, ModelError: see there.
+    """
+    tally = Tally()
+    found = list(encoded_rows(dataset, task, tokenizer, max_length, skip=skip, tally=tally))
+    return TokenSet.of(task.together(found, silo), tally.dropped, tally.cut)
+
+
+def encoded_rows(
+    dataset: Iterable[dict[str, Any]], task: Task, tokenizer: Any, max_length: int, *, skip: bool, tally: Tally
+) -> Iterator[Example]:
+    """The rows' examples, at least one; rows that keep no target token within `max_length` are counted as dropped.
 
     Args:
         dataset: canonical rows.
@@ -120,14 +150,13 @@ def encode_all(
         tokenizer: with a chat template, where the task needs one.
         max_length: tokens per sequence.
         skip: count a row that the task or the chat template refuses as dropped, as the recipe's `malformed: skip` says.
-        silo: whose rows they are.
+        tally: receives the counts.
 
     Raises:
         DataError: a row is refused and not skipped (file and row are named), all are, or no row keeps a target.
         ModelError: the chat template is missing or broken.
     """
-    found: list[Example] = []
-    rows = dropped = cut = 0
+    rows = found = 0
     faults: list[DataError] = []
     for row in dataset:
         rows += 1
@@ -138,9 +167,10 @@ def encode_all(
                 raise
             faults.append(fault)
             pieces = []
-        found += pieces
-        dropped += not pieces
-        cut += any(sequence.cut for piece in pieces for sequence in piece.sequences)
+        yield from pieces
+        found += len(pieces)
+        tally.dropped += not pieces
+        tally.cut += any(sequence.cut for piece in pieces for sequence in piece.sequences)
     if not found:
         if rows == 0:
             raise DataError("there are no rows to train on", fix="check the source's `where`, `role` and the partition")
@@ -150,4 +180,3 @@ def encode_all(
             f"none of the {rows} rows keeps a target token within {max_length} tokens",
             fix="raise `training.max_length` or shorten the prompts",
         )
-    return TokenSet.of(task.together(found, silo), dropped, cut)

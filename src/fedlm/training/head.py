@@ -17,8 +17,8 @@ CHUNK = 256
 """Targets whose logits exist at once."""
 
 STORED = 1 << 23
-"""Logits of a head that is trained are kept for the backward pass up to so many, and computed twice beyond. Bits are the
-same; on a small vocabulary it saves a seventh of a step, on a large one it would cost gigabytes."""
+"""A trained head's logits are kept for the backward pass up to so many, and computed twice beyond. The bits are the
+same; with a small vocabulary it saves time, with a large one it would cost gigabytes."""
 
 _plain: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 

@@ -42,6 +42,9 @@ POOLED = "_pooled"
 TOKENS_HELD = 32_000_000
 """Encoded tokens that stay in memory (5 bytes each); the silos used longest ago are encoded again when needed."""
 
+SETS_HELD = 4096
+"""Sets of tokens that stay open; each mapped one takes a few of the mappings that a process may have."""
+
 
 def set_threads(threads: int) -> None:
     """Fix torch's threads: part of what makes the same recipe give the same bits in every process."""
@@ -299,21 +302,22 @@ class Workbench:
             self._tokens.move_to_end(name)
             return self._tokens[name]
         from fedlm.training.encode import encode_all
+        from fedlm.training.stored import stored_tokens
 
-        tokens = encode_all(
-            self.silo_data(name).train,
-            self.task,
-            self.tokenizer,
-            self.recipe.training.max_length,
-            skip=self.recipe.data.malformed == "skip",
-            silo=name,
-        )
+        rows, length = self.silo_data(name).train, self.recipe.training.max_length
+        skip = self.recipe.data.malformed == "skip"
+        if self.task.stored:
+            tokens = stored_tokens(rows, self.task, self.tokenizer, length, skip=skip)
+        else:
+            tokens = encode_all(rows, self.task, self.tokenizer, length, skip=skip, silo=name)
         if (selection := self.recipe.data.selection) is not None and selection.method == "feddqc":
             from fedlm.federation.silo.selected import scored
 
             tokens = scored(self, tokens, selection)
         self._tokens[name] = tokens
-        while len(self._tokens) > 1 and sum(len(t.ids) for t in self._tokens.values()) > TOKENS_HELD:
+        while len(self._tokens) > 1 and (
+            len(self._tokens) > SETS_HELD or sum(t.held for t in self._tokens.values()) > TOKENS_HELD
+        ):
             self._tokens.popitem(last=False)
         return tokens
 

@@ -59,6 +59,9 @@ class Task:
     name = ""
     width = 1
     """Sequences of an example."""
+    stored = False
+    """Rows may be too many for memory and are encoded into files (see `fedlm.training.stored`). The examples must then
+    depend on the row, the tokenizer and `max_length` alone, and `together` is not asked."""
 
     def __init__(self, recipe: Recipe | None = None) -> None:
         self.recipe = recipe

@@ -19,6 +19,7 @@ class Pretrain(Task):
     """
 
     name = "pretrain"
+    stored = True
 
     def pieces(self, row: dict[str, Any], tokenizer: Any, max_length: int) -> list[Encoded]:
         text = row.get("text")
