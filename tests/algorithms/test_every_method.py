@@ -21,7 +21,7 @@ from fedlm.federation.engines.local import LocalEngine
 from fedlm.federation.rundir import RunDir
 from fedlm.federation.silo import Silo, Workbench
 from fedlm.messages import Engine, Failure, Observe, Reply, Request, Stop, Tensors
-from fedlm.recipe.methods import ALGORITHMS
+from fedlm.recipe.methods import ALGORITHMS, FACTORS
 from fedlm.recipe.schema import Recipe
 from tests.federation.conftest import Tiny
 from tests.federation.flare.loop import Loop
@@ -33,6 +33,7 @@ OPTIONS = {
     "ferret": SEEDS,
     "feedsign": ["training.lr=5e-4"],  # the schema's, so that none is given
     "feddyn": ["federation.algorithm.dyn_alpha=1.0"],
+    "fedbpt": ["training.lr=5e-4", "federation.algorithm.population=4", "training.batch_size=2"],
     "fedbuff": ["federation.algorithm.buffer=3"],
     "streaming-diloco": [
         "federation.algorithm.fragments=2",
@@ -55,7 +56,7 @@ def recipe_of(tiny: Tiny, name: str, *more: str) -> Recipe:
         "evaluation={max_examples: 2, every: 2}",
         f"adapter={{kind: {kind}}}",
     ]
-    if kind != "full":
+    if kind in FACTORS:
         changes += ["adapter.rank=2", "adapter.alpha=6"]
     if not method.asynchronous and "keep_optimizer" not in method.without:
         changes.append("training.keep_optimizer=true")

@@ -11,6 +11,9 @@ from fedlm.messages import Tensors
 from fedlm.models.adapters import initial_tensors
 from fedlm.recipe.schema import ModelSpec, Recipe
 
+OWN = {"lora-sb": "fed-sb", "prompt-projection": "fedbpt"}
+"""Algorithms that kinds of adapter have for themselves."""
+
 
 def spec(source: Path | str, **more: Any) -> ModelSpec:
     return ModelSpec.model_validate({"source": str(source), "dtype": "float32", "device": "cpu"} | more)
@@ -26,7 +29,7 @@ def recipe(source: Path | str, adapter: dict[str, Any] | None = None, seed: int 
             "data": {"silos": [{"name": "a", "sources": [{"path": "rows.jsonl", "columns": {"text": "text"}}]}]},
             "training": {"steps": 1},
             "task": "pretrain",
-            "federation": {"algorithm": {"name": "fed-sb" if (adapter or {}).get("kind") == "lora-sb" else "fedavg"}},
+            "federation": {"algorithm": {"name": OWN.get((adapter or {}).get("kind", ""), "fedavg")}},
         }
     )
 

@@ -12,6 +12,7 @@ from fedlm.algorithms.fedadam import FedAdam
 from fedlm.algorithms.fedasync import FedAsync
 from fedlm.algorithms.fedavg import FedAvg
 from fedlm.algorithms.fedavgm import FedAvgM
+from fedlm.algorithms.fedbpt import FedBPT
 from fedlm.algorithms.fedbuff import FedBuff
 from fedlm.algorithms.feddpa import FedDPA
 from fedlm.algorithms.feddyn import FedDyn
@@ -62,6 +63,7 @@ CLASSES: dict[str, type[Algorithm]] = {
     "fedkseed": FedKSeed,
     "feedsign": FeedSign,
     "ferret": Ferret,
+    "fedbpt": FedBPT,
     "fedasync": FedAsync,
     "fedbuff": FedBuff,
     "feddyn": FedDyn,

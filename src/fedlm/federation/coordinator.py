@@ -50,6 +50,7 @@ from fedlm.files import read_json, sync_folder, write_json
 from fedlm.messages import Engine, Fields, Observe, Tensors
 from fedlm.models.deltas import is_delta
 from fedlm.recipe.methods import ALGORITHMS
+from fedlm.recipe.methods import ALGORITHMS, PROMPTS
 from fedlm.recipe.schema import Recipe
 
 
@@ -257,7 +258,7 @@ class Federation:
 
     def finish(self, state: _State, final_test: bool) -> dict[str, Any] | None:
         """Measure the best model on the test rows, save it as an adapter, tidy up."""
-        from fedlm.models.adapters import completed
+        from fedlm.models.adapters import base_tensors, completed
         from fedlm.models.export import save_adapter
 
         best = state.progress.best_round
@@ -268,8 +269,10 @@ class Federation:
         evaluation = None
         if final_test and self.silos.enrolled.measured_rows["test"]:
             self.silos.phase("measuring the base and the best model on test rows")
+            plain = self.recipe.adapter.kind in PROMPTS and not self.start  # a fresh prompt is no base model
+            base = base_tensors(self.recipe) if plain else self.evaluated(self.fresh())
             evaluation = {
-                "base": self.silos.measure(self.evaluated(self.fresh()), "test", -1, Traffic(), {}),
+                "base": self.silos.measure(base, "test", -1, Traffic(), {}),
                 "final": self.silos.measure(self.evaluated(state), "test", best, Traffic(), state.progress.accepted),
             }
             several = len(self.silos.enrolled.measured_rows["test"]) > 1

@@ -19,7 +19,7 @@ class AlgorithmSpec(Strict):
     weights: Literal["tokens", "examples", "equal"] | None = Field(
         None,
         description="What a silo counts for in the mean: the examples it holds, their target tokens, or equal. "
-        "Defaults: examples; delayed-nesterov, eager-diloco, fedasync, feddyn, feedsign, hetlora, scaffold, "
+        "Defaults: examples; delayed-nesterov, eager-diloco, fedasync, fedbpt, feddyn, feedsign, hetlora, scaffold, "
         "task-arithmetic, ties: always equal.",
     )
     mu: Annotated[float, Field(ge=0.0)] = Field(0.01, description="fedprox, fedasync: strength of the proximal term.")
@@ -100,6 +100,15 @@ class AlgorithmSpec(Strict):
         0.0, description="streaming-diloco: alpha, the silo's own share in a synchronised fragment."
     )
 
+    population: Annotated[int, Field(ge=4)] = Field(20, description="fedbpt: candidates of a silo's step.")
+    sigma: PositiveFloat = Field(
+        1.0, description="fedbpt: the first step size; at 1 candidates differ from the prompt as words do from zero."
+    )
+    perturb: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.5,
+        description="fedbpt: a candidate's loss is divided by that on a copy of its batch with this share of tokens "
+        "replaced; 0 divides by nothing.",
+    )
     buffer: PositiveInt = Field(
         10,
         description="fedbuff: K, the updates that a server step takes; delayed-nesterov: N, those that its momentum "

@@ -191,6 +191,17 @@ ALGORITHMS: dict[str, Method] = {
         adapters=("full",),
         no_feedback="a round's coordinates belong to bases that no other round has",
     ),
+    "fedbpt": Method(
+        "Sun et al., ICML 2024",
+        linear=False,
+        equal_weights=True,
+        options=("population", "sigma", "perturb"),
+        adapters=("prompt-projection",),
+        without=(*_BACKWARD, "lr", "schedule", "warmup", "final_lr"),
+        zeroth_order=True,
+        server_rate=False,
+        no_guards=_FEW,
+    ),
     "feddyn": Method(
         "Acar et al., ICLR 2021",
         linear=True,

@@ -90,7 +90,7 @@ def train_zeroth(
     began, steps = time.perf_counter(), steps_per_round(spec, len(data))
     objective = objective or Likelihood(Tools(model, spec))
     result = TrainResult(0, 0, 0, 0, 0.0, [], 0.0, {})
-    with _measuring(model, spec):
+    with measuring(model, spec):
         for step, chosen in enumerate(batches(spec, data.lengths, generator_key, window.round)):
             if should_stop is not None and should_stop():
                 break
@@ -100,7 +100,7 @@ def train_zeroth(
 
             def loss(examples: list[Example] = examples) -> float:
                 nonlocal divisor
-                mean, divisor = _mean_loss(objective, examples, spec)
+                mean, divisor = mean_loss(objective, examples, spec)
                 return mean
 
             def z(step: int = step) -> torch.Generator:
@@ -132,7 +132,7 @@ def train_zeroth(
     return result
 
 
-def _mean_loss(objective: Objective, examples: list[Example], spec: TrainingSpec) -> tuple[float, float]:
+def mean_loss(objective: Objective, examples: list[Example], spec: TrainingSpec) -> tuple[float, float]:
     """A step's loss, summed in fp64 since the difference of two such losses is small, and what it is a mean of."""
     found = [objective.terms(part) for part in micro_batches(examples, spec)]
     divisor = found[0][1]
@@ -140,7 +140,8 @@ def _mean_loss(objective: Objective, examples: list[Example], spec: TrainingSpec
 
 
 @contextmanager
-def _measuring(model: Module, spec: TrainingSpec) -> Iterator[None]:
+def measuring(model: Module, spec: TrainingSpec) -> Iterator[None]:
+    """Everything that is switched on for losses without gradients."""
     training = model.training
     model.eval()
     try:
