@@ -15,6 +15,7 @@ from pathlib import Path
 from fedlm.comparison.bench.rows import Row
 from fedlm.federation.sampling import wanted
 from fedlm.recipe.load import load_recipe, recipe_hash
+from fedlm.recipe.methods import FACTORS
 from fedlm.recipe.schema import Recipe, TrainingSpec
 
 TUNING, REPORTING = "validation", "test"
@@ -99,6 +100,8 @@ def _adapter(base: Base, row: Row) -> list[str]:
         return []
     if kinds[0] == "full":
         return ["adapter={kind: full}", *(["model.dtype=float32"] if row.facts.zeroth_order else [])]
+    if kinds[0] not in FACTORS:
+        return [f"adapter={{kind: {kinds[0]}}}"]
     return [f"adapter.kind={kinds[0]}"]
 
 

@@ -53,7 +53,7 @@ GROUPS = {
     "compression": "Fewer bytes",
     "asynchronous": "Without waiting for the slowest",
     "full": "All weights",
-    "zeroth": "All weights without gradients",
+    "zeroth": "Without gradients",
 }
 """In the order that they are shown in."""
 
@@ -97,6 +97,7 @@ ROWS = (
     Row("fedkseed", "fedkseed", "zeroth", lr=0.02, steps=5),
     Row("fedmezo", "fedmezo", "zeroth", lr=0.6, steps=5),
     Row("feedsign", "feedsign", "zeroth", server_lr=3e-5),
+    Row("fedbpt", "fedbpt", "zeroth", note="a prompt, no weights; its steps have no rate"),
 )
 
 
