@@ -49,7 +49,6 @@ from fedlm.federation.versions import without_reserved
 from fedlm.files import read_json, sync_folder, write_json
 from fedlm.messages import Engine, Fields, Observe, Tensors
 from fedlm.models.deltas import is_delta
-from fedlm.recipe.methods import ALGORITHMS
 from fedlm.recipe.methods import ALGORITHMS, PROMPTS
 from fedlm.recipe.schema import Recipe
 
