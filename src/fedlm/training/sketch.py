@@ -119,7 +119,8 @@ class _Sketch:
         self.z = torch.zeros(len(self.psi), d_in, device=device)
 
     def __call__(self, module: Module, args: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG002
-        output.register_hook(partial(self.add, args[0].detach()))  # type: ignore[no-untyped-call]
+        if output.requires_grad:  # an objective may look at the model besides
+            output.register_hook(partial(self.add, args[0].detach()))  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def add(self, x: Tensor, dy: Tensor) -> None:
