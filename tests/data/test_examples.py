@@ -213,6 +213,43 @@ def test_preferences(load: Load, jsonl: Callable[..., Path]) -> None:
     assert (row["prompt"], row["chosen"], row["rejected"], data.skipped["malformed"]) == ("q", "good", "bad", 1)
 
 
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ({"c": "same thing", "r": " same  thing\n"}, "equal"),
+        ({"c": "  "}, "column 'c' is empty"),
+        ({"r": None}, "column 'r' is empty"),
+        ({"talk": []}, "empty list of messages"),
+        ({"talk": [{"role": "assistant", "content": "SECRETWORD"}]}, "nothing is left to answer"),
+    ],
+)
+def test_preferences_after_a_conversation(
+    load: Load, jsonl: Callable[..., Path], bad: dict[str, Any], reason: str
+) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "r"}]
+    good = {"talk": turns, "c": "good", "r": "bad"}
+    jsonl([good, {**good, **bad}])
+    sources = [{"path": "rows.jsonl", "columns": {"messages": "talk", "chosen": "c", "rejected": "r"}}]
+    row = load(sources, split=WHOLE, malformed="skip").pooled().train[0]
+    assert (row["messages"], row["prompt"], row["chosen"]) == (turns, None, "good")
+    with pytest.raises(DataError, match=reason) as caught:
+        load(sources)
+    assert "rows.jsonl:2" in str(caught.value) and "SECRETWORD" not in str(caught.value)
+
+
+def test_judged_answers(load: Load, jsonl: Callable[..., Path]) -> None:
+    said = [(True, True), ("no", False), (1, True), (0.0, False), ("TRUE", True)]
+    jsonl([{"p": f"q{i}", "r": "answer", "good": value} for i, (value, _) in enumerate(said)])
+    columns = {"prompt": "p", "response": "r", "desirable": "good"}
+    data = load([{"path": "rows.jsonl", "columns": columns}], split=WHOLE)
+    assert data.kind == "judged"
+    found = {row["prompt"]: row["desirable"] for row in data.pooled().train}
+    assert found == {f"q{i}": wanted for i, (_, wanted) in enumerate(said)}
+    jsonl([{"p": "q", "r": "a", "good": "maybe"}], "other.jsonl")
+    with pytest.raises(DataError, match="'good' is neither true nor false"):
+        load([{"path": "other.jsonl", "columns": columns}])
+
+
 BAD_CHATS: list[tuple[Any, str]] = [
     ([], "empty list"),
     ("text", "not a list"),

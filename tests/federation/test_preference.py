@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import fedlm.training.forward as forward
 from fedlm.comparison.triple import compare
 from fedlm.data.federated import load_data
-from fedlm.errors import FedlmError, RunError
+from fedlm.errors import FedlmError, RecipeError, RunError
 from fedlm.federation.api import about, new_run, run_recipe
 from fedlm.federation.coordinator import run
 from fedlm.federation.engines.flare.engine import FlareEngine
@@ -246,6 +246,13 @@ def test_a_silo_with_wanted_answers_only(tiny_preferences: Preferences, tmp_path
     wanted = JUDGED.replace("path: judged.jsonl", "path: judged.jsonl, where: {good: true}")
     with pytest.raises(FedlmError, match="this one has wanted ones only"):
         run_recipe(of.recipe(wanted, "preference.loss=kto"), base=of.base, run_dir=tmp_path / "run")
+
+
+def test_weights_of_a_silo_that_is_not_there(tiny_preferences: Preferences, tmp_path: Path) -> None:
+    both = "{helpful: 1.0, harmless: 2.0}"
+    recipe = tiny_preferences.recipe(f"preference={{weights: {both}, silo_weights: {{site7: {both}}}}}")
+    with pytest.raises(RecipeError, match="there is no silo 'site7'"):
+        run_recipe(recipe, base=tiny_preferences.base, run_dir=tmp_path / "run")
 
 
 def test_compared_with_silos_alone(tiny_preferences: Preferences, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from fedlm.files import read_json, write_json
 from fedlm.messages import Event, Fields, Observe, Tensors
 from fedlm.recipe.load import diff_recipes, load_recipe
 from fedlm.recipe.methods import ALGORITHMS
+from fedlm.recipe.preference import check_silos
 from fedlm.recipe.presets import reseeded
 from fedlm.recipe.schema import Recipe
 
@@ -92,6 +93,7 @@ def compare(
         for seed in seeds:
             seeded = reseeded(recipe, seed)
             data = load_data(seeded, base)
+            check_silos(seeded, data.names)
             if force and not results:  # not before the new data could be read
                 remove_run(run_dir)
             silo_count = len(data.names)

@@ -17,6 +17,7 @@ from fedlm.federation.disk import disk_errors
 from fedlm.federation.engines.choose import Choice, make_engine
 from fedlm.federation.rundir import RunDir
 from fedlm.messages import Fields, Observe
+from fedlm.recipe.preference import check_silos
 from fedlm.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def _read(recipe: Recipe, base: Path, observe: Observe | None) -> FederatedData:
     if observe:
         observe({"kind": "phase", "text": "reading the data"})
     data = load_data(recipe, base)
+    check_silos(recipe, data.names)
     release_freed()
     return data
 

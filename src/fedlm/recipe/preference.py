@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, PositiveFloat
 
+from fedlm.errors import RecipeError, nearest
 from fedlm.recipe.data_checks import Problem, all_sources, changed, kind_of
 from fedlm.recipe.strict import Strict
 
@@ -114,16 +115,23 @@ def preference_problems(recipe: Recipe) -> Iterator[Problem]:
                 "memory is planned for examples of one sequence: give rank, layers or `training.micro_batch_size`",
             )
             break
-    yield from _silo_weights(recipe)
-
-
-def _silo_weights(recipe: Recipe) -> Iterator[Problem]:
-    """A silo's own weights: of the same objectives, and of a silo that is there."""
-    spec, known = recipe.preference, [silo.name for silo in recipe.data.silos]
     for silo, weights in spec.silo_weights.items():
-        path = ("preference", "silo_weights", silo)
         if weights.keys() != spec.weights.keys():
             listed = ", ".join(sorted(spec.weights)) or "none"
-            yield path, f"must weigh the same objectives as `preference.weights` ({listed})"
-        if known and silo not in known:
-            yield path, f"there is no silo of this name (there are {', '.join(known)})"
+            yield (
+                (*here, "silo_weights", silo),
+                f"must weigh the same objectives as `preference.weights` ({listed})",
+            )
+
+
+def check_silos(recipe: Recipe, silos: Sequence[str]) -> None:
+    """Refuse weights of a silo that is not there.
+
+    Raises:
+        RecipeError: naming it.
+    """
+    for silo in recipe.preference.silo_weights:
+        if silo not in silos:
+            raise RecipeError(
+                f"there is no silo '{silo}'", where=f"preference.silo_weights.{silo}", fix=nearest(silo, silos)
+            )
