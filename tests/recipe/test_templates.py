@@ -26,7 +26,18 @@ def test_template_is_valid(name: str, tmp_path: Path) -> None:
 
 
 def test_the_promised_templates_exist() -> None:
-    promised = {"news", "education", "health", "health-qa", "finance", "pretrain", "qa", "summarise", "dialogue"}
+    promised = {
+        "news",
+        "education",
+        "health",
+        "health-qa",
+        "finance",
+        "pretrain",
+        "qa",
+        "summarise",
+        "dialogue",
+        "preference",
+    }
     assert promised | {DEFAULT} <= set(templates())
     assert all(about.endswith((".", "?", "!")) and len(about) < 120 for about in templates().values())
 
