@@ -1,8 +1,8 @@
 """Bench: preference alignment of SmolLM2 on right and wrong answers to school questions, split over exam boards.
 
-For each loss, over the same rows and steps: the base, every board alone, the federation, and all rows in one place, each
-measured after its last step on the test pairs of all boards (`fedlm compare` on the template `preference`). Asked: is the
-federation at least as good as the mean of boards alone, and does it reach 90 % of what one place gains over the base?
+For each loss, over the same rows and steps: the base, every board alone, the federation, and all rows in one place,
+each measured after its last step on the test pairs of all boards (`fedlm compare` on the template `preference`). Asked:
+is the federation at least as good as the mean of boards alone, and does it reach 90 % of what one place gains?
 
 A comparison that was stopped goes on where it was. `--quick` shows that the script works, and no more.
 
