@@ -37,6 +37,7 @@ def test_the_promised_templates_exist() -> None:
         "summarise",
         "dialogue",
         "preference",
+        "from-text",
     }
     assert promised | {DEFAULT} <= set(templates())
     assert all(about.endswith((".", "?", "!")) and len(about) < 120 for about in templates().values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,11 +49,28 @@ def score_generation(
     )
 
 
-@torch.no_grad()
 def generate_greedy(
     model: Any, tokenizer: Any, prompts: Sequence[list[int]], *, batch_tokens: int, max_new_tokens: int
 ) -> list[str]:
-    """Greedy continuations of token-id prompts, without special tokens.
+    """The likeliest continuations, token by token, of token-id prompts: see `generate`."""
+    return generate(model, tokenizer, prompts, batch_tokens=batch_tokens, max_new_tokens=max_new_tokens)
+
+
+Draw = Callable[[torch.Tensor, int], int]
+"""The next token from logits [vocabulary], fp32 on the CPU, of the prompt with this index."""
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    *,
+    batch_tokens: int,
+    max_new_tokens: int,
+    draw: Draw | None = None,
+) -> list[str]:
+    """Continuations of token-id prompts, without special tokens; the likeliest, or drawn.
 
     Prompts of similar length go together, padded on the left so that every row's last token is its own; positions are
     counted from each row's first real token. Prompts that leave no room in the model's context lose their beginning.
@@ -80,16 +97,23 @@ def generate_greedy(
             kept = (prompts[index] or [pad])[-longest:]
             ids[row, longest - len(kept) :] = torch.tensor(kept)
             mask[row, longest - len(kept) :] = 1
-        written = _continue_greedily(model, ids.to(device), mask.to(device), stops, pad, max_new_tokens)
+        written = _continued(model, ids.to(device), mask.to(device), stops, pad, max_new_tokens, batch, draw)
         for index, row_ids in zip(batch, written.tolist(), strict=True):
             texts[index] = tokenizer.decode(row_ids, skip_special_tokens=True)
     return texts
 
 
-def _continue_greedily(
-    model: Any, ids: torch.Tensor, mask: torch.Tensor, stops: torch.Tensor, pad: int, steps: int
+def _continued(
+    model: Any,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    stops: torch.Tensor,
+    pad: int,
+    steps: int,
+    prompts: Sequence[int],
+    draw: Draw | None,
 ) -> torch.Tensor:
-    """Up to `steps` most likely tokens [rows, <= steps] after left-padded ids [rows, n]; `pad` after a row's end."""
+    """Up to `steps` tokens [rows, <= steps] after left-padded ids [rows, n] of these prompts; `pad` after an end."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     written: list[torch.Tensor] = []
@@ -100,7 +124,14 @@ def _continue_greedily(
             logits_to_keep=1,
         )  # fmt: skip
         past = output.past_key_values
-        token = output.logits[:, -1].argmax(-1).masked_fill(done, pad)
+        logits = output.logits[:, -1]
+        if draw is None:
+            token = logits.argmax(-1)
+        else:
+            values, ended = logits.float().cpu(), done.tolist()
+            drawn = [pad if ended[i] else draw(values[i], prompt) for i, prompt in enumerate(prompts)]
+            token = torch.tensor(drawn, device=logits.device)
+        token = token.masked_fill(done, pad)
         written.append(token)
         done = done | torch.isin(token, stops)
         if bool(done.all()):

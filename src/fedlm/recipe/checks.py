@@ -12,6 +12,7 @@ from fedlm.recipe.capacity import capacity_problems
 from fedlm.recipe.data_checks import Path, Problem, all_sources, changed, data_problems, kind_of
 from fedlm.recipe.guards import guard_problems
 from fedlm.recipe.heads import head_problems
+from fedlm.recipe.instructions import instruction_problems
 from fedlm.recipe.methods import ALGORITHMS, FACTORS, PROMPTS
 from fedlm.recipe.outer import outer_problems
 from fedlm.recipe.preference import preference_problems
@@ -40,6 +41,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _asynchronous(recipe)
     yield from guard_problems(recipe)
     yield from capacity_problems(recipe)
+    yield from instruction_problems(recipe)
     yield from selection_problems(recipe)
     yield from _without_effect(recipe)
 
@@ -59,14 +61,18 @@ def _model(recipe: Recipe) -> Iterator[Problem]:
 def _task(recipe: Recipe) -> Iterator[Problem]:
     allowed = TASKS[recipe.task].kinds
     found = all_sources(recipe.data)
+    making = recipe.data.instructions is not None and "messages" in allowed
     for path, source in found:
         kind = kind_of(source.columns)
-        if kind is not None and kind not in allowed:
+        if making and kind is not None:
+            if kind != "text":
+                yield (*path, "columns"), f"instructions are made of text rows, and these are {kind} already"
+        elif kind is not None and kind not in allowed:
             yield (
                 (*path, "columns"),
                 f"task '{recipe.task}' cannot learn from {kind} rows, it needs {' or '.join(allowed)}",
             )
-    kinds = {kind_of(source.columns) for _, source in found}
+    kinds = {"messages"} if making else {kind_of(source.columns) for _, source in found}
     for index, metric in enumerate(recipe.evaluation.metrics):
         here = ("evaluation", "metrics", index)
         if metric != "loss" and not TASKS[recipe.task].likelihood:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from fedlm.recipe.instructions import InstructionSpec
 from fedlm.recipe.selection import SelectionSpec
 from fedlm.recipe.strict import Strict
 from fedlm.recipe.types import Fraction, Name
@@ -140,6 +141,9 @@ class DataSpec(Strict):
         None, description="Of split, subsets and partition, where runs of several seeds shall share them; else `seed`."
     )
     malformed: Literal["fail", "skip"] = Field("fail", description="'skip' counts malformed rows and goes on.")
+    instructions: InstructionSpec | None = Field(
+        None, description="Rows of text become instruction and response in the silo; default: rows stay what they are."
+    )
     selection: SelectionSpec | None = Field(None, description="Which training rows are trained on; default: all.")
 
     @model_validator(mode="after")

@@ -27,6 +27,7 @@ from fedlm.federation.clock import seconds_per_step
 from fedlm.federation.disk import disk_errors
 from fedlm.federation.memory import peak_rss
 from fedlm.federation.records import LEFT_OUT, PLANNED
+from fedlm.federation.silo.instructions import instructed
 from fedlm.federation.silo.received import Received, UnsyncedError
 from fedlm.federation.silo.reference import Reference
 from fedlm.federation.silo.selected import centroids, round_tokens
@@ -307,14 +308,16 @@ class Silo:
             raise DataError("only the roles 'validation' and 'test' can be evaluated", where=f"role '{role}'")
         recipe, bench = self.bench.recipe, self.bench
         data = bench.silo_data(self.name)
-        rows = getattr(data, role)
-        if request.fields.get("rows_of", "own") != "own":
+        rows, own = getattr(data, role), request.fields.get("rows_of", "own") == "own"
+        if not own:
             rows = self._others(role, len(rows))
         started = time.monotonic()
         if len(rows) == 0:
             return {}, {"examples": 0, "seconds": 0.0, "peak_rss": peak_rss()}
         plan = self._plan(request)
         bench.load(plan.model(recipe.model))
+        if recipe.data.instructions is not None:
+            rows, _ = bench.rows(self.name, role) if own else instructed(bench, rows)
         if request.fields.get("plain"):  # the adapter's own terms, whatever the algorithm
             bench.put(request.tensors, whole=True)
         else:
@@ -325,7 +328,7 @@ class Silo:
                 bench.model,
                 bench.tokenizer,
                 rows,
-                data.kind,
+                data.kind if recipe.data.instructions is None else "messages",
                 bench.task,
                 plan.evaluation(recipe.evaluation, recipe.training),
                 max_length=recipe.training.max_length,

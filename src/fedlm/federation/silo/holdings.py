@@ -80,6 +80,7 @@ class OwnText:
             "split": recipe.data.split.model_dump(mode="json"),
             "seed": recipe.data.seed,
             "malformed": recipe.data.malformed,
+            "instructions": recipe.data.instructions and recipe.data.instructions.model_dump(mode="json"),
             "selection": recipe.data.selection and recipe.data.selection.model_dump(mode="json"),
         }
         try:

@@ -12,12 +12,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import Parameter
 
+from fedlm.errors import DataError
 from fedlm.federation.start import parted
 from fedlm.messages import Tensors
 from fedlm.models.deltas import is_delta
@@ -292,6 +294,23 @@ class Workbench:
     def silo_data(self, name: str) -> SiloData:
         return self.data.pooled() if name == POOLED else self.data.silo(name)
 
+    def rows(self, name: str, role: str) -> tuple[Any, int]:
+        """A silo's rows of a role as the task meets them, and how many gave none: text has become instructions where
+        the recipe says so, once for all silos' rows wherever they are trained on. The model must stand here.
+
+        Raises:
+            DataError: see `fedlm.federation.silo.instructions`.
+        """
+        if self.recipe.data.instructions is None:
+            return getattr(self.silo_data(name), role), 0
+        from datasets import concatenate_datasets
+
+        from fedlm.federation.silo.instructions import instructed
+
+        holders = self.data.names if name == POOLED else [name]
+        found = [instructed(self, getattr(self.data.silo(holder), role)) for holder in holders]
+        return concatenate_datasets([rows for rows, _ in found]), sum(lost for _, lost in found)
+
     def training_tokens(self, name: str) -> TokenSet:
         """A silo's encoded training rows that a selection by scores keeps (see `fedlm.federation.silo.selected`).
 
@@ -304,12 +323,21 @@ class Workbench:
         from fedlm.training.encode import encode_all
         from fedlm.training.stored import stored_tokens
 
-        rows, length = self.silo_data(name).train, self.recipe.training.max_length
+        rows, lost = self.rows(name, "train")
+        if lost and not len(rows):
+            raise DataError(
+                f"none of the silo's {lost} texts became an instruction that can be used",
+                where=f"silo '{name}'",
+                fix="give better examples in data.instructions.pool, or use a larger model",
+            )
+        length = self.recipe.training.max_length
         skip = self.recipe.data.malformed == "skip"
         if self.task.stored:
             tokens = stored_tokens(rows, self.task, self.tokenizer, length, skip=skip)
         else:
             tokens = encode_all(rows, self.task, self.tokenizer, length, skip=skip, silo=name)
+        if lost:
+            tokens = replace(tokens, dropped=tokens.dropped + lost)
         if (selection := self.recipe.data.selection) is not None and selection.method == "feddqc":
             from fedlm.federation.silo.selected import scored
 
