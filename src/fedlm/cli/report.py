@@ -16,17 +16,28 @@ def register(app: typer.Typer) -> None:
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
+    run: Annotated[Path, typer.Argument(help="A run or pipeline directory.", show_default=False)],
     open_: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the run's summary as JSON.")] = False,
 ) -> None:
-    """Write report.html of a run, finished or not.
+    """Write report.html of a run or a pipeline, finished or not.
 
     \b
     Examples:
       fedlm report runs/news
       fedlm report runs/news --open
     """
+    from fedlm.report.pipeline import is_pipeline, read_pipeline, sentence, write_pipeline_report
+
+    if is_pipeline(run):
+        page = write_pipeline_report(run)
+        whole = read_pipeline(run)
+        if as_json:
+            print_json({"pipeline": whole.name, "status": whole.status, "measured": whole.cells, "report": str(page)})
+        else:
+            typer.echo(f"{sentence(whole)}\n\nWrote {page}")
+        _show(page, open_)
+        return
     from fedlm.report.facts import read_run
     from fedlm.report.html import write_report
     from fedlm.report.summary import summary_json, summary_lines
@@ -43,7 +54,11 @@ def report(
             typer.echo(line)
         typer.echo()
         typer.echo(f"Wrote {page}")
-    if open_:
+    _show(page, open_)
+
+
+def _show(page: Path, wanted: bool) -> None:
+    if wanted:
         import webbrowser
 
         webbrowser.open(page.resolve().as_uri())

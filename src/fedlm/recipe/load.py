@@ -44,12 +44,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             validation finds are listed, one per line (`InvalidRecipeError`).
     """
     path = Path(path)
-    tree = read_tree(path, overrides)
-    if (run := wanted(tree)) is not None:
-        folder = _run_folder(run, path.parent)
-        check_finished(folder, tree.place(("start", "run")))
-        inherit(tree, load_recipe(folder / "recipe.yaml"), str(folder))
-    return from_folder(build_recipe(tree), path.parent)
+    return complete(read_tree(path, overrides), path.parent)
+
+
+def complete(tree: Tree, folder: Path) -> Recipe:
+    """The recipe of parsed data in a folder, with what it inherits of the run that it starts from; raises as
+    `load_recipe`."""
+    if (text := wanted(tree)) is not None:
+        run = _run_folder(text, folder)
+        check_finished(run, tree.place(("start", "run")))
+        inherit(tree, load_recipe(run / "recipe.yaml"), str(run))
+    return from_folder(build_recipe(tree), folder)
 
 
 def read_tree(path: Path, overrides: Sequence[str] = ()) -> Tree:
@@ -57,7 +62,7 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> Tree:
     tree = parse_yaml(_read(path), str(path))
     normalise(tree)
     for override in overrides:
-        _override(tree, override)
+        set_value(tree, override)
     return tree
 
 
@@ -198,7 +203,7 @@ def _read(path: Path, what: str = "recipe", example: str = "`fedlm init`") -> st
         ) from None
 
 
-def _override(tree: Tree, override: str) -> None:
+def set_value(tree: Tree, override: str) -> None:
     """Set one value in the raw data, making the mappings on the way; the path must exist in the schema."""
     where = f"--set {override}"
     dotted, equals, text = override.partition("=")

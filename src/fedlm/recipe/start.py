@@ -122,7 +122,8 @@ def inherit(tree: Tree, old: Recipe, folder: str) -> None:
         own = old.model.model_dump(mode="json")
         if old.adapter.kind == "full":
             # The folder holds the tokenizer with the template that the run used.
-            own |= {"source": base_folder(folder), "sha256": None, "revision": None, "chat_template": None}
+            own |= dict.fromkeys(("sha256", "revision", "tokenizer", "seed", "chat_template"))
+            own |= {"source": base_folder(folder)}
             own |= {"dtype": "float32"} if kind == "full" else {}
         data["model"] = own | given
     if start.get("adapter") is None:
