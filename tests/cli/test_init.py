@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedlm.cli.main import app
-from fedlm.recipe.starters import templates
+from fedlm.recipe.starters import pipelines, templates
 
 run = CliRunner().invoke
 
@@ -43,7 +43,7 @@ def test_unknown_template_names_the_nearest() -> None:
 
 
 def test_list() -> None:
-    assert set(json.loads(run(app, ["init", "--list", "--json"]).stdout)) == set(templates())
+    assert set(json.loads(run(app, ["init", "--list", "--json"]).stdout)) == {*templates(), *pipelines()}
     assert all(name in run(app, ["init", "--list"]).stdout for name in templates())
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 from pathlib import Path
 
-from tests.federation.conftest import Tiny
+from tests.federation.conftest import WORDS
 
 PIPELINE = """
 name: life
 common:
   name: stage
-  data: &split
+  data:
     split: {{validation: 0.2, test: 0.2}}
     partition: {{kind: natural, by: site}}
   training: {{steps: 2, batch_size: 4, max_length: 96, lr: 0.01}}
@@ -36,10 +37,14 @@ stages:
 """
 
 
-def write(folder: Path, tiny: Tiny, model: Path) -> Path:
+def write(folder: Path, model: Path) -> Path:
     """The pipeline's file, with its rows beside it."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(line) for line in (tiny.base / "rows.jsonl").read_text().splitlines()]
+    draw = random.Random(0)
+    rows = [
+        {"prompt": " ".join(draw.choices(WORDS, k=6)), "response": " ".join(draw.choices(WORDS, k=4)), "site": site}
+        for site in [f"site{n % 3}" for n in range(90)]
+    ]
     texts = [{"text": f"{r['prompt']} {r['response']}", "site": r["site"]} for r in rows]
     pairs = [
         {"prompt": r["prompt"], "chosen": r["response"], "rejected": o["prompt"], "site": r["site"]}
@@ -47,5 +52,5 @@ def write(folder: Path, tiny: Tiny, model: Path) -> Path:
     ]
     for name, lines in (("rows", rows), ("text", texts), ("pairs", pairs)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "pipeline.yaml").write_text(PIPELINE.format(model=model).replace("&split", ""))
+    (folder / "pipeline.yaml").write_text(PIPELINE.format(model=model))
     return folder / "pipeline.yaml"

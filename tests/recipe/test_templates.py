@@ -8,8 +8,9 @@ import pytest
 
 from fedlm.errors import RecipeError
 from fedlm.recipe.load import dump_recipe, load_recipe
+from fedlm.recipe.pipeline import load_pipeline
 from fedlm.recipe.reference import write_reference
-from fedlm.recipe.starters import DEFAULT, read_template, templates
+from fedlm.recipe.starters import DEFAULT, pipelines, read_template, templates
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,6 +24,18 @@ def test_template_is_valid(name: str, tmp_path: Path) -> None:
     again = tmp_path / "again.yaml"
     again.write_text(dump_recipe(recipe))
     assert load_recipe(again) == recipe
+
+
+@pytest.mark.parametrize("name", pipelines())
+def test_pipeline_is_valid(name: str, tmp_path: Path) -> None:
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(read_template(name))
+    stages = load_pipeline(path, tmp_path / "run").stages
+    assert [stage.recipe.task for stage in stages] == ["pretrain", "instruct", "preference"]
+    again = tmp_path / "again.yaml"
+    for stage in stages:  # resolved, it needs no run to be read again
+        again.write_text(dump_recipe(stage.recipe))
+        assert load_recipe(again) == stage.recipe
 
 
 def test_the_promised_templates_exist() -> None:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from fedlm.errors import RecipeError
-from fedlm.recipe.starters import DEFAULT, read_template, templates
+from fedlm.recipe.starters import DEFAULT, pipelines, read_template, templates
 
 
 def register(app: typer.Typer) -> None:
@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
 
 
 def _complete(incomplete: str) -> list[str]:
-    return [name for name in templates() if name.startswith(incomplete)]
+    return [name for name in {**templates(), **pipelines()} if name.startswith(incomplete)]
 
 
 def init(
@@ -36,9 +36,10 @@ def init(
       fedlm init                       for your own files
       fedlm init --list                what else there is
       fedlm init news --out news.yaml  a demo that learns something on a laptop
+      fedlm init pipeline --out pipeline.yaml  several stages, one after the other
     """
     if list_:
-        found = templates()
+        found = {**templates(), **pipelines()}
         if as_json:
             typer.echo(json.dumps(found, indent=1))
             return
@@ -55,7 +56,7 @@ def init(
         typer.echo(json.dumps({"template": template, "path": str(out)}, indent=1))
         return
     typer.echo(f"Wrote {out} ({template}).")
-    typer.echo(f"Next: fedlm recipe check {out}")
+    typer.echo(f"Next: fedlm {'pipeline' if template in pipelines() else 'recipe check'} {out}")
 
 
 def _write(out: Path, text: str, force: bool) -> None:
