@@ -62,6 +62,7 @@ _BUFFER = 3
 _THIRDS = (0.25, 0.5, 1.0)
 _WIDE = 10.0
 """Between the rates of Fed-SB: the best is LoRA's on one model and ten times LoRA's on another."""
+_GOES_ON = ("training.keep_optimizer=true",)
 _INT4_ALONE = ("guards=[{name: int4}]",)
 _INT4 = ("guards=[{name: int4, error_feedback: true}]",)
 
@@ -73,6 +74,15 @@ ROWS = (
     Row("fedadam", "fedadam", "optimiser", server_lr=0.003),
     Row("fedyogi", "fedyogi", "optimiser", server_lr=0.003),
     Row("feddyn", "feddyn", "optimiser", lr=1 / 3),
+    Row("diloco", "diloco", "optimiser", change=_GOES_ON),
+    Row(
+        "streaming-diloco",
+        "streaming-diloco",
+        "optimiser",
+        change=(*_GOES_ON, "federation.algorithm.fragments=2", "federation.downlink={send: changed}"),
+        note="half of the layers in a round",
+    ),
+    Row("eager-diloco", "eager-diloco", "optimiser", change=_GOES_ON),
     Row("ties", "ties", "merge", lr=1 / 3),
     Row("fedadagrad", "fedadagrad", "optimiser", server_lr=0.03),
     Row("flexlora-mixed", "flexlora", "mixed", ranks=_THIRDS),
@@ -92,6 +102,12 @@ ROWS = (
     Row("fed-sb+int4", "fed-sb", "compression", spacing=_WIDE, change=_INT4_ALONE),
     Row("fed-sb-x4+int4", "fed-sb", "compression", spacing=_WIDE, rank=4.0, change=_INT4_ALONE, note="rank times 4"),
     Row("fedbuff", "fedbuff", "asynchronous", buffer=_BUFFER, change=(f"federation.algorithm.buffer={_BUFFER}",)),
+    Row(
+        "delayed-nesterov",
+        "delayed-nesterov",
+        "asynchronous",
+        change=(f"federation.algorithm.buffer={_BUFFER}",),
+    ),
     Row("fedavg-full", "fedavg", "full", lr=0.1, change=("adapter={kind: full}",), note="every weight travels"),
     Row("ferret", "ferret", "full", lr=2e-2 / 3, note="rate of about K / d of plain training's"),
     Row("fedkseed", "fedkseed", "zeroth", lr=0.02, steps=5),
