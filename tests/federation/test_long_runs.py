@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from fedlm.errors import RecipeError
 from fedlm.federation.api import run_recipe
 from fedlm.federation.conversations import Conversations
-from fedlm.training import spikes
+from fedlm.training import parallel, spikes
 from tests.federation.conftest import Tiny
 from tests.federation.mixed import adapter, lines
 
@@ -67,3 +71,70 @@ def test_an_asynchronous_run_has_no_stream(tiny: Tiny) -> None:
 def test_where_the_guard_cannot_work_it_is_refused(tiny: Tiny, algorithm: str) -> None:
     with pytest.raises(RecipeError, match="spike_guard"):
         tiny.recipe(f"federation.algorithm={{name: {algorithm}}}", "training.spike_guard=6.0")
+
+
+def shared(*of: str) -> tuple[str, ...]:
+    return (*PRETRAIN, "training.lr=3e-4", *of)
+
+
+def test_silos_whose_steps_two_processes_share_end_as_others_do(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One team serves all silos and rounds; one that is killed fails its silo's round, and another takes its place."""
+    options = shared("federation.algorithm={name: scaffold}", "training.micro_batch_size=1")
+    run_recipe(tiny.recipe(*options), base=tiny.base, run_dir=tmp_path / "one")
+    teams: list[parallel.Team] = []
+    made = parallel.Team.__init__
+
+    def watched(self: parallel.Team, *args: Any) -> None:
+        made(self, *args)
+        teams.append(self)
+
+    monkeypatch.setattr(parallel.Team, "__init__", watched)
+    recipe = tiny.recipe(*options, "federation.capacity.default.processes=2")
+    run_recipe(recipe, base=tiny.base, run_dir=tmp_path / "two")
+    assert len(teams) == 1
+    one, two = adapter(tmp_path / "one"), adapter(tmp_path / "two")
+    assert all((one[name] - two[name]).abs().max() < 1e-5 for name in one) and not same(one, two)
+    losses = [[line["validation"]["loss"] for line in lines(tmp_path / run)] for run in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    teams.clear()
+    gc.collect()
+    assert not [child for child in psutil.Process().children() if "fedlm.training.parallel" in child.cmdline()]
+
+
+@pytest.mark.slow
+def test_a_helper_that_dies_fails_its_silo_s_round_alone(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin, killed = parallel.Team.begin, []
+
+    def dying(self: parallel.Team, *args: Any) -> Any:
+        if not killed:
+            killed.append(os.kill(self.helpers[0], signal.SIGKILL))
+        return begin(self, *args)
+
+    monkeypatch.setattr(parallel.Team, "begin", dying)
+    recipe = tiny.recipe(
+        *shared("federation.capacity.default.processes=2", "federation.rounds=2", "federation.quorum=0.5")
+    )
+    run_recipe(recipe, base=tiny.base, run_dir=tmp_path / "run")
+    first, second = lines(tmp_path / "run")
+    assert len(first["silos"]) == 3 and len(second["silos"]) == 4
+    assert "shares this silo's training ended (signal SIGKILL)" in first["failures"][0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        (("federation.algorithm={name: fedmezo}",), "has no gradients to share"),
+        (("adapter={kind: prompt}",), "not with adapter.kind 'prompt'"),
+        (
+            ("task=classify", "data.sources=[{path: c.jsonl, columns: {question: q, choices: [a, b], answer: l}}]"),
+            "'classify'",
+        ),
+    ],
+)
+def test_what_processes_cannot_share_is_refused(tiny: Tiny, changes: tuple[str, ...], why: str) -> None:
+    with pytest.raises(RecipeError, match=why):
+        tiny.recipe(*PRETRAIN, "training.order=rounds", *changes, "federation.capacity.default.processes=2")

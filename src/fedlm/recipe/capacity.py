@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator
 
 from fedlm.errors import RecipeError, nearest
 from fedlm.recipe.methods import ALGORITHMS
 from fedlm.recipe.strict import Strict
+from fedlm.recipe.tasks import TASKS
 
 if TYPE_CHECKING:
     from fedlm.recipe.data_checks import Path, Problem
@@ -65,6 +66,11 @@ class Capacity(Strict):
     )
     quantise: Literal["4bit"] | None = Field(
         None, description="Frozen base weights in 4 bits (NF4); needs an NVIDIA GPU and the extra [gpu4bit]."
+    )
+    processes: Annotated[int, Field(ge=1, le=64)] | None = Field(
+        None,
+        description="Processes (on several GPUs, devices) that share each step of local training; each holds the "
+        "model. The result is the same up to the order of sums.",
     )
 
     @field_validator("memory")
@@ -123,7 +129,10 @@ def parse_capacity(fields: Any) -> Capacity:
 
 
 def lesser(a: Capacity, b: Capacity) -> Capacity:
-    """What keeps within both; of types of base weights, `b`'s where it says one.
+    """What keeps within both; of types of base weights, `b`'s where it says one, and `b`'s number of processes.
+
+    Args:
+        b: the owner's.
 
     Raises:
         RecipeError: they have no module to train in common.
@@ -149,6 +158,7 @@ def lesser(a: Capacity, b: Capacity) -> Capacity:
         seconds=least("seconds"),
         dtype=weights.dtype,
         quantise=weights.quantise,
+        processes=b.processes,
     )
 
 
@@ -210,10 +220,23 @@ def _impossible(recipe: Recipe, capacity: Capacity) -> Iterator[tuple[str, str]]
         yield "seconds", "does not end before federation.deadline, and what comes after that is dropped"
     if capacity.quantise is not None and capacity.dtype is not None:
         yield "dtype", "has no effect on quantised weights"
+    if capacity.processes is not None:
+        yield from _sharing(recipe)
     if capacity.dtype is not None and adapter.kind == "full":
         yield "dtype", "is of frozen weights, and all weights are trained"
     if capacity.quantise is not None and (problem := _unquantisable(recipe)):
         yield "quantise", problem
+
+
+def _sharing(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Why the steps of a silo's training cannot be shared by processes."""
+    name, kind = recipe.federation.algorithm.name, recipe.adapter.kind
+    if ALGORITHMS[name].zeroth_order:
+        yield "processes", f"has no effect with '{name}', whose loop has no gradients to share"
+    elif not TASKS[recipe.task].likelihood:
+        yield "processes", f"only a likelihood of text is shared, and the loss of '{recipe.task}' is another"
+    elif kind not in ("lora", "ia3", "full"):
+        yield "processes", f"not with adapter.kind '{kind}' (with lora, ia3, full)"
 
 
 def _unquantisable(recipe: Recipe) -> str | None:

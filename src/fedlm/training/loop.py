@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sized
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from fedlm.training.fused_norm import fused_norms
 from fedlm.training.objective import Figures, Likelihood, Objective, Tools
 from fedlm.training.schedule import learning_rate
 from fedlm.training.spikes import SpikeGuard
+
+if TYPE_CHECKING:
+    from fedlm.training.parallel import Team
 
 MICRO_TOKENS = 2048
 """Tokens per forward pass where the recipe leaves `micro_batch_size` open; accumulation is exact, so only speed and
@@ -95,6 +98,7 @@ def train(
     observe: Observe | None = None,
     silo: str = "",
     should_stop: Callable[[], bool] | None = None,
+    team: Team | None = None,
 ) -> TrainResult:
     """Train `parameters` in place for one round.
 
@@ -108,10 +112,11 @@ def train(
             None changes nothing.
         optimizer_state: what this silo's last round left, empty or None at the beginning.
         should_stop: asked before every step; True ends the round early.
+        team: processes that share the steps of a `Likelihood`, their models loaded (see `fedlm.training.parallel`).
 
     Raises:
-        TrainingError: the loss or a gradient is not finite, the rule's parameters do not fit, or examples are longer
-            than the model.
+        TrainingError: the loss or a gradient is not finite, the rule's parameters do not fit, examples are longer
+            than the model, or a process of the team ended.
     """
     check_length(model, spec.max_length)
     if len(data) == 0:
@@ -129,7 +134,8 @@ def train(
     result = TrainResult(0, 0, 0, 0, 0.0, [], 0.0, {})
     objective = objective or Likelihood(Tools(model, spec))
     loss_total = 0.0
-    with training_mode(model, spec), seeded(generator_key, window.round, device):
+    shared = team.round(parameters, spec, generator_key, window.round) if team is not None else nullcontext()
+    with training_mode(model, spec), seeded(generator_key, window.round, device), shared:
         for step, chosen in enumerate(batches(spec, data.lengths, generator_key, window.round)):
             if should_stop is not None and should_stop():
                 break
@@ -140,11 +146,13 @@ def train(
                 rule.before(step, parameters)
             examples = objective.begin([data[i] for i in chosen])
             total = divisor = 0.0
-            for part in micro_batches(examples, spec):
+            for part in micro_batches(examples if team is None else team.begin(examples), spec):
                 terms, divisor = objective.terms(part)
                 loss = terms.sum() / divisor
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += float(loss.detach()) * divisor
+            if team is not None:
+                total = team.add(total)
             _require_finite(total, silo, step, "loss")
             gradients = [p.grad for p in parameters.values() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)

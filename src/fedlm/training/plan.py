@@ -54,6 +54,8 @@ class Plan:
     gradient_checkpointing: bool | None = None
     dtype: str | None = None
     quantise: str | None = None
+    processes: int | None = None
+    """That share a step; None for one."""
 
     def trains(self, name: str) -> bool:
         """Whether a tensor (or layer) of the adapter is trained; others stay as received. A head always is."""
@@ -103,7 +105,7 @@ class Plan:
     def fields(self) -> Fields:
         """As plain JSON: what is not the default."""
         plain = {"rank": self.rank, "first_layer": self.first_layer, "targets": self.targets and list(self.targets)}
-        rest = ("steps", "seconds", "micro_batch_size", "gradient_checkpointing", "dtype", "quantise")
+        rest = ("steps", "seconds", "micro_batch_size", "gradient_checkpointing", "dtype", "quantise", "processes")
         plain |= {name: getattr(self, name) for name in rest}
         return {name: value for name, value in plain.items() if value not in (0, None)}
 
@@ -122,6 +124,8 @@ class Plan:
             said.append(f"{self.steps} steps")
         if self.seconds is not None:
             said.append(f"what ends within {self.seconds:g} seconds")
+        if self.processes is not None:
+            said.append(f"{self.processes} processes")
         said += [kind for kind in (self.dtype, self.quantise) if kind is not None]
         return ", ".join(said)
 
@@ -164,6 +168,7 @@ def parse_plan(fields: Any, recipe: Recipe) -> Plan:
         "gradient_checkpointing": bool,
         "dtype": str,
         "quantise": str,
+        "processes": int,
     }
     if not isinstance(fields, dict) or not fields.keys() <= kinds.keys():
         raise UpdateRefused("the silo's plan is no such plan")
@@ -220,6 +225,7 @@ def make_plan(recipe: Recipe, capacity: Capacity, shape: Shape | None) -> Plan:
         seconds=capacity.seconds,
         dtype=capacity.dtype,
         quantise=capacity.quantise,
+        processes=capacity.processes,
     )
     if capacity.layers is not None or capacity.targets is not None:
         assert shape is not None

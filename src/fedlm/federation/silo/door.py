@@ -49,7 +49,7 @@ PROTOCOL = 1
 VERBS = frozenset({"hello", "train", "evaluate", "profile"})
 
 
-PRIVATE = ("micro_batch_size", "gradient_checkpointing", "dtype", "quantise")
+PRIVATE = ("micro_batch_size", "gradient_checkpointing", "dtype", "quantise", "processes")
 """Parts of a plan that are the silo's own affair."""
 
 

@@ -102,6 +102,7 @@ class SiloSession:
             self._budget.begin()
         prefix = f"{purpose}:" if purpose else ""
         # A silo may start from the same model twice, and then sees other batches.
+        team = self._bench.team(self._plan.processes or 1, chosen)
         dispatch = () if self.place.dispatch is None else ("dispatch", self.place.dispatch)
         result = train(
             self.model,
@@ -120,6 +121,7 @@ class SiloSession:
             observe=self._observe,
             silo=self.place.silo,
             should_stop=lambda: self._should_stop() or (self._budget is not None and self._budget.spent()),
+            team=team,
         )
         self.optimizer |= {prefix + name: moments for name, moments in result.optimizer_state.items()}
         return result, self._bench.take(chosen)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from fedlm.guards import Chain
     from fedlm.training.encode import TokenSet
     from fedlm.training.footprint import Shape
+    from fedlm.training.parallel import Team
     from fedlm.training.plan import Plan
     from fedlm.training.tasks import Task
 
@@ -68,6 +69,8 @@ class Workbench:
         self._ready = False
         self._tokens: OrderedDict[str, TokenSet] = OrderedDict()
         self._plans: dict[str, Plan] = {}
+        self._team: tuple[Team | None, Any] = (None, None)
+        """Processes that share training, and of how many and which model they are."""
         self.start: Tensors = {}
         """What the run starts from, and the reference of tasks that have one (see `fedlm.federation.start`): adapter
         values and frozen deltas; empty: the bare base."""
@@ -222,6 +225,7 @@ class Workbench:
         for name in ("model", "tokenizer", "_first", "_rebuilt"):
             self.__dict__.pop(name, None)
         self._aside.clear()
+        self._dismiss()
         self._ready = False
 
     def begin_from(self, message: Tensors) -> Tensors:
@@ -260,6 +264,38 @@ class Workbench:
         set_tensors(self.model, values, self.recipe.adapter)
         self._loaded = tensors if not below else values
         return adapter_parameters(self.model)
+
+    def team(self, processes: int, trained: Mapping[str, Parameter]) -> Team | None:
+        """The processes that share training here, with the model as it was put on the bench; None for one. They are
+        started when they are first asked for, and again where one has died.
+
+        Args:
+            trained: parameters whose values the team gets with every step.
+
+        Raises:
+            TrainingError: they cannot be started.
+        """
+        from fedlm.models.adapters import adapter_parameters
+        from fedlm.training.parallel import Team
+
+        if processes == 1:
+            return None
+        kind, (team, wanted) = self.recipe.adapter, self._team
+        if team is None or team.closed or wanted != (processes, self.standing):
+            self._dismiss()
+            team = Team(self.standing, kind, self.recipe.seed, processes, self.recipe.federation.threads)
+            self._team = (team, (processes, self.standing))
+        values = adapter_parameters(self.model)
+        if kind.kind == "full":
+            team.load(self.take({name: p for name, p in values.items() if name not in trained}))
+        else:
+            team.load({name: t for name, t in self._loaded.items() if is_delta(name)} | self.take(values))
+        return team
+
+    def _dismiss(self) -> None:
+        if self._team[0] is not None:
+            self._team[0].close()
+        self._team = (None, None)
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
