@@ -68,6 +68,7 @@ class LocalEngine:
         threads: torch threads of each.
         observe: receives the silos' progress events, with "run" added.
         base: folder that relative paths of the recipe start from.
+        model: whether any request needs the model; without, it is not loaded, and there is one worker.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class LocalEngine:
         threads: int | None = None,
         observe: Observe | None = None,
         base: Path = Path(),
+        model: bool = True,
     ) -> None:
         if threads is not None and threads != recipe.federation.threads:
             recipe = recipe.model_copy(update={"federation": recipe.federation.model_copy(update={"threads": threads})})
@@ -90,6 +92,8 @@ class LocalEngine:
             self._states.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._spool.mkdir(exist_ok=True)
         self._observe = observe
+        assert model or workers == 1
+        self._needs_model = model
         self._bench = Workbench(recipe, data) if workers == 1 else None
         self._count = workers
         self._numbers = itertools.count()
@@ -129,7 +133,8 @@ class LocalEngine:
             FedlmError: the model or the data cannot be loaded.
         """
         if self._bench:
-            self._bench.load()
+            if self._needs_model:
+                self._bench.load()
             return
         with self._lock:
             if self._pool or self._closed:

@@ -46,7 +46,7 @@ log = logging.getLogger("fedlm.silo")
 PROTOCOL = 1
 """Version of requests and replies; a silo refuses another one at `hello`."""
 
-VERBS = frozenset({"hello", "train", "evaluate", "profile"})
+VERBS = frozenset({"hello", "train", "evaluate", "profile", "pairs"})
 
 
 PRIVATE = ("micro_batch_size", "gradient_checkpointing", "dtype", "quantise", "processes")
@@ -106,6 +106,7 @@ class Silo:
             "train": self._train,
             "evaluate": self._evaluate,
             "profile": self._profile,
+            "pairs": self._pairs,
         }
         if request.verb not in verbs or request.verb not in self._allow:
             allowed = ", ".join(sorted(self._allow))
@@ -347,6 +348,11 @@ class Silo:
         with self._stoppable():
             found = centroids(self.bench, self.name)
         return {"centroids": found}, {"seconds": time.monotonic() - started, "peak_rss": peak_rss()}
+
+    def _pairs(self, request: Request) -> tuple[Tensors, Fields]:
+        """Counts of neighbours in this silo's words, to train a tokenizer; see `fedlm.federation.silo.pairs`."""
+        data = self.bench.silo_data(self.name)
+        return self.bench.pairs.answer(self.name, data.train, data.kind, request.tensors), {}
 
     def _others(self, role: str, limit: int) -> Any:
         """Rows of the other silos, no more than this one has.

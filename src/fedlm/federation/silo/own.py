@@ -25,6 +25,7 @@ from fedlm.federation.silo.holdings import load_holdings
 from fedlm.federation.silo.policy import (
     Forbidden,
     Policy,
+    check_counting,
     check_recipe,
     check_request,
     check_rows,
@@ -46,6 +47,9 @@ SCHEMA = 1
 
 RUNS_HELD = 2
 """Runs whose encoded rows stay in memory; others are read again from their agreement when they are asked for."""
+
+COUNTING = "tokenizer"
+"""The `purpose` of a greeting that asks for counts of pairs and for nothing else; there is no model then."""
 
 NOT_AGREED = "this silo has not agreed to this run; the coordinator must greet it first"
 
@@ -106,7 +110,10 @@ class OwnSilo:
                     return self._hello(request)
                 bench, capacity = self._agreed(request.run)
                 check_request(self.policy, bench.recipe, request)
-                self._set_up(bench)
+                if self._counts(request.run) != (request.verb == "pairs"):
+                    raise Forbidden("this is not what this silo has agreed to for this run")
+                if request.verb != "pairs":
+                    self._set_up(bench)
                 answer = self._door(bench, capacity, observe, should_stop).handle(request)
                 return answer if isinstance(answer, Reply) else self._refuse(request, answer.kind, answer.reason)
         except _MismatchError as mismatch:
@@ -123,12 +130,16 @@ class OwnSilo:
     def _hello(self, request: Request) -> Reply | Failure:
         """Agree to a run, or to an agreed one again, and answer with versions, counts and the model's fingerprint."""
         recipe = parse_recipe(request.fields.get("recipe"))
-        check_recipe(self.policy, recipe)
+        counting = request.fields.get("purpose") == COUNTING
+        (check_counting if counting else check_recipe)(self.policy, recipe)
         known = agreements.load(self._folder, request.run)
         if known is not None:
             _same_run(parse_recipe(known.recipe), recipe)
         capacity = parse_capacity(request.fields.get("capacity"))
-        bench, agreement = self._prepare(request.run, recipe, request.fields.get("model"), capacity)
+        if counting:
+            bench, agreement = self._prepare_counting(request.run, recipe)
+        else:
+            bench, agreement = self._prepare(request.run, recipe, request.fields.get("model"), capacity)
         if known is not None:
             _same_content(known, agreement)
         answer = self._door(bench, capacity, None, None).handle(request)
@@ -159,9 +170,13 @@ class OwnSilo:
                 f"this silo agreed to the run with fedlm {agreement.fedlm} and now has fedlm {fedlm.__version__}"
             )
         recipe = parse_recipe(agreement.recipe)
-        check_recipe(self.policy, recipe)
         capacity = parse_capacity(agreement.capacity)
-        bench, now = self._prepare(run, recipe, agreement.model, capacity)
+        if agreement.model:
+            check_recipe(self.policy, recipe)
+            bench, now = self._prepare(run, recipe, agreement.model, capacity)
+        else:
+            check_counting(self.policy, recipe)
+            bench, now = self._prepare_counting(run, recipe)
         _same_content(agreement, now)
         self._hold(agreement, bench)
         return bench, capacity
@@ -198,6 +213,24 @@ class OwnSilo:
         limited = self.policy.max_steps_per_round is not None
         check_rows(self.policy, here, rows, len(bench.training_tokens(self.name)) if limited else None)
         return bench, agreement
+
+    def _prepare_counting(self, run: str, recipe: Recipe) -> tuple[Workbench, Agreement]:
+        """The bench for counting pairs, without a model, and what there would be to agree to.
+
+        Raises:
+            Forbidden: the text does not fit or is too little.
+        """
+        here = self._text.recipe_for(recipe, self.name)
+        data = self._text.load(here, self.name)
+        check_rows(self.policy, here, data.card(self.name)["rows"]["train"], None)
+        agreement = Agreement(run, fedlm.__version__, recipe.model_dump(mode="json"), {}, data.fingerprint)
+        held = self._runs.get(run)
+        same = held is not None and held[1].recipe == here and held[0] == agreement
+        return (held[1] if held is not None and same else Workbench(here, data)), agreement
+
+    def _counts(self, run: str) -> bool:
+        """Whether a run that this silo has agreed to asks for counts of pairs alone."""
+        return not self._runs[run][0].model
 
     # ---------------------------------------------------------------- the bench
 
@@ -314,6 +347,8 @@ def _same_run(before: Recipe, now: Recipe) -> None:
 
 
 def _same_content(before: Agreement, now: Agreement) -> None:
+    if bool(before.model) != bool(now.model):
+        raise Forbidden("this silo agreed to this run for another purpose")
     if before.model != now.model:
         check_fingerprint(before.model, now.model)
     if before.data != now.data:

@@ -42,9 +42,10 @@ AdapterKind = Literal["lora", "lora-sb", "ia3", "full", "prompt", "p-tuning", "p
 class Policy(Strict):
     """What a coordinator may ask of this silo. Without a policy file these defaults hold."""
 
-    allow: list[Literal["hello", "train", "evaluate", "profile"]] = Field(
+    allow: list[Literal["hello", "train", "evaluate", "profile", "pairs"]] = Field(
         default_factory=lambda: ["hello", "train", "evaluate"],  # type: ignore[arg-type]
-        description="Verbs that are answered.",
+        description="Verbs that are answered. 'pairs', exact counts of neighbouring letters and syllables in the words "
+        "of this silo's text, trains a tokenizer, and must be listed.",
     )
     tasks: list[Literal["instruct", "pretrain"]] | None = Field(None, description="What may be learnt; default: all.")
     algorithms: list[str] | None = Field(None, description="How updates may be made; default: all.")
@@ -122,6 +123,12 @@ def check_recipe(policy: Policy, recipe: Recipe) -> None:
     if (selection := recipe.data.selection) is not None and selection.method == "fedhds":
         check_verb(policy, "profile")
     local_model(policy, recipe.model)
+
+
+def check_counting(policy: Policy, recipe: Recipe) -> None:
+    """Forbidden unless the owner allows a tokenizer to be trained for this recipe, whose model is not used."""
+    check_verb(policy, "pairs")
+    _among("task", recipe.task, policy.tasks, "tasks")
 
 
 def check_rows(policy: Policy, recipe: Recipe, rows: int, sequences: int | None) -> None:

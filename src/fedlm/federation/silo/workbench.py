@@ -31,6 +31,7 @@ from fedlm.recipe.tasks import TASKS
 if TYPE_CHECKING:
     from fedlm.algorithms.base import Algorithm
     from fedlm.data.federated import FederatedData, SiloData
+    from fedlm.federation.silo.pairs import PairTables
     from fedlm.federation.silo.rebuilt import Rebuilt
     from fedlm.guards import Chain
     from fedlm.training.encode import TokenSet
@@ -164,6 +165,13 @@ class Workbench:
         from fedlm.algorithms import get_algorithm
 
         return get_algorithm(self.recipe.federation.algorithm, self.recipe.adapter)
+
+    @cached_property
+    def pairs(self) -> PairTables:
+        """The silos' words, while a tokenizer is trained."""
+        from fedlm.federation.silo.pairs import PairTables
+
+        return PairTables()
 
     @cached_property
     def chain(self) -> Chain | None:

@@ -77,14 +77,17 @@ class FlareEngine:
         run: the run's name, shown to whoever finds the network in use.
         run_dir: files in flight go to `run_dir/spool`.
         observe: receives the silos' progress events, with "run" added.
+        model: whether the silos need the model; without, its fingerprint is not told.
 
     Raises:
         NetworkError: no coordinator's kit, its relay does not answer, another run is using it, or this kit's operator
             may not run federations.
     """
 
-    def __init__(self, recipe: Recipe, kit: Path, run: str, run_dir: Path, *, observe: Observe | None = None) -> None:
-        self._recipe, self._run, self._observe = recipe, run, observe
+    def __init__(
+        self, recipe: Recipe, kit: Path, run: str, run_dir: Path, *, observe: Observe | None = None, model: bool = True
+    ) -> None:
+        self._recipe, self._run, self._observe, self._needs_model = recipe, run, observe, model
         self._kit: Kit = read_kit(kit, "coordinator")
         self._spool = run_dir / "spool"
         with disk_errors(run_dir):
@@ -219,7 +222,7 @@ class FlareEngine:
                 "fedlm": fedlm.__version__,
                 "schema": self._recipe.schema_version,
                 "recipe": self._recipe.model_dump(mode="json"),
-                "model": fingerprint(self._recipe.model),
+                **({"model": fingerprint(self._recipe.model)} if self._needs_model else {}),
             }
         return self._hello
 

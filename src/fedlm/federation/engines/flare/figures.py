@@ -33,7 +33,7 @@ FILE = "figures.json"
 
 OK = "ok"
 
-VERBS = frozenset({"hello", "train", "evaluate", "profile"})
+VERBS = frozenset({"hello", "train", "evaluate", "profile", "pairs"})
 """Others are counted together: a coordinator may ask for anything."""
 
 
