@@ -81,7 +81,7 @@ def measure(loss: str, folder: Path, changes: tuple[str, ...], seeds: list[int],
 
 def markdown(results: list[dict[str, Any]]) -> str:
     """A table of arms, and a line for each loss."""
-    lines = ["| loss | arm | reward accuracy, 95 % | right the likelier | margin | KL | steps | s |", "|" + "---|" * 8]
+    lines = ["| loss | arm | reward accuracy, 95 % | ranking accuracy | margin | KL | steps | s |", "|" + "---|" * 8]
     for result in results:
         for kind, name in ARMS.items():
             arm = result["arms"][kind]

@@ -220,6 +220,18 @@ def test_other_algorithms(name: str, tiny_preferences: Preferences, tmp_path: Pa
     assert last["validation"]["loss"] != first["validation"]["loss"]
 
 
+@pytest.mark.parametrize("packing", ["true", "false"])
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_soft_prompts(kind: str, packing: str, tiny_preferences: Preferences, tmp_path: Path) -> None:
+    """The reference is the base without the prompt, which changes answers from the start."""
+    of = tiny_preferences
+    changes = (f"adapter={{kind: {kind}}}", "federation.rounds=1", "data.split.test=0", f"training.packing={packing}")
+    run_recipe(of.recipe(*changes), base=of.base, run_dir=tmp_path / "run")
+    before, after = (line["validation"] for line in lines(tmp_path / "run"))
+    assert before["kl"] != after["kl"]
+    assert 0 < after["kl"] < 0.1 and abs(after["loss"] - 0.6931472) > 1e-5
+
+
 def test_full_training_without_a_reference(tiny_preferences: Preferences, tmp_path: Path) -> None:
     of = tiny_preferences
     changes = ("adapter={kind: full}", "preference.loss=simpo", "federation.rounds=1", "data.split.test=0")

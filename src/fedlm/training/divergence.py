@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fedlm.training.attention import packed
-from fedlm.training.forward import by_tokens, model_device, precision
+from fedlm.training.forward import by_tokens, model_device, precision, target_logits
 from fedlm.training.packing import pack
+from fedlm.training.prefixes import with_prompt
 from fedlm.training.sequences import Encoded
 
 
@@ -47,17 +48,11 @@ def _log_probabilities(model: nn.Module, sequences: Sequence[Encoded], packing: 
     device = model_device(model)
     with packed(model) if packing else nullcontext(), precision(model):
         if packing:
-            batch = pack(sequences).to(device)
-            out = model(
-                input_ids=batch.ids,
-                position_ids=batch.positions,
-                use_cache=False,
-                packed=batch,
-                logits_to_keep=batch.predictors,
-            )
-            logits = out.logits[0]
+            logits = target_logits(model, pack(with_prompt(model, sequences)).to(device))
         else:
             (one,) = sequences
             ids = torch.from_numpy(one.ids[:-1].astype("int64")).to(device)[None]
-            logits = model(input_ids=ids, use_cache=False).logits[0][torch.from_numpy(one.loss[1:]).to(device)]
+            keep = torch.from_numpy(one.loss[1:]).to(device)[None]
+            out = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
+            logits = out if out.ndim == 2 else out[keep]
     return torch.log_softmax(logits.float(), -1)

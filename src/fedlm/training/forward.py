@@ -22,14 +22,25 @@ from fedlm.training.sequences import Encoded
 
 def target_nll(model: nn.Module, batch: Packed) -> Tensor:
     """Negative log-likelihood of each target [M], fp32, differentiable. Call inside `attention.packed(model)`."""
-    inputs = {"input_ids": batch.ids, "position_ids": batch.positions, "use_cache": False, "packed": batch}
-    if (prefix := prefix_of(model, batch)) is not None:
-        inputs["prefix"] = prefix
+    inputs = _packed_inputs(model, batch)
     if len(batch.targets) > CHUNK and plain_head(inner := causal_model(model)):
         hidden = inner.base_model(**inputs).last_hidden_state[0]
         return head_nll(inner.get_output_embeddings(), hidden[batch.predictors], batch.targets)
     out = model(**inputs, logits_to_keep=batch.predictors)
     return cross_entropy(out.logits[0].float(), batch.targets, reduction="none")
+
+
+def target_logits(model: nn.Module, batch: Packed) -> Tensor:
+    """What the model gives every token in the place of each target [M, vocabulary]; else as `target_nll`."""
+    logits: Tensor = model(**_packed_inputs(model, batch), logits_to_keep=batch.predictors).logits[0]
+    return logits
+
+
+def _packed_inputs(model: nn.Module, batch: Packed) -> dict[str, Any]:
+    inputs = {"input_ids": batch.ids, "position_ids": batch.positions, "use_cache": False, "packed": batch}
+    if (prefix := prefix_of(model, batch)) is not None:
+        inputs["prefix"] = prefix
+    return inputs
 
 
 def padded_nll(model: nn.Module, sequences: Sequence[Encoded]) -> Tensor:
