@@ -19,7 +19,7 @@ from fedlm.federation.api import new_run, run_recipe, using
 from fedlm.federation.rundir import RunDir
 from fedlm.federation.silo import Workbench
 from fedlm.federation.silo.own import OwnSilo
-from fedlm.federation.start import FILE, held_start, read_start
+from fedlm.federation.start import FILE, held_start, read_start, with_start
 from fedlm.files import read_json, read_tensors, write_tensors
 from fedlm.inference.session import open_chat, run_tensors
 from fedlm.messages import Tensors
@@ -355,6 +355,24 @@ def test_alignment_compares_with_the_start(tiny: Tiny, first: Path, pairs: list[
     before, done = (rounds(tmp_path / "run")[i]["validation"] for i in (0, -1))
     assert abs(before["loss"] - math.log(2)) < 1e-6 and before["reward_margin"] == before["kl"] == 0.0
     assert done["loss"] < before["loss"] and done["kl"] > 0
+
+
+def test_rows_are_chosen_by_the_model_that_the_run_begins_with(tiny: Tiny, first: Path) -> None:
+    """FedDQC's scores after a stage are other ones than the base's; both are found again when the start changes."""
+    from fedlm.data.federated import load_data
+
+    recipe = after(tiny, first, "continue", "data.selection={method: feddqc, keep: 0.5}")
+    start = with_start({}, read_start(recipe).tensors, recipe)
+    bench = Workbench(recipe, load_data(recipe, tiny.base))
+    bench.load()
+
+    def scores(message: Tensors) -> list[float]:
+        bench.begin_from(message)
+        (name,) = (n for n in bench.training_tokens("site0").facts if "score" in n)
+        return list(bench.training_tokens("site0").facts[name])
+
+    base, ours = scores({}), scores(start)
+    assert base != ours and scores({}) == base and scores(start) == ours
 
 
 def test_a_head_is_new_after_another_task_and_exported_with_the_stack(

@@ -11,8 +11,8 @@ What a run starts from is constant. It is read once, before anything is computed
 Neither is a part of the averaged model. Where silos need them they travel with each request under names that begin with
 `START`; with `federation.downlink.send: changed` they travel once. Frozen deltas always travel, and of the values those
 that the message lacks (a method may exchange a part of the adapter), or all of them where silos need the model that the
-run began with: to compare with it, or to choose rows by it. So a silo never reads the coordinator's disk. After a run
-with full weights the start is a base model, a folder that each party has to have.
+run began with: to compare with it, or to choose or write rows by it. So a silo never reads the coordinator's disk.
+After a run with full weights the start is a base model, a folder that each party has to have.
 """
 
 from __future__ import annotations
@@ -200,10 +200,15 @@ def with_start(message: Tensors, start: Tensors, recipe: Recipe) -> Tensors:
     """A message to silos and what they need of the start beside it."""
     if not start:
         return message
-    facts = TASKS[recipe.task]
-    compared = not facts.likelihood and facts.head == "none"  # a loss that may look back at the model it began with
-    every = compared or recipe.data.selection is not None  # rows are chosen by that model
+    every = looks_back(recipe)
     return message | {START + n: t for n, t in start.items() if every or is_delta(n) or n not in message}
+
+
+def looks_back(recipe: Recipe) -> bool:
+    """Whether silos need the model that the run began with: a loss may compare with it, it may choose or write rows."""
+    facts = TASKS[recipe.task]
+    by_it = recipe.data.selection is not None or recipe.data.instructions is not None
+    return by_it or (not facts.likelihood and facts.head == "none")
 
 
 def whole_model(tensors: Tensors, start: Tensors) -> Tensors:

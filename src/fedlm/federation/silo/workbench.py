@@ -20,7 +20,7 @@ import torch
 from torch.nn import Parameter
 
 from fedlm.errors import DataError
-from fedlm.federation.start import parted
+from fedlm.federation.start import looks_back, parted
 from fedlm.messages import Tensors
 from fedlm.models.deltas import is_delta
 from fedlm.recipe.capacity import Capacity
@@ -243,7 +243,10 @@ class Workbench:
         Returns:
             The message's own tensors.
         """
-        own, self.start = parted(message)
+        own, start = parted(message)
+        if looks_back(self.recipe) and not _same(start, self.start):
+            self._tokens.clear()  # rows may be chosen, or written, by the model that the run begins with
+        self.start = start
         return own
 
     def put(self, tensors: Tensors, *, whole: bool = False) -> dict[str, Parameter]:
@@ -392,6 +395,10 @@ class Workbench:
         ):
             self._tokens.popitem(last=False)
         return tokens
+
+
+def _same(one: Tensors, other: Tensors) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 class _FirstValues:
