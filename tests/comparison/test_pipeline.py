@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 
 from fedlm.comparison.pipeline import run_pipeline
+from fedlm.comparison.triple import compare
 from fedlm.errors import FedlmError, RecipeError, RunError
-from fedlm.files import read_json, sha256_file
+from fedlm.files import read_json, read_tensors, sha256_file
 from fedlm.recipe.pipeline import load_pipeline
+from fedlm.report.facts import read_run
+from fedlm.report.html import page as html_page
 from fedlm.report.pipeline import read_pipeline, stage_rows, write_pipeline_report
 from tests.comparison.pipelines import write
 
@@ -66,11 +69,33 @@ def test_every_model_is_measured_on_the_same_rows(finished: Path) -> None:
     assert cells["pretrain"]["base"]["loss"] > cells["pretrain"]["pretrain"]["loss"]
 
 
+def test_every_arm_of_a_comparison_begins_with_the_start(file: Path, finished: Path, tmp_path: Path) -> None:
+    """A fresh adapter on the instruct stage's, in three arms: 'base' is that stage's final model, in all its terms."""
+    recipe = load_pipeline(file, finished).stages[1].recipe
+    assert recipe.start is not None
+    start = recipe.start.model_copy(update={"run": str(finished / "instruct"), "adapter": "stack"})
+    chained = recipe.model_copy(update={"start": start})
+    outcome = compare(chained, base=file.parent, run_dir=tmp_path / "run", budgets=["steps"], silos=["site0"])
+    metrics = {arm["arm"]: arm["metrics"] for arm in outcome["arms"]}
+    final = read_json(finished / "instruct" / "evaluation.json")["final"]["loss"]
+    assert metrics["base"]["loss"] == pytest.approx(final, abs=1e-6)
+    assert metrics["federated"]["loss"] < final and metrics["centralised"]["loss"] < final
+    lines = [
+        (tmp_path / "run" / part / "rounds.jsonl").read_text().splitlines()[0] for part in (".", "arms/centralised")
+    ]
+    one, other = (json.loads(line)["validation"]["loss"] for line in lines)
+    assert one == pytest.approx(other, abs=1e-6)
+    adapter = read_tensors(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert {len(t) for n, t in adapter.items() if "lora_A" in n} == {4}
+
+
 def test_the_report_says_it_all(finished: Path) -> None:
     facts = read_pipeline(finished)
     assert facts.status == "finished"
     assert [row[0] for row in stage_rows(facts)] == STAGES
     page = write_pipeline_report(finished).read_text()
+    own = html_page(read_run(finished / "align"))
+    assert "model of the earlier run → after training" in own and "from where the run life-instruct-" in own
     for words in ("pretrain → instruct → align", "LoRA, rank 2, fresh on the last", "Test rows of instruct", "Lineage"):
         assert words in page, words
     assert read_json(finished / "align" / "run.json")["start"]["sha256"][:16] in page

@@ -84,7 +84,8 @@ def load_pipeline(path: Path, run_dir: Path, overrides: Sequence[str] = ()) -> P
     for name, text in spec.stages.items():
         here = [o.partition(".")[2] for o in overrides if o.partition(".")[0] == name]
         tree, base = _tree(spec, name, text, path, here)
-        tree.data.setdefault("name", f"{spec.name}-{name}"[:64])
+        if isinstance(text, dict):  # of its own, not that of a common recipe
+            tree.data["name"] = text.get("name", f"{spec.name}-{name}"[:64])
         try:
             recipe = _next(tree, stages[-1], run_dir, base) if stages else complete(tree, base)
         except RecipeError as error:

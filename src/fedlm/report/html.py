@@ -100,7 +100,8 @@ def _headline(facts: RunFacts) -> str:
     else:
         before, after, rows = facts.before_after()
         keys = metric_keys([before, after] if before and after else [after or before])[:3]
-        cards = [_change_card(key, estimate(before, key), estimate(after, key), rows) for key in keys]
+        begun = first_model(facts)
+        cards = [_change_card(key, estimate(before, key), estimate(after, key), rows, begun) for key in keys]
     totals = [
         card("rounds", f"{len(facts.rounds)}" + (f" of {facts.rounds_planned}" if facts.rounds_planned else "")),
         card("time of all rounds", duration(facts.total("seconds"))),
@@ -127,13 +128,18 @@ def _arm_card(group: Group, key: str) -> str:
     return card(group.name, metric(key, found.value) if found else MISSING, note, main=group.key == "federated")
 
 
-def _change_card(key: str, before: Estimate | None, after: Estimate | None, rows: str) -> str:
+def first_model(facts: RunFacts) -> str:
+    """What the run's first measurement is of."""
+    return "model of the earlier run" if facts.run.get("start") else "base model"
+
+
+def _change_card(key: str, before: Estimate | None, after: Estimate | None, rows: str, begun: str) -> str:
     if before is None or after is None:
         return card(f"{metric_name(key)}, {rows}", metric(key, (after or before or Estimate(float("nan"))).value))
     values = f"{metric(key, before.value)} → {metric(key, after.value)}"
     better = (after.value > before.value) == higher_is_better(key)
     note = "unchanged" if after.value == before.value else ("better" if better else "worse")
-    return card(f"{metric_name(key)}, {rows} rows", values, f"base model → after training: {note}", main=True)
+    return card(f"{metric_name(key)}, {rows} rows", values, f"{begun} → after training: {note}", main=True)
 
 
 def _comparison(facts: RunFacts) -> str:
@@ -212,7 +218,7 @@ def _held_out(facts: RunFacts) -> str:
         return ""
     keys = metric_keys([s for s in (before, after) if s])
     rows = [[metric_name(k), with_interval(k, estimate(before, k)), with_interval(k, estimate(after, k))] for k in keys]
-    head = ["all silos together", "base model", "after training"]
+    head = ["all silos together", first_model(facts), "after training"]
     others: dict[str, Any] = {}
     personal = ""
     if facts.personal:
@@ -222,7 +228,7 @@ def _held_out(facts: RunFacts) -> str:
             rows = [[*row, with_interval(k, estimate(others, k))] for row, k in zip(rows, keys, strict=True)]
     parts = [table(head, rows)]
     examples = (after or before).get("examples")
-    fair = _fairness({"base model": before, "after training": after, "on the other silos' rows": others}, keys)
+    fair = _fairness({first_model(facts): before, "after training": after, "on the other silos' rows": others}, keys)
     return (
         f"<h2>Held-out results</h2>"
         f'<p class="note">{e(role.capitalize())} rows, never trained on'
@@ -258,7 +264,11 @@ def _fairness(measured: dict[str, dict[str, Any]], keys: list[str]) -> str:
 def _learning(facts: RunFacts) -> str:
     model = "its own model" if facts.personal else "the shared model"
     figures = [
-        figure(plots.losses(facts), "Loss per round", "Round 0 is the base model before any training."),
+        figure(
+            plots.losses(facts),
+            "Loss per round",
+            f"Round 0 is {first_model(facts).removeprefix('the ')} before any training.",
+        ),
         figure(plots.silo_train_loss(facts), "Training loss of each silo", "Click a name in the legend to hide it."),
         figure(plots.silo_validation_loss(facts), f"Validation loss of {model} at each silo"),
     ]

@@ -77,6 +77,8 @@ def federation_sentence(facts: RunFacts) -> str:
     elif planned:
         sentence += f" in {plural(planned, 'round')}"
     guards = " and then ".join(f"`{guard.get('name')}`" for guard in recipe.get("guards") or [])
+    if start := (facts.run.get("start") or {}).get("run"):
+        sentence += f", from where the run {start} had ended,"
     compressed = f", compressed by {guards} on the way up" if guards else ""
     return f"{sentence} of {how}. They exchanged model updates{compressed}, never text."
 
