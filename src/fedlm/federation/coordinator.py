@@ -302,7 +302,7 @@ class Federation:
         from fedlm.models.principal import principal_tensors
 
         drawn = principal_tensors if ALGORITHMS[self.spec.algorithm.name].principal else initial_tensors
-        values = {name: tensor for name, tensor in self.start.items() if not is_delta(name)}
+        values = {name: tensor.clone() for name, tensor in self.start.items() if not is_delta(name)}
         parameters = self.algorithm.initial(lambda: values or drawn(self.recipe))
         return _State(parameters, self.algorithm.init_state(parameters))
 

@@ -213,7 +213,7 @@ def looks_back(recipe: Recipe) -> bool:
 
 def whole_model(tensors: Tensors, start: Tensors) -> Tensors:
     """A message that asks for a whole model to be measured as it is, with the start beside it to be compared with."""
-    return tensors | {START + name: tensor for name, tensor in start.items()}
+    return tensors | {START + name: tensor.clone() for name, tensor in start.items()}  # files hold no tensor twice
 
 
 def begun(recipe: Recipe, start: Tensors) -> Tensors:
