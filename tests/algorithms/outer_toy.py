@@ -87,7 +87,7 @@ class OuterToy:
 
     def train(self, silo: int, received: Tensors, place: Place) -> tuple[Tensors, Tensors]:
         rule = self.algorithm.local(received, self.states[silo], place)
-        w = {name: Parameter(value.clone()) for name, value in rule.start().items()}
+        w = {name: Parameter(value.clone()) for name, value in sorted(rule.start().items())}  # as AdamW counts them
         optimizer = self.inner(list(w.values()))
         if self.moments[silo]:
             optimizer.load_state_dict(self.moments[silo])

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load, save
 from torch.nn import Parameter
 
 from fedlm.algorithms import get_algorithm
@@ -152,6 +153,31 @@ def test_a_silo_that_missed_rounds_mixes_in_all_that_it_missed() -> None:
     due = fragment_in(0, toy.theta, toy.spec) | fragment_in(1, toy.theta, toy.spec)
     for name, value in start.items():
         assert torch.equal(value, toy.theta[name] if name in due else toy.states[2][name]), name
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    fragments=st.integers(1, LAYERS),
+    overlap=st.integers(0, STEPS - 1),
+    mixing=st.sampled_from([0.0, 0.5, 0.9]),
+    stopped=st.integers(1, 4),
+    lost=st.none() | st.tuples(st.integers(0, 4), st.integers(0, M - 1)),
+)
+def test_what_a_silo_keeps_is_all_that_it_needs(
+    fragments: int, overlap: int, mixing: float, stopped: int, lost: tuple[int, int] | None
+) -> None:
+    """Stopped anywhere and gone on with by new objects, from bytes alone: the same bits, whatever answer was lost."""
+    chosen = spec("streaming-diloco", fragments=fragments, overlap=overlap, mixing=mixing)
+    absent = dict([lost]) if lost else {}
+    whole = OuterToy(chosen).run(5, absent)
+    before, after = OuterToy(chosen).run(stopped, absent), OuterToy(chosen)
+    after.theta, after.server = load(save(before.theta)), load(save(before.server))
+    after.states = [load(save(state)) for state in before.states]
+    after.moments, after.models = before.moments, before.models
+    after.run(5 - stopped, absent)
+    assert all(torch.equal(after.theta[name], value) for name, value in whole.theta.items())
+    for state, expected in zip(after.states, whole.states, strict=True):
+        assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in state)
 
 
 @given(layers=st.integers(1, 40), count=st.integers(1, 40), pattern=st.sampled_from(["strided", "sequential"]))

@@ -168,6 +168,14 @@ def test_more_fragments_than_layers_are_refused_before_anything_is_trained(deep:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_guard_that_does_not_fit_a_later_fragment_is_told_at_the_start(deep: Tiny, tmp_path: Path) -> None:
+    """Of three fragments the last has two layers, and fewer values than the guard is to keep."""
+    changes = (STREAMING[0], "federation.algorithm.fragments=3", "guards=[{name: topk, k: 20000}]")
+    with pytest.raises(RecipeError, match="20000"):
+        go(deep, tmp_path / "run", *changes)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_round_beyond_a_silos_text_is_told_once(deep: Tiny, tmp_path: Path) -> None:
     _, rounds, events = go(deep, tmp_path / "run", "training.steps=20", "federation.rounds=2")
     rows = rounds[1]["silos"]["site0"]["examples"]
