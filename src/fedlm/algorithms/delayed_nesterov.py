@@ -19,7 +19,7 @@ BUFFER = "buffer/"
 class DelayedNesterov(FedBuff):
     """A server step for every answer, and a refreshed momentum for every N of them (Liu et al., 2024).
 
-    With g the pseudo-gradient of the answer that has come (Algorithm 3 of the paper):
+    With g the pseudo-gradient of the answer that has come:
 
         Delta <- Delta + g
         every N-th answer:  m <- beta m + Delta / N;  theta <- theta - eta ((1 - c N + c) beta m + g / N);  Delta <- 0
