@@ -41,6 +41,9 @@ def test_stream_and_guard_end_in_the_same_bits_killed_or_in_workers(
     shares = [silo["figures"]["skipped_steps"] for line in lines(tmp_path / "whole") for silo in line["silos"].values()]
     assert all(share == 0.0 for share in shares[:4]) and any(0 < share <= 1 for share in shares[4:])
     assert all(0 <= line["figures"]["skipped_steps"] <= 1 for line in lines(tmp_path / "whole"))
+    silos = [silo for line in lines(tmp_path / "whole") for silo in line["silos"].values()]
+    assert all(1e5 < silo["flops_per_second"] / silo["tokens_per_second"] < 1e7 for silo in silos)
+    assert not any("mfu" in silo for silo in silos), "the peak of a CPU is not known"
     ask = Conversations.train
 
     def killed(self: Conversations, number: int, *rest: Any) -> Any:

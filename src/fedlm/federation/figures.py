@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fedlm.errors import UpdateRefused
-from fedlm.federation.records import LEFT_OUT, LINE, PLANNED
+from fedlm.federation.records import LEFT_OUT, LINE, PLANNED, RATES
 from fedlm.federation.updates import largest_tokens
 from fedlm.messages import Fields, Reply
 from fedlm.recipe.schema import Recipe
@@ -42,7 +42,8 @@ def require_numbers(silo: str, fields: Mapping[str, Any], names: Iterable[str]) 
 def check_training(reply: Reply) -> None:
     """Refuse a reply to `train` whose figures cannot be written down. Raises UpdateRefused."""
     check_figures(reply.silo, reply.fields.get("figures"), LARGEST)
-    require_numbers(reply.silo, reply.fields, [*LINE, *(n for n in (LEFT_OUT, PLANNED) if n in reply.fields)])
+    given = [name for name in (*RATES, LEFT_OUT, PLANNED) if name in reply.fields]
+    require_numbers(reply.silo, reply.fields, [*LINE, *given])
 
 
 def check_figures(silo: str, figures: Any, most: float) -> None:

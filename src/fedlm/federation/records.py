@@ -76,12 +76,16 @@ LINE = (
 LEFT_OUT = "left_out"
 """Rows that the recipe's selection did without; only where it has one."""
 
+RATES = ("flops_per_second", "mfu")
+"""Model FLOPs per second of a silo's training and their share of its devices' peak; only where they are known (see
+`fedlm.training.flops`)."""
+
 PLANNED = "planned_steps"
 """The steps that a silo would have taken with more time; only where it took fewer."""
 
 
 def silo_line(fields: Fields) -> dict[str, Any]:
-    line = {name: fields[name] for name in (*LINE, LEFT_OUT, PLANNED) if name in fields}
+    line = {name: fields[name] for name in (*LINE, *RATES, LEFT_OUT, PLANNED) if name in fields}
     if fields.get("figures"):
         line["figures"] = {name: total / count for name, (total, count) in fields["figures"].items() if count}
     return {**line, "bytes_up": fields.get("sent_bytes", 0), "bytes_down": fields.get("received_bytes", 0)}

@@ -322,6 +322,8 @@ def _cost(facts: RunFacts) -> str:
         figure(plots.seconds(facts), "Seconds per round", "Silos train side by side, so a round isn't their sum."),
         figure(plots.memory(facts), "Peak memory"),
         figure(plots.speed(facts), "Training speed of each silo"),
+        figure(plots.flops(facts), "Model FLOPs of each silo (6 N + 12 L H Q T a token; 4 N where weights are frozen)"),
+        figure(plots.utilisation(facts), "Model FLOPs as a share of the devices' peak (MFU)"),
     ]
     return _section("What it cost", figures)
 

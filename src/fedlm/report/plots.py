@@ -249,6 +249,18 @@ def speed(facts: RunFacts) -> Figure | None:
     return figure and _from_zero(figure)
 
 
+def flops(facts: RunFacts) -> Figure | None:
+    """Model FLOPs per second of local training, per round and silo."""
+    figure = by_silo(facts, lambda line, name: _of(line, name, "flops_per_second"), "model FLOP per second")
+    return figure and _from_zero(figure)
+
+
+def utilisation(facts: RunFacts) -> Figure | None:
+    """Their share of the peak of each silo's devices, where that is known."""
+    figure = by_silo(facts, lambda line, name: _of(line, name, "mfu"), "share of the peak")
+    return figure and _from_zero(figure)
+
+
 def memory(facts: RunFacts) -> Figure | None:
     """Peak memory: of all the run's processes together, and of each silo's process."""
     whole = [(int(r["round"]) + 1, r["peak_pss"] / 1e6) for r in facts.rounds if is_number(r.get("peak_pss"))]

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import fedlm
@@ -38,7 +39,10 @@ from fedlm.guards import get_chain, update_key
 from fedlm.messages import Failure, FailureKind, Fields, Observe, Reply, Request, Tensors
 from fedlm.recipe.capacity import Capacity, lesser, parse_capacity
 from fedlm.recipe.methods import ALGORITHMS
+from fedlm.recipe.tasks import TASKS
 from fedlm.training.batches import steps_per_round
+from fedlm.training.encode import TokenSet
+from fedlm.training.flops import rates
 from fedlm.training.plan import Plan, parse_plan
 
 log = logging.getLogger("fedlm.silo")
@@ -243,6 +247,7 @@ class Silo:
             "cut": tokens.cut,
             **outcome.fields,
         }
+        fields |= self._rates(fields["tokens_per_second"], tokens, plan)
         if recipe.data.selection is not None:
             fields[LEFT_OUT] = tokens.left_out
         planned = steps_per_round(session.recipe.training, len(tokens))
@@ -251,6 +256,16 @@ class Silo:
         accepted = int(request.fields["accepted"])
         sent, lost = self._guarded(outcome.update, place, before.guard if before else {}, accepted)
         return Trained(key, digest, outcome.state, session.optimizer, lost, sent, fields)
+
+    def _rates(self, tokens_per_second: float, tokens: TokenSet, plan: Plan) -> Fields:
+        """Model FLOPs, of training whose operations are countable: gradients of a likelihood, over numbers that are
+        stored as such."""
+        recipe = self.bench.recipe
+        counted = TASKS[recipe.task].likelihood and recipe.adapter.kind in ("lora", "ia3", "full")
+        zeroth = ALGORITHMS[recipe.federation.algorithm.name].zeroth_order
+        if not counted or zeroth or plan.model(recipe.model).quantise or not tokens_per_second:
+            return {}
+        return rates(self.bench.model, np.diff(tokens.offsets), tokens_per_second, plan.processes or 1)
 
     def _guarded(self, update: Tensors, place: Place, errors: Tensors, accepted: int) -> tuple[Tensors, Tensors]:
         """The update as it leaves the silo, and what it loses by that, for the next round.
