@@ -2,7 +2,7 @@
 
 PaLM (Chowdhery et al., 2022, appendix B) counts, per token, 6 N + 12 L H Q T operations: N parameters, each with a
 multiply and an add in the forward pass and twice that in the backward pass, and the products of L layers' attention
-with H heads of size Q over a sequence of T tokens. What is computed twice (checkpointing) does not count, and the causal
+with H heads of size Q over a sequence of T tokens. What is computed twice (checkpointing) does not count; the causal
 half that attention could leave out does. Two things are as they are here: a lookup is no product, so an input embedding
 that is not the output matrix too is left out of N; and frozen weights need no gradient of their own, so they count 4,
 not 6.
