@@ -164,3 +164,26 @@ def test_the_table_has_a_row_for_each_kind_and_each_silo() -> None:
     assert one["worst_accuracy"] <= one["accuracy"]
     assert mean["steps"] == 10 and mean["tokens_per_second"] is None
     json.dumps(rows, allow_nan=False)
+
+
+def test_written_answers_are_compared_by_f1() -> None:
+    def written(name: str, mean: float, seed: int) -> ArmResult:
+        result = arm(name, hits(0.5, seed))
+        scores = np.clip(np.random.default_rng(seed).normal(mean, 0.2, 400), 0, 1)
+        measured = {}
+        for (silo, counts), part in zip(result.measured.items(), (scores[::2], scores[1::2]), strict=True):
+            items = {"f1": part.tolist(), "nll": counts["items"]["nll"], "tokens": counts["items"]["tokens"]}
+            figures = {"f1": [float(part.sum()), len(part)]}
+            losses = {name: counts[name] for name in ("examples", "loss_sum", "loss_tokens")}
+            measured[silo] = {**losses, "figures": figures, "items": items}
+        return ArmResult(name, 0, measured, result.cost)
+
+    results = [written("base", 0.3, 1), written("federated", 0.6, 2), written("alone:a", 0.5, 3)]
+    verdict = judge(results, silos_total=1)
+    assert (verdict["metric"], verdict["items"], verdict["higher_is_better"]) == ("f1", 400, True)
+    assert verdict["sentence"].startswith("Federating helped: F1 of words on 400 held-out items of all silos is ")
+    low, high = arm_metrics(results[1])["f1_interval"]
+    assert low < results[1].items("f1").mean() < high
+    assert high - low == pytest.approx(2 * 1.96 * results[1].items("f1").std() / 20, rel=0.15)
+    rows = table(results)
+    assert rows[-1]["f1"] == pytest.approx(results[1].items("f1").mean()) and rows[-1]["f1_interval"]

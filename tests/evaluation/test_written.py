@@ -111,17 +111,26 @@ def conversations() -> Dataset:
 
 def test_measure_writes_the_last_assistant_turn_and_counts(tiny: tuple[Any, Any]) -> None:
     model, tokenizer = tiny
-    rows = conversations()
+    listed, texts = conversations().to_list(), []
+    for i, row in enumerate(listed):
+        last = max(k for k, turn in enumerate(row["messages"]) if turn["role"] == "assistant")
+        prompt = tokenizer.encode(render(tokenizer, row["messages"][:last], True), add_special_tokens=False)
+        ids = plain_greedy(model, prompt, [tokenizer.eos_token_id], 8)
+        texts.append(tokenizer.decode(ids, skip_special_tokens=True))
+        if i in (1, 5):  # the model is right
+            row["messages"][last]["content"] = texts[i]
+        if i == 2:
+            row["answers"] = ["medicine", texts[i]]
+    rows = Dataset.from_list(listed)
     spec = EvaluationSpec(metrics=["loss", "rouge", "exact_match", "f1"], max_new_tokens=8, batch_tokens=64)
     found = measure(model, tokenizer, rows, "messages", get_task("instruct"), spec, max_length=128, items=True)
     assert set(found["figures"]) == set(ALL)
     for i, row in enumerate(rows):
         last = max(k for k, turn in enumerate(row["messages"]) if turn["role"] == "assistant")
-        prompt = tokenizer.encode(render(tokenizer, row["messages"][:last], True), add_special_tokens=False)
-        text = tokenizer.decode(plain_greedy(model, prompt, [tokenizer.eos_token_id], 8), skip_special_tokens=True)
-        truth = written_scores(text, [row["messages"][last]["content"], *row["answers"]], ALL)
+        truth = written_scores(texts[i], [row["messages"][last]["content"], *row["answers"]], ALL)
         for figure in ALL:
             assert found["items"][figure][i] == pytest.approx(truth[figure], abs=1e-12)
+    assert found["figures"]["exact_match"] == [3.0, 7]
     for figure in ALL:
         total, count = found["figures"][figure]
         assert count == len(rows) and total == pytest.approx(np.sum(found["items"][figure]))
