@@ -64,6 +64,13 @@ def test_the_counts_are_those_of_the_model(name: str, tokenizer: Path) -> None:
     assert abs(preset.parameters(usual) / size - 1) < 0.08, "a name says about how many there are"
 
 
+def test_the_documents_table() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "lifecycle.md").read_text(encoding="utf-8")
+    for name, preset in PRESETS.items():
+        counts = " | ".join(f"{preset.parameters(size):,}" for size in (2048, 8192, 32768, 49152))
+        assert f"| `{name}` | {preset.hidden} x {preset.layers} | {counts} |" in text
+
+
 def test_weights_depend_on_seed_and_name_alone(
     tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,6 +51,8 @@ def test_the_promised_templates_exist() -> None:
         "dialogue",
         "preference",
         "from-text",
+        "pretrain-scratch",
+        "fdapt",
     }
     assert promised | {DEFAULT} <= set(templates())
     assert all(about.endswith((".", "?", "!")) and len(about) < 120 for about in templates().values())
