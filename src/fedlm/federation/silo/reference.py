@@ -74,7 +74,7 @@ class Reference:
             sums, _ = sequence_nll(
                 self._bench.model, sequences, recipe.evaluation.batch_tokens, packing=recipe.training.packing
             )
-        with disk_errors(file):
+        with disk_errors(file, "silo's state"):
             file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_tensors(file, {"logps": torch.from_numpy(-sums)})
             file.chmod(0o600)
@@ -95,7 +95,7 @@ class Reference:
 
     def _hold_to(self, reference: str) -> None:
         if not self._note.exists():
-            with disk_errors(self._note):
+            with disk_errors(self._note, "silo's state"):
                 self._note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 write_json(self._note, {"reference": reference})
             return
