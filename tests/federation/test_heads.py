@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from fedlm.data.federated import load_data
-from fedlm.errors import DataError, RecipeError
+from fedlm.errors import DataError, ModelError, RecipeError
+from fedlm.evaluation.win_rate import win_rate
 from fedlm.federation.api import about, new_run
 from fedlm.federation.coordinator import run
 from fedlm.federation.engines.local import LocalEngine
@@ -20,6 +21,7 @@ from fedlm.models.heads import HEAD
 from fedlm.recipe.load import load_recipe
 from fedlm.recipe.methods import ALGORITHMS
 from fedlm.recipe.schema import Recipe
+from fedlm.training.reward_model import load_reward
 from tests.algorithms.observed import federate, final
 from tests.federation.test_engines import flare
 
@@ -197,3 +199,48 @@ def test_classes_are_the_recipes(base: Path, tmp_path: Path, choices: str, words
 def test_one_class_in_all_rows_is_refused(base: Path) -> None:
     with pytest.raises(DataError, match="all rows have the same class"):
         load_data(recipe(base, "classify", "data.sources.0.where={topic: money}"), base)
+
+
+def test_a_trained_run_gives_rewards(base: Path, tmp_path: Path) -> None:
+    federate(recipe(base, "reward"), base, tmp_path / "run")
+    scorer = load_reward(tmp_path / "run")
+    rows = [json.loads(line) for line in (base / "rows.jsonl").read_text().splitlines()]
+    prompts, good, bad = ([row[name] for row in rows] for name in ("text", "good", "bad"))
+    good[:20], bad[:20] = bad[:20], good[:20]
+    chats = [
+        [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        for prompt, *both in zip(prompts, good, bad, strict=True)
+        for answer in both
+    ]
+    rewards = scorer.rewards(chats, batch_tokens=200)
+    alone = [scorer.rewards([chat])[0] for chat in chats[:6]]
+    assert rewards[:6] == pytest.approx(alone, abs=1e-5)
+    assert not any(parameter.requires_grad for parameter in scorer.model.parameters())
+    found = win_rate(scorer, prompts, good, bad)
+    assert found.wins == (rewards[0::2] > rewards[1::2]).sum() and found.wins + found.ties + found.losses == len(rows)
+    assert found.interval[0] < found.rate == found.wins / len(rows) < found.interval[1]
+    assert found.margin == pytest.approx((rewards[0::2] - rewards[1::2]).mean())
+    other = win_rate(scorer, prompts, bad, good)
+    assert other.rate == pytest.approx(1 - found.rate) and other.margin == pytest.approx(-found.margin)
+    same = win_rate(scorer, prompts[:3], good[:3], good[:3])
+    assert (same.rate, same.ties) == (0.5, 3)
+    for chat, words in ((chats[0][:1], "conversation 0: only what the assistant says"), ([], "conversation 0")):
+        with pytest.raises(DataError, match=words):
+            scorer.rewards([chat])
+    with pytest.raises(DataError, match="two answers to every prompt"):
+        win_rate(scorer, prompts, good, bad[1:])
+    with torch.no_grad():
+        scorer.model.get_base_model().score.weight[0, 0] = float("nan")  # type: ignore[operator,union-attr]
+    with pytest.raises(ModelError, match="a reward that is not finite"):
+        scorer.rewards(chats[:1])
+
+
+def test_only_reward_models_give_rewards(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="there is no run here"):
+        load_reward(tmp_path)
+    (tmp_path / "recipe.yaml").write_text((base / "classify.yaml").read_text())
+    with pytest.raises(ModelError, match="trained task 'classify', and rewards come from task 'reward'"):
+        load_reward(tmp_path)
+    (tmp_path / "recipe.yaml").write_text((base / "reward.yaml").read_text())
+    with pytest.raises(ModelError, match="has left no adapter yet"):
+        load_reward(tmp_path)

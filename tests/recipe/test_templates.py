@@ -54,6 +54,7 @@ def test_the_promised_templates_exist() -> None:
         "pretrain-scratch",
         "fdapt",
     }
+    promised |= {"classify", "reward"}
     assert promised | {DEFAULT} <= set(templates())
     assert all(about.endswith((".", "?", "!")) and len(about) < 120 for about in templates().values())
 

@@ -53,7 +53,7 @@ class Reward(Task):
         items: dict[str, list[Any]] = {
             "nll": nll.tolist(),
             "tokens": np.ones(len(nll), int).tolist(),
-            "reward_accuracy": hits.tolist(),
+            "reward": hits.tolist(),
         }
         return Measured(figures, items)
 
