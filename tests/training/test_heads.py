@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -290,3 +291,38 @@ def test_a_class_that_is_none_of_the_runs(tokenizer: Any, tiny_model_dir: Path) 
     model = with_head(load_base(of(tiny_model_dir, "classify").model), 3)
     found = task.measure(Held(rows, model, tokenizer, 64, 512, skip=True))
     assert found.figures["loss"][1] == 1
+
+
+def test_a_selectors_loss_is_the_cross_entropy_of_two_letters(base: Any, tokenizer: Any, tiny_model_dir: Path) -> None:
+    task = get_task("selector", of(tiny_model_dir, "reward").model_copy(update={"task": "selector"}))
+    rows = [
+        {"prompt": "the bank", "chosen": "lent money", "rejected": "was a school"},
+        {"prompt": "the patient", "chosen": "was given a dose of medicine", "rejected": "and"},
+    ]
+    examples = [e for row in rows for e in task.examples(row, tokenizer, 256)]
+    said = [tokenizer.decode(e.sequences[0].ids) for e in examples]
+    assert [text[-1] for text in said] == ["A", "B", "A", "B"]
+    assert "Answer A: lent money\n\nAnswer B: was a school" in said[0]
+    assert "Answer A: was a school\n\nAnswer B: lent money" in said[1]
+    letters = [tokenizer.encode(letter)[0] for letter in "AB"]
+    losses = []
+    for packing in (True, False):
+        objective = task.objective(Tools(base, TrainingSpec(steps=1, packing=packing), tokenizer))
+        with packed(base) if packing else nullcontext():
+            terms, divisor = objective.terms(objective.begin(examples))
+        losses.append(terms.detach())
+        assert divisor == 4
+    wanted = []
+    for example, right in zip(examples, (0, 1, 0, 1), strict=True):
+        row = torch.from_numpy(example.sequences[0].ids[None, :-1].astype(np.int64))
+        two = base(input_ids=row).logits[0, -1, letters]
+        wanted.append(float(-torch.log_softmax(two, 0)[right]))
+    for found in losses:
+        np.testing.assert_allclose(found.numpy(), wanted, atol=2e-6)
+    measured = task.measure(Held(rows, base, tokenizer, 256, 512))
+    total, count = measured.figures["loss"]
+    assert count == 2 and total / count == pytest.approx(np.mean(wanted), abs=1e-6)
+    odds = [wanted[i + 1] + wanted[i] for i in (0, 2)]  # of both orders: below 2 log 2 where the right one is likelier
+    assert measured.items["nll"] == pytest.approx([o / 2 for o in odds], abs=1e-6)
+    with pytest.raises(DataError, match=r"^f:1: .*`training.max_length` is 20"):
+        task.examples(rows[0] | {"row": "f:1"}, tokenizer, 20)

@@ -12,6 +12,7 @@ from fedlm.algorithms.fedadam import FedAdam
 from fedlm.algorithms.fedasync import FedAsync
 from fedlm.algorithms.fedavg import FedAvg
 from fedlm.algorithms.fedavgm import FedAvgM
+from fedlm.algorithms.fedbiscuit import FedBiscuit
 from fedlm.algorithms.fedbpt import FedBPT
 from fedlm.algorithms.fedbuff import FedBuff
 from fedlm.algorithms.feddpa import FedDPA
@@ -70,6 +71,7 @@ CLASSES: dict[str, type[Algorithm]] = {
     "ditto": Ditto,
     "feddpa": FedDPA,
     "fedrep": FedRep,
+    "fedbiscuit": FedBiscuit,
     "ifca": IFCA,
     "lorm": LoRM,
     "frlora": FRLoRA,

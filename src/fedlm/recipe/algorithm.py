@@ -59,7 +59,15 @@ class AlgorithmSpec(Strict):
     head_share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.5, description="fedrep: share of a round's steps that train the personal part; the shared part gets the rest."
     )
-    clusters: Annotated[int, Field(ge=2)] = Field(2, description="ifca: number of models.")
+    clusters: Annotated[int, Field(ge=2)] = Field(2, description="ifca, fedbiscuit: number of models.")
+    warm_rounds: PositiveInt = Field(
+        1, description="fedbiscuit: rounds in which all silos train one model, for each model before there are groups."
+    )
+    regroup: Annotated[int, Field(ge=2)] = Field(
+        4,
+        description="fedbiscuit: rounds from one grouping of the silos to the next; never 1, since the losses that it "
+        "goes by are a round old, and two groups could change places for ever.",
+    )
     gram_off_diagonal: Fraction = Field(
         1.0, description="lorm: factor on the Gram matrices' off-diagonal values; 1 is the exact merge."
     )

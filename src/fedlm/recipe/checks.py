@@ -172,6 +172,12 @@ def _method(recipe: Recipe) -> Iterator[Problem]:
     if method.same_steps and recipe.training.steps is None:
         yield ("training", "epochs"), f"with '{name}' all silos take the same number of steps: give `steps`"
     algorithm = recipe.federation.algorithm
+    warm = algorithm.clusters * algorithm.warm_rounds
+    if name == "fedbiscuit" and recipe.federation.rounds <= warm:
+        yield (
+            ("federation", "rounds"),
+            f"the warm-up of {algorithm.clusters} models takes {warm} rounds, and grouped training begins after it",
+        )
     if name == "ferret" and algorithm.seeds % algorithm.per_block:
         yield (
             ("federation", "algorithm", "per_block"),

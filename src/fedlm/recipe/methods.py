@@ -254,6 +254,16 @@ ALGORITHMS: dict[str, Method] = {
         no_guards="an update also says which model it belongs to, and is not for the same one in every round",
         heads=True,
     ),
+    "fedbiscuit": Method(
+        "Wu et al., ICLR 2025",
+        linear=False,
+        options=("clusters", "warm_rounds", "regroup"),
+        adapters=("lora", "ia3"),
+        min_rounds=3,
+        without=("keep_optimizer",),
+        no_guards="an update also says which model it belongs to, and in some rounds the losses of all",
+        heads=True,
+    ),
     "lorm": Method(
         "Salami et al., ICLR 2025",
         linear=True,

@@ -53,6 +53,14 @@ TASKS: dict[str, TaskFacts] = {
         sequences=2,
         head="score",
     ),
+    "selector": TaskFacts(
+        ("preference", "choice"),
+        template=True,
+        loss="nats per question",
+        likelihood=False,
+        figures=("accuracy", "consistency"),
+        sequences=2,
+    ),
 }
 
 
@@ -84,6 +92,7 @@ FIGURES: dict[str, Figure] = {
     "chosen_logp": Figure("log p chosen"),
     "rejected_logp": Figure("log p rejected", higher=False),
     "accuracy": Figure("accuracy", proportion=True),
+    "consistency": Figure("pairs judged alike in both orders", proportion=True),
     "label_f1": Figure("F1 of a label", unit=True),
     "macro_f1": Figure("macro F1", unit=True),
 }

@@ -20,6 +20,7 @@ ALGORITHMS = {
     "ditto": "Ditto",
     "feddpa": "FedDPA",
     "fedrep": "FedRep",
+    "fedbiscuit": "FedBiscuit",
     "ifca": "IFCA",
     "fedit": "FedIT",
     "ffa-lora": "FFA-LoRA",

@@ -1,8 +1,8 @@
-"""What a head says of whole sequences: its outputs on each one's last token."""
+"""What a model says of whole sequences: a head's outputs on each one's last token, or the logits of a few tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -76,14 +76,57 @@ def scores_of(
     Args:
         batch_tokens: tokens per forward pass.
     """
-    training = model.training
-    found = np.zeros((len(sequences), head_of(model).out_features))
+    return _measured(
+        model,
+        sequences,
+        batch_tokens,
+        head_of(model).out_features,
+        packing,
+        lambda run: sequence_scores(model, run, packing=packing),
+    )
+
+
+def _measured(
+    model: nn.Module,
+    sequences: Sequence[Encoded],
+    batch_tokens: int,
+    width: int,
+    packing: bool,
+    ask: Callable[[list[Encoded]], Tensor],
+) -> NDArray[np.float64]:
+    """What `ask` says of each sequence [sequences, width], in evaluation mode, forward pass by forward pass."""
+    training, found = model.training, np.zeros((len(sequences), width))
     model.eval()
     try:
         with packed(model) if packing else nullcontext():
             for run in by_tokens([len(s) for s in sequences], batch_tokens):
-                scores = sequence_scores(model, [sequences[i] for i in run], packing=packing)
-                found[run] = scores.double().cpu().numpy()
+                found[run] = ask([sequences[i] for i in run]).double().cpu().numpy()
     finally:
         model.train(training)
     return found
+
+
+def choice_logits(model: nn.Module, sequences: Sequence[Encoded], tokens: list[int], *, packing: bool = True) -> Tensor:
+    """The logits [sequences, tokens] of these tokens in the place of each sequence's one target, fp32, differentiable.
+    With packing, call inside `attention.packed`."""
+    with precision(model):
+        if packing:
+            batch = pack(sequences, share=not drops(model)).to(model_device(model))
+            inputs = {"input_ids": batch.ids, "position_ids": batch.positions, "use_cache": False, "packed": batch}
+            logits = model(**inputs, logits_to_keep=batch.predictors).logits[0]
+        else:
+            hidden = _padded(model, [Encoded(s.ids[:-1], s.loss[:-1]) for s in sequences])
+            logits = causal_model(model).get_output_embeddings()(hidden)
+    return logits[:, tokens].float()  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def choices_of(
+    model: nn.Module, sequences: Sequence[Encoded], tokens: list[int], batch_tokens: int, *, packing: bool = True
+) -> NDArray[np.float64]:
+    """`choice_logits`, measured; arguments as `scores_of`."""
+
+    def ask(run: list[Encoded]) -> Tensor:
+        return choice_logits(model, run, tokens, packing=packing)
+
+    return _measured(model, sequences, batch_tokens, len(tokens), packing, ask)

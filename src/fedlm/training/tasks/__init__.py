@@ -10,6 +10,7 @@ from fedlm.training.tasks.instruct import Instruct
 from fedlm.training.tasks.preference import Preference
 from fedlm.training.tasks.pretrain import Pretrain
 from fedlm.training.tasks.reward import Reward
+from fedlm.training.tasks.selector import Selector
 
 CLASSES: dict[str, type[Task]] = {
     "classify": Classify,
@@ -17,6 +18,7 @@ CLASSES: dict[str, type[Task]] = {
     "preference": Preference,
     "pretrain": Pretrain,
     "reward": Reward,
+    "selector": Selector,
 }
 
 
