@@ -11,18 +11,20 @@ import pytest
 import torch
 
 from fedlm.data.federated import load_data
-from fedlm.errors import DataError, ModelError, RecipeError
+from fedlm.errors import DataError, ModelError, RecipeError, RunError
 from fedlm.evaluation.win_rate import win_rate
 from fedlm.federation.api import about, new_run
 from fedlm.federation.coordinator import run
 from fedlm.federation.engines.local import LocalEngine
 from fedlm.federation.rundir import RunDir
+from fedlm.inference.session import open_chat
 from fedlm.models.heads import HEAD
 from fedlm.recipe.load import load_recipe
 from fedlm.recipe.methods import ALGORITHMS
 from fedlm.recipe.schema import Recipe
 from fedlm.training.reward_model import load_reward
 from tests.algorithms.observed import federate, final
+from tests.cli.test_models import fedlm
 from tests.federation.test_engines import flare
 
 TOPICS = {"health": ["patient", "dose", "medicine"], "money": ["bank", "lent"], "school": ["science", "books"]}
@@ -230,6 +232,20 @@ def test_a_trained_run_gives_rewards(base: Path, tmp_path: Path) -> None:
             scorer.rewards([chat])
     with pytest.raises(DataError, match="two answers to every prompt"):
         win_rate(scorer, prompts, good, bad[1:])
+    files = []
+    for name, answers in (("first", good), ("second", bad)):
+        files.append(tmp_path / f"{name}.jsonl")
+        lines = dict(zip(prompts, answers, strict=True))
+        files[-1].write_text("".join(json.dumps({"prompt": p, "response": a}) + "\n" for p, a in lines.items()))
+    told = json.loads(fedlm("winrate", str(tmp_path / "run"), *map(str, files), "--json").stdout)
+    assert told["prompts"] == len(set(prompts)) and 0.5 < told["rate"] < 1
+    assert "95 % interval" in fedlm("winrate", str(tmp_path / "run"), *map(str, files)).stdout
+    files[1].write_text('{"prompt": "else", "response": "a"}\n')
+    assert "in one of the files only" in fedlm("winrate", str(tmp_path / "run"), *map(str, files), code=2).stderr
+    files[1].write_text("no record")
+    assert "second.jsonl:1: the line is no record" in fedlm("winrate", str(tmp_path), *map(str, files), code=2).stderr
+    with pytest.raises(RunError, match="whose model writes no text"):
+        open_chat(str(tmp_path / "run"))
     with torch.no_grad():
         scorer.model.get_base_model().score.weight[0, 0] = float("nan")  # type: ignore[operator,union-attr]
     with pytest.raises(ModelError, match="a reward that is not finite"):

@@ -236,6 +236,7 @@ def _required(path: Path | None) -> Path:
 
 def _tell(result: RunResult, folder: Path, as_json: bool, *, report: bool) -> None:
     """What came out, and what to do next, on standard output."""
+    from fedlm.recipe.tasks import TASKS
     from fedlm.report.facts import read_run
     from fedlm.report.summary import summary_json, summary_lines
 
@@ -255,6 +256,8 @@ def _tell(result: RunResult, folder: Path, as_json: bool, *, report: bool) -> No
     else:
         if result.message:
             typer.echo(result.message[:1].upper() + result.message[1:] + ".")
-        rows += [["talk to it", f"fedlm chat {folder}"], ["take it along", f"fedlm export {folder} --out ADAPTER"]]
+        if TASKS[str(facts.recipe.get("task", "instruct"))].head == "none":
+            rows.append(["talk to it", f"fedlm chat {folder}"])
+        rows.append(["take it along", f"fedlm export {folder} --out ADAPTER"])
     for name, what in rows:
         typer.echo(f"{name:<15}{what}")

@@ -141,8 +141,14 @@ def open_chat(source: str, spec: ModelSpec | None = None, which: str | None = No
     path = local_path(source)
     if spec is None and is_run(path):
         recipe = run_recipe(path)
+        if outputs_of(recipe):
+            raise RunError(
+                f"this run trained task '{recipe.task}', whose model writes no text",
+                where=str(path),
+                fix="export it with `fedlm export`, or chat with a run of another task",
+            )
         tensors, name = run_tensors(path, which)
-        model = attach(load_base(recipe.model), recipe.adapter, recipe.seed, outputs_of(recipe))
+        model = attach(load_base(recipe.model), recipe.adapter, recipe.seed)
         set_tensors(model, tensors, recipe.adapter)
         model.eval()
         return Chat(model, load_tokenizer(recipe.model), f"{recipe.name} ({name})", adapted=True)
