@@ -204,6 +204,18 @@ def test_one_class_in_all_rows_is_refused(base: Path) -> None:
         load_data(recipe(base, "classify", "data.sources.0.where={topic: money}"), base)
 
 
+def test_a_silo_of_a_network_may_have_one_class(base: Path, tmp_path: Path) -> None:
+    """It reads its text as the only silo of the recipe."""
+    text = (base / "classify.yaml").read_text()
+    source = f"{{path: {base}/rows.jsonl, columns: {COLUMNS['classify']}, where: {{topic: health}}}}"
+    alone = f"  silos: [{{name: a, sources: [{source}]}}]\n  split"
+    (tmp_path / "recipe.yaml").write_text(
+        text[: text.index("  sources:")] + alone + text[text.index(": {validation") :]
+    )
+    data = load_data(load_recipe(tmp_path / "recipe.yaml"), base)
+    assert {row["choices"][row["answer"]] for row in data.silo("a").train} == {"health"}
+
+
 def test_a_trained_run_gives_rewards(base: Path, tmp_path: Path) -> None:
     federate(recipe(base, "reward"), base, tmp_path / "run")
     scorer = load_reward(tmp_path / "run")
