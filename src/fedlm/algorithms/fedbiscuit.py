@@ -28,7 +28,7 @@ class FedBiscuit(FedAvg):
     """k selectors phi_j. First each is trained by all silos for W rounds, one after the other. Then, every tau rounds,
     silos are grouped: each says its loss of every phi_j, and the server deals the silos to the selectors that fit them
     best, no more to one than to another; until the next grouping phi_j is moved by the mean update of its group
-    (Wu et al., ICLR 2025, algorithm 2). With k = 1 it would be their FedBis, which is `fedavg`.
+    (Wu et al., ICLR 2025). With k = 1 it would be their FedBis, which is `fedavg`.
 
     k is the recipe's `clusters`, W `warm_rounds`, tau `regroup`. The paper measures losses in an exchange of its own,
     here they travel with the updates of the round before, so they are of the selectors as that round began (and tau is
