@@ -39,6 +39,7 @@ from fedlm.algorithms.hetlora import HetLoRA
 from fedlm.algorithms.ifca import IFCA
 from fedlm.algorithms.lora_fair import LoRAFAIR
 from fedlm.algorithms.lorm import LoRM
+from fedlm.algorithms.partial_prefix import PartialPrefix
 from fedlm.algorithms.rolora import RoLoRA
 from fedlm.algorithms.scaffold import Scaffold
 from fedlm.algorithms.streaming_diloco import StreamingDiLoCo
@@ -73,6 +74,7 @@ CLASSES: dict[str, type[Algorithm]] = {
     "fedrep": FedRep,
     "fedbiscuit": FedBiscuit,
     "ifca": IFCA,
+    "partial-prefix": PartialPrefix,
     "lorm": LoRM,
     "frlora": FRLoRA,
     "task-arithmetic": TaskArithmetic,

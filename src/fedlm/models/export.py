@@ -25,7 +25,7 @@ from fedlm.models.deltas import deltas_of, is_delta, joined, parted
 from fedlm.models.folders import DTYPES, HELPERS, local_path, new_folder, open_weights, weight_files
 from fedlm.models.heads import HEAD, head_config, vocabulary
 from fedlm.models.load import load_base, load_tokenizer, resolve
-from fedlm.models.soft_prompts import SoftPromptModel, peft_prompt_config
+from fedlm.models.soft_prompts import LAYER, SoftPromptModel, peft_prompt_config
 from fedlm.models.square import folded, unfolded
 from fedlm.recipe.heads import labels_of, outputs_of
 from fedlm.recipe.methods import PROMPTS
@@ -137,6 +137,10 @@ def load_adapter(folder: Path, spec: AdapterSpec) -> Tensors:
         if (folder / name).is_file():
             with open_weights(folder / name):
                 tensors = {k.removeprefix(PREFIX): v for k, v in read_tensors(folder / name).items()}
+            if spec.kind == "prefix":
+                layers = json.loads((folder / "adapter_config.json").read_text())["num_layers"]
+                columns = tensors["prompt_embeddings"].chunk(layers, 1)
+                return {LAYER.format(layer): value.contiguous() for layer, value in enumerate(columns)}
             if "prompt_embeddings" in tensors:
                 return {"prompt_encoder.embedding.weight": tensors["prompt_embeddings"]}
             if spec.kind == "lora-sb":

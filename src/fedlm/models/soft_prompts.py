@@ -7,7 +7,8 @@
 
 Rows start at the embeddings of words (of `prompt_text`, or drawn), keys and values at those that the model computes for
 these words: training begins where the same words as an ordinary prompt would leave the model. The names of tensors and
-what they mean are PEFT's, and PEFT loads what is exported (`fedlm.models.export`).
+what they mean are PEFT's, except that each layer of a prefix is a tensor of its own, which in PEFT lie side by side in
+one; PEFT loads what is exported (`fedlm.models.export`).
 
 The n virtual tokens are ordinary tokens of the sequence with ids beyond the vocabulary, which the embedding layer looks
 up in the prompt: in a packed row they are a beginning that all sequences share, and so computed once. A prefix has the
@@ -32,6 +33,8 @@ from fedlm.recipe.schema import AdapterSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+LAYER = "prompt_encoder.layers.{}"
+"""Name of a layer of a prefix."""
 OFF = "prompt_encoder.off"
 """Name of a tensor that stands for the base model: whoever loads it computes without the prompt."""
 
@@ -147,8 +150,19 @@ class _Embedding(nn.Module):
         return torch.where((virtual >= 0)[..., None], rows[virtual.clamp(min=0)], words)
 
 
+class Layers(nn.Module):
+    """A prefix: of each layer the tokens' keys and values [tokens, 2 * kv heads * head size], keys first."""
+
+    def __init__(self, tokens: int, layers: int, width: int) -> None:
+        super().__init__()
+        self.layers = nn.ParameterList(nn.Parameter(torch.zeros(tokens, width)) for _ in range(layers))
+
+    def forward(self) -> Tensor:
+        return torch.cat(list(self.layers), 1)
+
+
 class Rows(nn.Module):
-    """A prompt that is trained as it is; also a prefix."""
+    """A prompt that is trained as it is."""
 
     def __init__(self, tokens: int, width: int) -> None:
         super().__init__()
@@ -203,7 +217,7 @@ def _encoder(model: PreTrainedModel, spec: AdapterSpec) -> nn.Module:
     width = int(model.get_input_embeddings().weight.shape[1])
     if spec.kind == "prefix":
         layers, heads, size = kv_sizes(model.config)
-        return Rows(spec.virtual_tokens, layers * 2 * heads * size)
+        return Layers(spec.virtual_tokens, layers, 2 * heads * size)
     if spec.kind == "p-tuning":
         return Encoded(spec.virtual_tokens, width, spec)
     if spec.kind == "prompt-projection":
@@ -257,9 +271,9 @@ def first_values(model: SoftPromptModel, seed: int) -> Tensors:
         with model.disable_adapter():
             cache = model.base_model(input_ids=ids[None].to(model.base_model.device), use_cache=True).past_key_values
         pairs = [torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers]  # [2, heads, n, size]
-        value = torch.stack(pairs).permute(3, 0, 1, 2, 4).reshape(len(ids), -1)
-    else:
-        value = model.base_model.get_input_embeddings().weight[ids.to(model.base_model.device)]
+        columns = [pair.permute(2, 0, 1, 3).reshape(len(ids), -1).to("cpu", torch.float32) for pair in pairs]
+        return {LAYER.format(layer): value for layer, value in enumerate(columns)}
+    value = model.base_model.get_input_embeddings().weight[ids.to(model.base_model.device)]
     return {"prompt_encoder.embedding.weight": value.to("cpu", torch.float32)}
 
 

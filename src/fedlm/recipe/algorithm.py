@@ -29,7 +29,7 @@ class AlgorithmSpec(Strict):
         "feedsign 1e-4; fedasync 0.6 (alpha); diloco and its relatives 0.7.",
     )
     server_momentum: Fraction = Field(
-        0.9, description="fedavgm, diloco and its relatives; beta1 of the adaptive rules."
+        0.9, description="fedavgm, partial-prefix, diloco and its relatives; beta1 of the adaptive rules."
     )
     beta2: Fraction = 0.99
     tau: PositiveFloat = Field(1e-3, description="Adaptivity floor of fedadam, fedyogi and fedadagrad.")
@@ -58,6 +58,9 @@ class AlgorithmSpec(Strict):
     )
     head_share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.5, description="fedrep: share of a round's steps that train the personal part; the shared part gets the rest."
+    )
+    layer_share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.5, description="partial-prefix: share of the layers that travel from the second round on."
     )
     clusters: Annotated[int, Field(ge=2)] = Field(2, description="ifca, fedbiscuit: number of models.")
     warm_rounds: PositiveInt = Field(

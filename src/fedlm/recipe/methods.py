@@ -264,6 +264,16 @@ ALGORITHMS: dict[str, Method] = {
         no_guards="an update also says which model it belongs to, and in some rounds the losses of all",
         heads=True,
     ),
+    "partial-prefix": Method(
+        "after Che et al., EMNLP 2023",
+        linear=True,
+        silo_state=True,
+        options=("layer_share", "server_momentum"),
+        adapters=("prefix",),
+        personal=True,
+        min_rounds=2,
+        no_feedback="after its first round fewer layers travel, and what was lost of the others would never arrive",
+    ),
     "lorm": Method(
         "Salami et al., ICLR 2025",
         linear=True,

@@ -73,6 +73,7 @@ ROWS = (
     Row("fedavgm", "fedavgm", "optimiser", server_lr=0.1),
     Row("fedadam", "fedadam", "optimiser", server_lr=0.003),
     Row("fedyogi", "fedyogi", "optimiser", server_lr=0.003),
+    Row("partial-prefix", "partial-prefix", "personal", lr=20.0, note="a prefix, no weights"),
     Row("feddyn", "feddyn", "optimiser", lr=1 / 3),
     Row("diloco", "diloco", "optimiser", change=_GOES_ON),
     Row(
