@@ -56,13 +56,13 @@ def row(found: dict[str, Any]) -> dict[str, float]:
     silos = [silo for line in trained for silo in line["silos"].values()]
     base, final = (found["evaluation"][which] for which in ("base", "final"))
     return {
-        "zero-shot": base["choice"]["acc"],
-        "accuracy": final["choice"]["acc"],
-        "examples": final["choice"]["items"],
+        "zero-shot": base["accuracy"],
+        "accuracy": final["accuracy"],
+        "examples": final["accuracy_total"],
         "zero-shot loss": base["loss"],
         "loss": final["loss"],
-        "down": sum(silo["received_bytes"] for silo in silos) / len(silos),
-        "up": sum(silo["sent_bytes"] for silo in silos) / len(silos),
+        "down": sum(silo["bytes_down"] for silo in silos) / len(silos),
+        "up": sum(silo["bytes_up"] for silo in silos) / len(silos),
         "seconds": sum(line["seconds"] for line in trained),
     }
 

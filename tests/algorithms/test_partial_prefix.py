@@ -74,3 +74,11 @@ def test_at_least_one_layer_travels(share: float, count: int) -> None:
     algorithm = get_algorithm(AlgorithmSpec(name="partial-prefix", layer_share=share))
     assert int(algorithm.best([0.3, 0.1, 0.3, 0.2]).sum()) == count  # type: ignore[attr-defined]
     assert bool(algorithm.best([0.3, 0.1, 0.3, 0.2])[0])  # type: ignore[attr-defined]
+
+
+def test_a_silo_is_measured_with_its_own_layers() -> None:
+    algorithm = get_algorithm(AlgorithmSpec(name="partial-prefix"))
+    own = {NAMES[2]: torch.zeros(3, 8)}
+    measured = algorithm.measured(first(), own, Place("a"))
+    assert measured[NAMES[2]] is own[NAMES[2]]
+    assert torch.equal(measured[NAMES[0]], first()[NAMES[0]])
