@@ -6,7 +6,8 @@ import pytest
 from datasets import Dataset
 
 from fedlm.errors import ModelError
-from fedlm.evaluation.generation import generate_greedy, parse_answer, score_generation
+from fedlm.evaluation.generation import generate_greedy, score_generation
+from fedlm.training.answers import parse_answer
 from tests.evaluation.plain import plain_greedy
 
 CHOICES = ["sport", "business news", "business", "politics"]

@@ -15,10 +15,10 @@ from datasets import Dataset
 
 from fedlm.errors import DataError
 from fedlm.evaluation import measure
-from fedlm.evaluation.answers import exact_match, f1, normalised
 from fedlm.evaluation.written import score_written, written_scores
 from fedlm.models.chat import render
 from fedlm.recipe.schema import EvaluationSpec
+from fedlm.training.answers import exact_match, f1, normalised
 from fedlm.training.tasks import get_task
 from tests.evaluation.plain import plain_greedy
 

@@ -13,7 +13,6 @@ import torch
 
 from fedlm.data.federated import load_data
 from fedlm.errors import DataError, RunError
-from fedlm.evaluation.generation import generate
 from fedlm.federation import coordinator
 from fedlm.federation.api import new_run, run_recipe, using
 from fedlm.federation.silo import Workbench
@@ -34,6 +33,7 @@ from fedlm.models.fingerprint import fingerprint
 from fedlm.recipe.instructions import InstructionExample, InstructionSpec
 from fedlm.recipe.load import load_recipe
 from fedlm.recipe.schema import Recipe
+from fedlm.training.generation import generate
 from tests.federation.conftest import WORDS
 from tests.federation.own_silos import Network, data_file
 

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from fedlm.errors import DataError
-from fedlm.evaluation.prompts import context_length, encode_pair, render_prompt
+from fedlm.evaluation.prompts import encode_pair, render_prompt
 from fedlm.evaluation.scoring import grouped_nll
+from fedlm.training.generation import context_length
 from fedlm.training.sequences import Encoded
 
 

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from fedlm.errors import DataError, ModelError
 from fedlm.evaluation.choice import encode_choices, judge_choices
 from fedlm.evaluation.generation import score_generation
-from fedlm.evaluation.prompts import context_length
 from fedlm.evaluation.scoring import grouped_nll
 from fedlm.evaluation.written import score_written
 from fedlm.messages import Fields
 from fedlm.randomness import key
 from fedlm.recipe.schema import EvaluationSpec
 from fedlm.recipe.tasks import TASKS, WRITTEN
+from fedlm.training.generation import context_length
 from fedlm.training.sequences import Encoded
 from fedlm.training.tasks import Task
 from fedlm.training.tasks.base import Held

@@ -6,7 +6,6 @@ from typing import Any
 
 from fedlm.errors import DataError, ModelError
 from fedlm.models.chat import render
-from fedlm.models.soft_prompts import virtual_tokens
 
 
 def render_prompt(question: str, tokenizer: Any, task_name: str) -> tuple[str, str, bool]:
@@ -49,8 +48,3 @@ def encode_pair(context: str, continuation: str, tokenizer: Any, *, special: boo
     if not after:
         raise DataError("a choice has no token of its own after the question", fix="check the `choices` mapping")
     return before, after
-
-
-def context_length(model: Any) -> int:
-    """Longest sequence the model reads, in tokens; a soft prompt before it takes some of the model's positions."""
-    return int(model.config.max_position_embeddings) - virtual_tokens(model)

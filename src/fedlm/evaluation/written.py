@@ -11,9 +11,9 @@ from functools import cache
 from typing import Any
 
 from fedlm.errors import DataError
-from fedlm.evaluation.answers import exact_match, f1
 from fedlm.evaluation.generation import generate_greedy
 from fedlm.models.chat import FIX, MessagesRefused, render
+from fedlm.training.answers import exact_match, f1
 
 
 def score_written(

@@ -43,7 +43,11 @@ def check_training(reply: Reply) -> None:
     """Refuse a reply to `train` whose figures cannot be written down. Raises UpdateRefused."""
     check_figures(reply.silo, reply.fields.get("figures"), LARGEST)
     given = [name for name in (*RATES, LEFT_OUT, PLANNED) if name in reply.fields]
-    require_numbers(reply.silo, reply.fields, [*LINE, *given])
+    fields = {**reply.fields}
+    loss: Any = fields.get("loss")
+    if is_number(loss):
+        fields["loss"] = abs(loss)  # a policy gradient's is negative as often as not
+    require_numbers(reply.silo, fields, [*LINE, *given])
 
 
 def check_figures(silo: str, figures: Any, most: float) -> None:

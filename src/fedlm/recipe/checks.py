@@ -17,6 +17,7 @@ from fedlm.recipe.methods import ALGORITHMS, FACTORS, PROMPTS
 from fedlm.recipe.outer import outer_problems
 from fedlm.recipe.preference import preference_problems
 from fedlm.recipe.presets import model_problems
+from fedlm.recipe.reinforce import reinforce_problems
 from fedlm.recipe.selection import selection_problems
 from fedlm.recipe.start import start_problems
 from fedlm.recipe.tasks import TASKS, WRITTEN
@@ -35,6 +36,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _task(recipe)
     yield from preference_problems(recipe)
     yield from head_problems(recipe)
+    yield from reinforce_problems(recipe)
     yield from _federation(recipe)
     yield from _method(recipe)
     yield from outer_problems(recipe)

@@ -46,6 +46,8 @@ class Method:
     """Local steps without which it is not the method."""
     principal: bool = False
     """LoRA factors start at the principal part of the frozen weights, not at the adapter's own first values."""
+    losses: bool = False
+    """It compares losses that silos measure, as other than a direction to train in."""
     zeroth_order: bool = False
     """Silos measure losses and no gradients; full weights are moved in place, in fp32."""
     same_steps: bool = False
@@ -160,6 +162,7 @@ ALGORITHMS: dict[str, Method] = {
         linear=True,
         options=("zo_eps",),
         without=_BACKWARD,
+        losses=True,
         zeroth_order=True,
         plain_broadcast=True,
         heads=True,
@@ -170,6 +173,7 @@ ALGORITHMS: dict[str, Method] = {
         options=("seeds", "zo_eps"),
         adapters=("full",),
         without=_BACKWARD,
+        losses=True,
         zeroth_order=True,
         no_guards=_FEW,
     ),
@@ -180,6 +184,7 @@ ALGORITHMS: dict[str, Method] = {
         options=("zo_eps",),
         adapters=("full",),
         without=(*_BACKWARD, "lr", "schedule", "warmup", "final_lr"),
+        losses=True,
         zeroth_order=True,
         same_steps=True,
         no_guards=_FEW,
@@ -198,6 +203,7 @@ ALGORITHMS: dict[str, Method] = {
         options=("population", "sigma", "perturb"),
         adapters=("prompt-projection",),
         without=(*_BACKWARD, "lr", "schedule", "warmup", "final_lr"),
+        losses=True,
         zeroth_order=True,
         server_rate=False,
         no_guards=_FEW,
@@ -244,6 +250,7 @@ ALGORITHMS: dict[str, Method] = {
     ),
     "ifca": Method(
         "Ghosh et al., NeurIPS 2020",
+        losses=True,
         linear=False,
         silo_state=True,
         options=("clusters",),
@@ -276,6 +283,7 @@ ALGORITHMS: dict[str, Method] = {
     ),
     "lorm": Method(
         "Salami et al., ICLR 2025",
+        losses=True,
         linear=True,
         options=("gram_off_diagonal",),
         adapters=("lora",),

@@ -22,6 +22,7 @@ from fedlm.recipe.heads import ClassifySpec, RewardSpec
 from fedlm.recipe.model import AdapterSpec, ModelSpec
 from fedlm.recipe.preference import PreferenceSpec
 from fedlm.recipe.presets import with_seed
+from fedlm.recipe.reinforce import ReinforceSpec
 from fedlm.recipe.speeds import SpeedSpec
 from fedlm.recipe.start import StartSpec
 from fedlm.recipe.strict import Strict
@@ -119,6 +120,7 @@ class Recipe(Strict):
     data: DataSpec
     training: TrainingSpec
     preference: PreferenceSpec = PreferenceSpec()
+    reinforce: ReinforceSpec = ReinforceSpec()
     federation: FederationSpec = FederationSpec()
     guards: list[GuardSpec] = Field(
         default_factory=list, description="What happens to an update before it leaves its silo, in this order."

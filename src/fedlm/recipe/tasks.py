@@ -44,6 +44,9 @@ TASKS: dict[str, TaskFacts] = {
     "classify": TaskFacts(
         ("choice",), template=False, loss="nats per row", likelihood=False, figures=("accuracy",), head="labels"
     ),
+    "reinforce": TaskFacts(
+        ("choice", "messages"), template=True, loss="minus the reward", likelihood=False, figures=("reward",)
+    ),
     "reward": TaskFacts(
         ("preference", "choice"),
         template=True,
@@ -87,6 +90,10 @@ FIGURES: dict[str, Figure] = {
     "skipped_steps": Figure("steps skipped as spikes", proportion=True, higher=False),
     "reward_accuracy": Figure("reward accuracy", proportion=True),
     "reward_margin": Figure("reward margin"),
+    "reward": Figure("reward"),
+    "flat_groups": Figure("flat groups", proportion=True, higher=False),
+    "unfinished": Figure("unfinished answers", proportion=True, higher=False),
+    "answer_tokens": Figure("answer tokens", higher=False),
     "ranking_accuracy": Figure("ranking accuracy", proportion=True),
     "kl": Figure("KL to reference", higher=False),
     "chosen_logp": Figure("log p chosen"),

@@ -109,6 +109,20 @@ def packed(model: nn.Module) -> Iterator[None]:
         _switch(inner, before)
 
 
+@contextmanager
+def unpacked(model: nn.Module) -> Iterator[None]:
+    """Inside of `packed`, the model attends over ordinary rows again."""
+    inner = causal_model(model)
+    if inner.config._attn_implementation != NAME:
+        yield
+        return
+    _switch(inner, "sdpa")
+    try:
+        yield
+    finally:
+        _switch(inner, NAME)
+
+
 def causal_model(model: nn.Module) -> Any:
     """The transformers model inside a PEFT wrapper, or the model itself."""
     unwrap: Any = getattr(model, "get_base_model", None)

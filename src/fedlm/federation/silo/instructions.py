@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 
 from fedlm.data.examples import SCHEMAS, content_hash
 from fedlm.errors import DataError
-from fedlm.evaluation.generation import Draw, generate
 from fedlm.federation.disk import disk_errors
 from fedlm.federation.silo.reference import reference_hash
 from fedlm.files import cache_dir, read_json, write_json
@@ -34,6 +33,7 @@ from fedlm.models.chat import render
 from fedlm.randomness import torch_generator
 from fedlm.recipe.instructions import InstructionExample, InstructionSpec
 from fedlm.training.forward import by_tokens, model_device, precision
+from fedlm.training.generation import Draw, generate
 
 if TYPE_CHECKING:
     from fedlm.federation.silo.workbench import Workbench
@@ -205,9 +205,10 @@ def keyed(temperature: float, seed: int, hashes: Sequence[str]) -> Draw:
     """Draws of each row's tokens from a generator of its own, named by the row's content."""
     generators = [torch_generator(seed, "instructions", content) for content in hashes]
 
-    def draw(logits: torch.Tensor, row: int) -> int:
+    def draw(logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         shares = torch.softmax(logits.double() / temperature, dim=-1)
-        return int(torch.multinomial(shares, 1, generator=generators[row]))
+        drawn = [torch.multinomial(s, 1, generator=generators[row]) for s, row in zip(shares, rows, strict=True)]
+        return torch.cat(drawn)
 
     return draw
 

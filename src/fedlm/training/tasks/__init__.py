@@ -9,6 +9,7 @@ from fedlm.training.tasks.classify import Classify
 from fedlm.training.tasks.instruct import Instruct
 from fedlm.training.tasks.preference import Preference
 from fedlm.training.tasks.pretrain import Pretrain
+from fedlm.training.tasks.reinforce import Reinforce
 from fedlm.training.tasks.reward import Reward
 from fedlm.training.tasks.selector import Selector
 
@@ -17,6 +18,7 @@ CLASSES: dict[str, type[Task]] = {
     "instruct": Instruct,
     "preference": Preference,
     "pretrain": Pretrain,
+    "reinforce": Reinforce,
     "reward": Reward,
     "selector": Selector,
 }
