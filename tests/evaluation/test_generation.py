@@ -64,7 +64,7 @@ def test_a_row_that_has_ended_stays_ended(tiny: tuple[Any, Any], monkeypatch: An
     prompts = [tokenizer.encode("the bank lent money to the school " * k) for k in (1, 2, 3)]
     free = [plain_greedy(model, p, [], 10) for p in prompts]
     stops = [free[0][3], free[1][6]]
-    monkeypatch.setattr("fedlm.evaluation.generation._stop_tokens", lambda *_: stops)
+    monkeypatch.setattr("fedlm.training.generation._stop_tokens", lambda *_: stops)
     texts = generate_greedy(model, tokenizer, prompts, batch_tokens=10_000, max_new_tokens=10)
     truth = [plain_greedy(model, p, stops, 10) for p in prompts]
     assert len({len(t) for t in truth}) > 1, "rows must end at different places, or the test shows nothing"
