@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -22,24 +21,20 @@ from fedlm.federation.api import about, new_run, run_recipe
 from fedlm.federation.coordinator import run
 from fedlm.federation.engines.flare.engine import FlareEngine
 from fedlm.federation.engines.local import LocalEngine
-from fedlm.federation.rundir import RunDir
 from fedlm.federation.silo import Silo, Workbench
 from fedlm.federation.silo.reference import Reference, reference_hash
-from fedlm.messages import Engine, Failure, Observe, Reply, Request, Stop, Tensors
+from fedlm.messages import Failure, Observe, Reply, Request, Tensors
 from fedlm.models.adapters import base_only
 from fedlm.training.forward import sequence_nll
 from fedlm.training.objective import sequences_of
 from tests.federation.flare.loop import Loop
+from tests.federation.interrupted import Interrupted, ended, lines
 from tests.federation.preferences import JUDGED, Preferences
 
 
 @pytest.fixture(scope="module")
 def tiny_preferences(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Preferences:
     return Preferences(tmp_path_factory.mktemp("preferences"), tiny_model_dir)
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "kto", "orpo", "simpo"])
@@ -67,33 +62,6 @@ def test_every_loss_learns_and_is_measured(loss: str, tiny_preferences: Preferen
     assert first["kl"] == pytest.approx(0, abs=1e-6) and last["kl"] > 1e-4
     told = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert told["final"]["reward_accuracy_interval"][0] > 0.5 and set(told["final"]["silos"]) == {"site0", "site1"}
-
-
-class Interrupted:
-    """An engine during whose use Ctrl-C is pressed, when silos are to train in round 1."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-
-    def silos(self) -> Sequence[str]:
-        return self.engine.silos()
-
-    def close(self) -> None:
-        self.engine.close()
-
-    def exchange(
-        self, requests: Iterable[Request], deadline: float | None = None, stop: Stop | None = None
-    ) -> Iterator[Reply | Failure]:
-        asked = list(requests)
-        if any(request.verb == "train" and request.round == 1 for request in asked):
-            raise KeyboardInterrupt
-        yield from self.engine.exchange(asked, deadline, stop)
-
-
-def ended(folder: Path) -> tuple[Tensors, list[Any]]:
-    checkpoint = RunDir.open(folder, write=False).load_checkpoint()
-    assert checkpoint is not None
-    return checkpoint.parameters, [(line["loss"], line["validation"]) for line in lines(folder)]
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
