@@ -90,6 +90,12 @@ def test_rank_is_a_matter_of_lora_alone(policy: Callable[[str], Policy]) -> None
     check_recipe(policy("max_rank: 1"), recipe(adapter={"kind": "ia3"}))
 
 
+def test_a_reward_model_of_the_coordinators_disk_is_refused(policy: Callable[[str], Policy]) -> None:
+    reward = {"task": "reinforce", "reinforce": {"reward": {"kind": "model", "run": "runs/judge"}}}
+    with pytest.raises(Forbidden, match="a run on the coordinator's disk"):
+        check_recipe(policy("tasks: [reinforce]"), recipe(**reward))
+
+
 def test_verbs(policy: Callable[[str], Policy]) -> None:
     check_verb(Policy(), "train")
     with pytest.raises(Forbidden, match="allowed: hello, evaluate"):

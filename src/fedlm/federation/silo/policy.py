@@ -122,6 +122,11 @@ def check_recipe(policy: Policy, recipe: Recipe) -> None:
         _at_most("steps per round", recipe.training.steps, policy.max_steps_per_round, "max_steps_per_round")
     if (selection := recipe.data.selection) is not None and selection.method == "fedhds":
         check_verb(policy, "profile")
+    if recipe.reinforce.reward.run is not None:
+        raise Forbidden(
+            "the reward model is a run on the coordinator's disk, and rewards are given here: use a reward that can be "
+            "checked (reinforce.reward.kind: answer, f1 or number)"
+        )
     local_model(policy, recipe.model)
 
 
