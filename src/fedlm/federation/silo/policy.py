@@ -24,6 +24,7 @@ from fedlm.recipe.methods import ALGORITHMS, FACTORS, PROMPTS
 from fedlm.recipe.presets import is_preset
 from fedlm.recipe.schema import ModelSpec, Recipe
 from fedlm.recipe.strict import Strict
+from fedlm.recipe.tasks import TASKS
 from fedlm.training.batches import steps_per_round
 
 EXAMPLE = "policy.example.yaml"
@@ -47,7 +48,7 @@ class Policy(Strict):
         description="Verbs that are answered. 'pairs', exact counts of neighbouring letters and syllables in the words "
         "of this silo's text, trains a tokenizer, and must be listed.",
     )
-    tasks: list[Literal["instruct", "pretrain"]] | None = Field(None, description="What may be learnt; default: all.")
+    tasks: list[str] | None = Field(None, description="What may be learnt; default: all.")
     algorithms: list[str] | None = Field(None, description="How updates may be made; default: all.")
     adapters: list[AdapterKind] = Field(
         default_factory=lambda: ["lora", "lora-sb", "ia3", *PROMPTS],  # type: ignore[arg-type]
@@ -75,6 +76,14 @@ class Policy(Strict):
     min_rows: PositiveInt = Field(1, description="Take part only with at least this many training rows.")
     share_labels: bool = Field(False, description="Let the data card count rows by label, not by role alone.")
     per_item_scores: bool = Field(False, description="Let measurements be sent for each held-out row, not in sum.")
+
+    @field_validator("tasks")
+    @classmethod
+    def _known_tasks(cls, names: list[str] | None) -> list[str] | None:
+        for name in names or []:
+            if name not in TASKS:
+                raise ValueError(f"unknown task '{name}', {nearest(name, TASKS)}")
+        return names
 
     @field_validator("algorithms")
     @classmethod
