@@ -40,6 +40,7 @@ COMMANDS: dict[str, Entry] = {
     "recipe": Entry("recipe", "Check, show or document recipes."),
     "models": Entry("models", "List known models, and fetch them ahead of time."),
     "tokenizer": Entry("tokenizer", "Train a tokenizer on text that stays at the silos."),
+    "prompt": Entry("prompt", "Search a prompt, or answer questions in context: no parameters travel."),
     "run": Entry("run", "Run the federation that a recipe describes, or resume one."),
     "pipeline": Entry("pipeline", "Run named stages, each from the model of the one before it."),
     "compare": Entry("compare", "Federated against each silo alone and all data in one place."),

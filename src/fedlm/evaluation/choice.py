@@ -37,8 +37,22 @@ def encode_choices(row: Mapping[str, Any], tokenizer: Any, task_name: str, limit
         DataError: a choice is empty.
     """
     prompt, delimiter, special = render_prompt(row["question"], tokenizer, task_name)
+    return encode_after(prompt, row["choices"], tokenizer, limit, delimiter=delimiter, special=special)
+
+
+def encode_after(
+    prompt: str, choices: Iterable[str], tokenizer: Any, limit: int, *, delimiter: str = "", special: bool = False
+) -> list[Encoded]:
+    """One sequence per choice, as target after a prompt as the model reads it.
+
+    Args:
+        special: whether the tokenizer adds its own special tokens.
+
+    Raises:
+        DataError: a choice is empty.
+    """
     sequences = []
-    for choice in row["choices"]:
+    for choice in choices:
         if not choice:
             raise DataError("a choice is empty, so it has no probability", fix="check the `choices` mapping")
         before, after = encode_pair(prompt, delimiter + choice, tokenizer, special=special)

@@ -70,7 +70,7 @@ def run_recipe(
         try:
             if network is None and (kit := directory.meta.get("kit")):
                 where = replace(where, network=Path(kit))
-            recipe = _same_recipe(directory, recipe)
+            recipe = same_recipe(directory, recipe)
             base = base or Path(directory.meta["base"])
         except BaseException:
             directory.close()
@@ -232,7 +232,7 @@ def _run(
         engine.close()
 
 
-def _same_recipe(directory: RunDir, recipe: Recipe | None) -> Recipe:
+def same_recipe(directory: RunDir, recipe: Recipe | None) -> Recipe:
     """The recipe to go on with.
 
     Raises:

@@ -50,6 +50,7 @@ from fedlm.files import read_json, sync_folder, write_json
 from fedlm.messages import Engine, Fields, Observe, Tensors
 from fedlm.models.deltas import is_delta
 from fedlm.recipe.methods import ALGORITHMS, PROMPTS
+from fedlm.recipe.prompting import require_training
 from fedlm.recipe.schema import Recipe
 
 
@@ -78,6 +79,7 @@ def run(
             can be resumed.
         FedlmError: the model or the data cannot be loaded.
     """
+    require_training(recipe)
     federation = Federation(recipe, engine, run_dir, observe, silos)
     federation.silos.role = role
     with Interrupt() as interrupt, MemorySampler() as memory:

@@ -17,6 +17,7 @@ from fedlm.recipe.methods import ALGORITHMS, FACTORS, PROMPTS
 from fedlm.recipe.outer import outer_problems
 from fedlm.recipe.preference import preference_problems
 from fedlm.recipe.presets import model_problems
+from fedlm.recipe.prompting import prompting_problems
 from fedlm.recipe.reinforce import reinforce_problems
 from fedlm.recipe.selection import selection_problems
 from fedlm.recipe.start import start_problems
@@ -45,6 +46,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     yield from capacity_problems(recipe)
     yield from instruction_problems(recipe)
     yield from selection_problems(recipe)
+    yield from prompting_problems(recipe)
     yield from _without_effect(recipe)
 
 

@@ -22,6 +22,7 @@ from fedlm.recipe.heads import ClassifySpec, RewardSpec
 from fedlm.recipe.model import AdapterSpec, ModelSpec
 from fedlm.recipe.preference import PreferenceSpec
 from fedlm.recipe.presets import with_seed
+from fedlm.recipe.prompting import InContextSpec, SearchSpec, untrained
 from fedlm.recipe.reinforce import ReinforceSpec
 from fedlm.recipe.speeds import SpeedSpec
 from fedlm.recipe.start import StartSpec
@@ -128,6 +129,8 @@ class Recipe(Strict):
     evaluation: EvaluationSpec = EvaluationSpec()
     classify: ClassifySpec = ClassifySpec()
     reward: RewardSpec = RewardSpec()
+    search: SearchSpec | None = None
+    in_context: InContextSpec | None = None
     trackers: list[Literal["tensorboard", "mlflow"]] = Field(default_factory=list)
 
     @field_validator("task")
@@ -140,7 +143,7 @@ class Recipe(Strict):
     @model_validator(mode="before")
     @classmethod
     def _seeded(cls, data: Any) -> Any:
-        return with_seed(data)
+        return with_seed(untrained(data))
 
     @model_validator(mode="after")
     def _possible(self) -> Recipe:

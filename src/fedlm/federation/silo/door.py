@@ -50,7 +50,7 @@ log = logging.getLogger("fedlm.silo")
 PROTOCOL = 1
 """Version of requests and replies; a silo refuses another one at `hello`."""
 
-VERBS = frozenset({"hello", "train", "evaluate", "profile", "pairs"})
+VERBS = frozenset({"hello", "train", "evaluate", "profile", "pairs", "score", "answer"})
 
 
 PRIVATE = ("micro_batch_size", "gradient_checkpointing", "dtype", "quantise", "processes")
@@ -111,6 +111,8 @@ class Silo:
             "evaluate": self._evaluate,
             "profile": self._profile,
             "pairs": self._pairs,
+            "score": self._score,
+            "answer": self._answer,
         }
         if request.verb not in verbs or request.verb not in self._allow:
             allowed = ", ".join(sorted(self._allow))
@@ -368,6 +370,22 @@ class Silo:
         """Counts of neighbours in this silo's words, to train a tokenizer; see `fedlm.federation.silo.pairs`."""
         data = self.bench.silo_data(self.name)
         return self.bench.pairs.answer(self.name, data.train, data.kind, request.tensors), {}
+
+    def _score(self, request: Request) -> tuple[Tensors, Fields]:
+        """How well prompts fit this silo's rows, in sums; see `fedlm.federation.silo.scored`."""
+        from fedlm.federation.silo.scored import score
+
+        self.bench.load(self._plan(request).model(self.bench.recipe.model))
+        with self._stoppable():
+            return score(self.bench, self._place(request, self._plan(request)), request)
+
+    def _answer(self, request: Request) -> tuple[Tensors, Fields]:
+        """Answers to questions from this silo's rows in context; see `fedlm.federation.silo.answered`."""
+        from fedlm.federation.silo.answered import answer
+
+        self.bench.load(self._plan(request).model(self.bench.recipe.model))
+        with self._stoppable():
+            return answer(self.bench, self.name, request)
 
     def _others(self, role: str, limit: int) -> Any:
         """Rows of the other silos, no more than this one has.

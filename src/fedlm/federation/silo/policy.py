@@ -43,10 +43,11 @@ AdapterKind = Literal["lora", "lora-sb", "ia3", "full", "prompt", "p-tuning", "p
 class Policy(Strict):
     """What a coordinator may ask of this silo. Without a policy file these defaults hold."""
 
-    allow: list[Literal["hello", "train", "evaluate", "profile", "pairs"]] = Field(
+    allow: list[Literal["hello", "train", "evaluate", "profile", "pairs", "score", "answer"]] = Field(
         default_factory=lambda: ["hello", "train", "evaluate"],  # type: ignore[arg-type]
         description="Verbs that are answered. 'pairs', exact counts of neighbouring letters and syllables in the words "
-        "of this silo's text, trains a tokenizer, and must be listed.",
+        "of this silo's text, trains a tokenizer, and must be listed; so must 'score', sums of how well prompts fit "
+        "rows, and 'answer', answers to the coordinator's questions from rows shown in context.",
     )
     tasks: list[str] | None = Field(None, description="What may be learnt; default: all.")
     algorithms: list[str] | None = Field(None, description="How updates may be made; default: all.")
@@ -136,6 +137,10 @@ def check_recipe(policy: Policy, recipe: Recipe) -> None:
             "the reward model is a run on the coordinator's disk, and rewards are given here: use a reward that can be "
             "checked (reinforce.reward.kind: answer, f1 or number)"
         )
+    if recipe.search is not None:
+        check_verb(policy, "score")
+    if recipe.in_context is not None:
+        check_verb(policy, "answer")
     local_model(policy, recipe.model)
 
 

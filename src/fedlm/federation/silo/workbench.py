@@ -16,7 +16,9 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn import Parameter
 
 from fedlm.errors import DataError
@@ -77,6 +79,8 @@ class Workbench:
         values and frozen deltas; empty: the bare base."""
         self._loaded: Tensors = {}
         """What was put on the model last."""
+        self.described: dict[str, NDArray[np.float64]] = {}
+        """By silo, the base's mean states of its questions [rows, width], while it learns in context."""
         self._aside: dict[tuple[str, str | None], tuple[Any, _FirstValues]] = {}
         """Models in other types of weights than the one that stands here, for simulated silos that have those."""
 

@@ -33,7 +33,7 @@ FILE = "figures.json"
 
 OK = "ok"
 
-VERBS = frozenset({"hello", "train", "evaluate", "profile", "pairs"})
+VERBS = frozenset({"hello", "train", "evaluate", "profile", "pairs", "score", "answer"})
 """Others are counted together: a coordinator may ask for anything."""
 
 
