@@ -112,11 +112,11 @@ def model_paraphrase(recipe: Recipe) -> Paraphrase:
     Raises:
         ModelError: the model cannot be loaded.
     """
-    from fedlm.evaluation.generation import generate
     from fedlm.federation.silo.instructions import keyed
     from fedlm.federation.silo.workbench import set_threads
     from fedlm.models.load import load_base, load_tokenizer
     from fedlm.training.forward import precision
+    from fedlm.training.generation import generate
 
     set_threads(recipe.federation.threads)
     tokenizer, model = load_tokenizer(recipe.model, needs_template=True), load_base(recipe.model)

@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 
 from fedlm.errors import DataError
 from fedlm.evaluation.choice import encode_after
-from fedlm.evaluation.prompts import context_length
 from fedlm.evaluation.scoring import grouped_nll
 from fedlm.federation.memory import peak_rss
 from fedlm.federation.silo.instructions import embeddings, most_alike
@@ -35,6 +34,7 @@ from fedlm.federation.silo.text import unpack_text
 from fedlm.messages import Fields, Request, Tensors
 from fedlm.models.chat import render
 from fedlm.recipe.prompting import MOST_CHOICES, MOST_QUERIES, QUERY_CHARACTERS
+from fedlm.training.generation import context_length
 from fedlm.training.sequences import Encoded
 
 if TYPE_CHECKING:

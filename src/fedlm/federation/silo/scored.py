@@ -21,7 +21,6 @@ import torch
 
 from fedlm.errors import DataError
 from fedlm.evaluation.choice import encode_after
-from fedlm.evaluation.prompts import context_length
 from fedlm.evaluation.scoring import grouped_nll
 from fedlm.federation.memory import peak_rss
 from fedlm.federation.silo.text import unpack_text
@@ -29,6 +28,7 @@ from fedlm.messages import Fields, Request, Tensors
 from fedlm.models.chat import render
 from fedlm.randomness import numpy_generator
 from fedlm.recipe.prompting import MOST_CANDIDATES, PROMPT_CHARACTERS
+from fedlm.training.generation import context_length
 from fedlm.training.sequences import Encoded
 
 if TYPE_CHECKING:
