@@ -65,10 +65,12 @@ class FederatedData:
         kind: text, messages, preference or choice.
         skipped: rows that serve no silo, by reason; counts only.
         duplicates: rows kept though an equal row with the same role exists.
+        public: the public rows that silos may train on beside their own, each once; None where the recipe has none.
     """
 
     def __init__(self, rows: Any, kind: str, parts: dict[str, Ints], roles: Ints, skipped: dict[str, int]) -> None:
         self._rows, self.kind, self.skipped, self.duplicates = rows, kind, skipped, 0
+        self.public: Any = None
         self.names = sorted(parts)
         self._parts = {name: _by_role(parts[name], roles) for name in self.names}
         self._labels: tuple[list[str], Ints] | None = None
@@ -110,13 +112,16 @@ class FederatedData:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over who holds which rows in which role: equal for equal data, whatever the order of files."""
+        """SHA-256 over who holds which rows in which role: equal for equal data, whatever the order of files; and
+        over the public rows."""
         state = hashlib.sha256(self.kind.encode())
         hashes = np.array(self._rows["hash"][:], dtype=object)
         for name in self.names:
             for role, part in zip(ROLES, self._parts[name], strict=True):
                 state.update(f"\x1f{name}\x1f{role}\x1f{len(part)}\x1f".encode())
                 state.update("".join(sorted(hashes[part])).encode())
+        if self.public is not None:
+            state.update(f"\x1fpublic\x1f{len(self.public)}\x1f{''.join(self.public['hash'][:])}".encode())
         return state.hexdigest()
 
     def _name_labels(self, labels: list[str]) -> None:
@@ -190,12 +195,44 @@ def load_data(recipe: Recipe, base: Path = Path()) -> FederatedData:
         _check_training_rows(name, roles[part])
     _check_classes(recipe, rows, kept)
     data = FederatedData(rows, tables[0].kind, parts, roles, {k: n for k, n in skipped.items() if n})
+    data.public = _public(spec, base, seed, data)
     data.duplicates = len(kept) - len({hashes[i] for i in kept})
     if spec.partition is not None and spec.partition.by and spec.partition.kind in ("dirichlet", "shards"):
         data._name_labels(rows["group"][:])
     elif all(has_categories(source.columns) for source in sources):
         data._name_labels(rows["label"][:])
     return data
+
+
+def _public(spec: DataSpec, base: Path, seed: int, data: FederatedData) -> Any:
+    """The public rows in use, of equal ones the first; None where the recipe has none.
+
+    Raises:
+        DataError: they are of another form than the silos' rows, or fewer than a silo is to take.
+    """
+    if spec.augment is None:
+        return None
+    import datasets
+
+    tables = [table_of(locate(source, base), spec.malformed, None) for source in spec.augment.sources]
+    for source, table in zip(spec.augment.sources, tables, strict=True):
+        if table.kind != data.kind:
+            raise DataError(
+                f"public rows must have the form of the silos' rows ({data.kind}), these are {table.kind}",
+                where=source.path,
+                fix="map them alike",
+            )
+    rows = datasets.concatenate_datasets([t.dataset for t in tables]) if len(tables) > 1 else tables[0].dataset
+    hashes: list[str] = rows["hash"][:]
+    in_use = _subsets(spec.augment.sources, tables, hashes, seed)
+    first = {content: i for i, content in reversed(list(enumerate(hashes))) if in_use[i]}
+    if len(first) < spec.augment.rows:
+        raise DataError(
+            f"there are {len(first)} different public rows, and each silo is to take {spec.augment.rows}",
+            where="data.augment.rows",
+            fix="lower it, or name more sources",
+        )
+    return rows.select(sorted(first.values()))
 
 
 class _View:

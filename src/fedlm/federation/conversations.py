@@ -52,7 +52,8 @@ class Conversations:
         self.enrolled = Enrolment(recipe, run_dir, self)
         self.role = "validation"
         self.chosen: dict[str, list[int]] = {}
-        """By silo, its groups of rows that stand for all silos' rows, where the recipe selects so."""
+        """By silo, its groups of rows that stand for all silos' rows, or its centres that public rows lie near, where
+        the recipe asks for either."""
         self._start = start
         self._parts: tuple[Tensors, dict[int, Tensors]] | None = None
         """The last broadcast and, by rank, what of it travels."""
@@ -124,7 +125,9 @@ class Conversations:
         """
         place, expected = self._expected(reply, parameters)
         weight = weight_of(self.spec.algorithm, reply.fields)
-        most = largest_weight(self.recipe, self.enrolled.training_rows[reply.silo])
+        augment = self.recipe.data.augment
+        more = augment.rows if augment is not None and reply.silo in self.chosen else 0  # public rows
+        most = largest_weight(self.recipe, self.enrolled.training_rows[reply.silo] + more)
         dtypes = self.algorithm.update_dtypes
         check_update(reply.silo, reply.tensors, expected, weight, max_weight=most, dtypes=dtypes)
         return Verdict(weight, place)

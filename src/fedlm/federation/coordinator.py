@@ -27,6 +27,7 @@ from fedlm.algorithms.fedbuff import FedBuff
 from fedlm.errors import RunError
 from fedlm.federation.asynchronous import Flight, checkpoints_needed
 from fedlm.federation.conversations import Conversations
+from fedlm.federation.coverage import choose_centres
 from fedlm.federation.disk import disk_errors
 from fedlm.federation.folding import FoldResult
 from fedlm.federation.interrupt import Interrupt
@@ -138,6 +139,7 @@ class Federation:
         )
         self.silos.enrolled.greet()
         choose_rows(self.silos)
+        choose_centres(self.silos)
         if isinstance(self.algorithm, FedBuff):
             self.flight = Flight(self.recipe, self.silos, self.dir, self.algorithm)
         state = self.restore() if resume else None

@@ -6,9 +6,12 @@ reads it. Silos of which no group was chosen are not sampled: what they hold is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fedlm.errors import RunError, UpdateRefused
 from fedlm.federation.disk import disk_errors
@@ -55,17 +58,33 @@ def _asked(silos: Conversations, spec: SelectionSpec) -> dict[str, Any]:
     from fedlm.training.selection.representatives import choose, require_clustering
 
     require_clustering()
+    centroids, failures = profiles(silos, lambda reply, rows: checked(reply, spec, rows))
+    chosen = choose(centroids)
+    missing: dict[str, Any] = {f.silo: {"chosen": [], "groups": 0} for f in failures}
+    return {**missing, **{name: {"chosen": chosen[name], "groups": len(centroids[name])} for name in chosen}}
+
+
+def profiles(
+    silos: Conversations, check: Callable[[Reply, int], torch.Tensor]
+) -> tuple[dict[str, NDArray[np.float64]], list[Failure]]:
+    """Where groups of rows lie in each silo that trains, [groups, dimensions], and who did not say so.
+
+    Args:
+        check: gives what a silo sent, or raises UpdateRefused; also gets its number of training rows.
+
+    Raises:
+        RunError: fewer silos answer than the quorum.
+    """
     silos.phase("asking the silos where groups of their rows lie")
     trainers = silos.enrolled.trainers
-    centroids: dict[str, Any] = {}
+    centroids: dict[str, NDArray[np.float64]] = {}
     failures: list[Failure] = []
     requests = (silos.request(name, "profile", -1, {}, {}) for name in trainers)
     for answer in silos.engine.exchange(requests, silos.spec.deadline):
         if isinstance(answer, Reply):
             try:
-                centroids[answer.silo] = (
-                    checked(answer, spec, silos.enrolled.training_rows[answer.silo]).double().numpy()
-                )
+                rows = silos.enrolled.training_rows[answer.silo]
+                centroids[answer.silo] = check(answer, rows).double().numpy()
                 continue
             except UpdateRefused as refusal:
                 answer = Failure(answer.silo, FailureKind.BAD_UPDATE, refusal.what)
@@ -79,9 +98,7 @@ def _asked(silos: Conversations, spec: SelectionSpec) -> dict[str, Any]:
             where=str(silos.dir.path),
             fix="mend the silos (their policies must allow the verb 'profile') and continue with --resume",
         )
-    chosen = choose(centroids)
-    missing: dict[str, Any] = {f.silo: {"chosen": [], "groups": 0} for f in failures}
-    return {**missing, **{name: {"chosen": chosen[name], "groups": len(centroids[name])} for name in chosen}}
+    return centroids, failures
 
 
 def checked(reply: Reply, spec: SelectionSpec, rows: int) -> torch.Tensor:
@@ -90,14 +107,22 @@ def checked(reply: Reply, spec: SelectionSpec, rows: int) -> torch.Tensor:
     Raises:
         UpdateRefused: they are none.
     """
+    return bounded(reply, 1, max(1, rows // spec.min_group), spec.dimensions)
+
+
+def bounded(reply: Reply, least: int, most: int, dimensions: int) -> torch.Tensor:
+    """What a silo sent [groups, dimensions]: finite, fp32, `least` to `most` groups.
+
+    Raises:
+        UpdateRefused: it is none.
+    """
     found = reply.tensors.get("centroids")
-    most = max(1, rows // spec.min_group)
     if found is None or len(reply.tensors) != 1 or found.dtype != torch.float32 or found.ndim != 2:
         raise UpdateRefused("the reply has no centroids", where=reply.silo)
-    if not 1 <= found.shape[0] <= most or found.shape[1] != spec.dimensions:
+    if not least <= found.shape[0] <= most or found.shape[1] != dimensions:
         raise UpdateRefused(
-            f"the reply's centroids have the shape {tuple(found.shape)}, above {most} groups or not of "
-            f"{spec.dimensions} dimensions",
+            f"the reply's centroids have the shape {tuple(found.shape)}, not of {least} to {most} groups and "
+            f"{dimensions} dimensions",
             where=reply.silo,
         )
     if not bool(torch.isfinite(found).all()):

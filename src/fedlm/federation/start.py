@@ -205,9 +205,11 @@ def with_start(message: Tensors, start: Tensors, recipe: Recipe) -> Tensors:
 
 
 def looks_back(recipe: Recipe) -> bool:
-    """Whether silos need the model that the run began with: a loss may compare with it, it may choose or write rows."""
+    """Whether silos need the model that the run began with: a loss may compare with it, it may describe,
+    choose or write rows."""
     facts = TASKS[recipe.task]
-    by_it = recipe.data.selection is not None or recipe.data.instructions is not None
+    data = recipe.data
+    by_it = any(part is not None for part in (data.selection, data.instructions, data.augment))
     return by_it or (not facts.likelihood and facts.head == "none")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from fedlm.recipe.augment import augment_problems
 from fedlm.recipe.capacity import capacity_problems
 from fedlm.recipe.data_checks import Path, Problem, all_sources, changed, data_problems, kind_of
 from fedlm.recipe.guards import guard_problems
@@ -47,6 +48,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     yield from instruction_problems(recipe)
     yield from selection_problems(recipe)
     yield from prompting_problems(recipe)
+    yield from augment_problems(recipe)
     yield from _without_effect(recipe)
 
 

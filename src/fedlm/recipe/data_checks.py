@@ -57,10 +57,12 @@ def kind_of(columns: Columns) -> str | None:
 
 
 def all_sources(data: DataSpec) -> list[tuple[Path, SourceSpec]]:
-    """Every source with its path in the recipe."""
+    """Every source with its path in the recipe, public ones too."""
     found: list[tuple[Path, SourceSpec]] = [(("data", "sources", i), s) for i, s in enumerate(data.sources)]
     for n, silo in enumerate(data.silos):
         found += [(("data", "silos", n, "sources", i), s) for i, s in enumerate(silo.sources)]
+    if data.augment is not None:
+        found += [(("data", "augment", "sources", i), s) for i, s in enumerate(data.augment.sources)]
     return found
 
 

@@ -16,7 +16,7 @@ from fedlm.errors import nearest
 from fedlm.recipe.algorithm import AlgorithmSpec
 from fedlm.recipe.capacity import CapacitySpec
 from fedlm.recipe.checks import problems
-from fedlm.recipe.data import Columns, DataSpec, PartitionSpec, SiloSpec, SourceSpec, SplitSpec
+from fedlm.recipe.data import DataSpec, PartitionSpec, SiloSpec, SplitSpec
 from fedlm.recipe.guards import DownlinkSpec, GuardSpec
 from fedlm.recipe.heads import ClassifySpec, RewardSpec
 from fedlm.recipe.model import AdapterSpec, ModelSpec
@@ -24,6 +24,7 @@ from fedlm.recipe.preference import PreferenceSpec
 from fedlm.recipe.presets import with_seed
 from fedlm.recipe.prompting import InContextSpec, SearchSpec, untrained
 from fedlm.recipe.reinforce import ReinforceSpec
+from fedlm.recipe.source import Columns, SourceSpec
 from fedlm.recipe.speeds import SpeedSpec
 from fedlm.recipe.start import StartSpec
 from fedlm.recipe.strict import Strict

@@ -28,6 +28,7 @@ from fedlm.federation.clock import seconds_per_step
 from fedlm.federation.disk import disk_errors
 from fedlm.federation.memory import peak_rss
 from fedlm.federation.records import LEFT_OUT, PLANNED
+from fedlm.federation.silo.augmented import centres
 from fedlm.federation.silo.instructions import instructed
 from fedlm.federation.silo.received import Received, UnsyncedError
 from fedlm.federation.silo.reference import Reference
@@ -359,11 +360,11 @@ class Silo:
         return {}, {**counts, "seconds": time.monotonic() - started, "peak_rss": peak_rss()}
 
     def _profile(self, request: Request) -> tuple[Tensors, Fields]:
-        """Where groups of this silo's rows lie in the model's states, to choose rows that stand for all silos' rows."""
+        """Where groups of this silo's rows lie in the model's states, to choose among rows, its own or public ones."""
         started = time.monotonic()
         self.bench.load(self._plan(request).model(self.bench.recipe.model))
         with self._stoppable():
-            found = centroids(self.bench, self.name)
+            found = (centroids if self.bench.recipe.data.augment is None else centres)(self.bench, self.name)
         return {"centroids": found}, {"seconds": time.monotonic() - started, "peak_rss": peak_rss()}
 
     def _pairs(self, request: Request) -> tuple[Tensors, Fields]:

@@ -12,7 +12,7 @@ import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -43,12 +43,20 @@ class Holdings(Strict):
         None, description="With `share_of_recipe`: the folder that holds the files that the recipe names."
     )
 
+    public: str | None = Field(
+        None,
+        description="With `sources`: the folder of public rows, where files that a recipe names in data.augment are "
+        "looked for. Without it this silo takes no public rows.",
+    )
+
     @model_validator(mode="after")
     def _possible(self) -> Holdings:
         if bool(self.sources) == self.share_of_recipe:
             raise ValueError("give either `sources`, this silo's own text, or `share_of_recipe: true` for a demo")
         if self.base is not None and not self.share_of_recipe:
             raise ValueError("`base` belongs to `share_of_recipe`: the paths of `sources` are relative to this file")
+        if self.public is not None and self.share_of_recipe:
+            raise ValueError("`public` belongs to `sources`: files of a demo lie below `base`")
         if self.sources:
             # checked as one silo of a recipe: below data.silos.0 the fields are those of this file
             spec = DataSpec(silos=[SiloSpec(name="silo", sources=self.sources)])
@@ -82,6 +90,7 @@ class OwnText:
             "malformed": recipe.data.malformed,
             "instructions": recipe.data.instructions and recipe.data.instructions.model_dump(mode="json"),
             "selection": recipe.data.selection and recipe.data.selection.model_dump(mode="json"),
+            "augment": self._augment(recipe),
         }
         try:
             return Recipe.model_validate({**recipe.model_dump(mode="json"), "data": own})
@@ -109,6 +118,26 @@ class OwnText:
         if name not in data.names:
             raise Forbidden(_no_share(data.names))
         return data
+
+    def _augment(self, recipe: Recipe) -> dict[str, Any] | None:
+        """The recipe's public rows as they are found here.
+
+        Raises:
+            Forbidden: the owner offers no folder for them, or a file is not below it.
+        """
+        if recipe.data.augment is None:
+            return None
+        if self.spec.public is None:
+            raise Forbidden("this silo takes no public rows: its data file names no folder for them (public)")
+        folder = self.file.parent / Path(self.spec.public).expanduser()
+        found = recipe.data.augment.model_dump(mode="json")
+        for source in found["sources"]:
+            if re.match("(hub|pypi|npm):", source["path"]):
+                continue
+            if not _inside(source["path"], folder):
+                raise Forbidden(f"the public file '{source['path']}' is not below the folder that this silo offers")
+            source["path"] = str(folder / source["path"])
+        return found
 
     @property
     def base(self) -> Path:
@@ -141,6 +170,8 @@ def load_holdings(path: Path) -> OwnText:
     text = OwnText(path.resolve(), spec)
     if spec.base is not None and not text.base.is_dir():
         raise RecipeError(f"there is no folder '{spec.base}'", where=f"{path}: base", fix="correct the path")
+    if spec.public is not None and not (path.parent / Path(spec.public).expanduser()).is_dir():
+        raise RecipeError(f"there is no folder '{spec.public}'", where=f"{path}: public", fix="correct the path")
     return text
 
 

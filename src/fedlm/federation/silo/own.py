@@ -211,7 +211,8 @@ class OwnSilo:
         self._set_up(bench)
         rows = data.card(self.name)["rows"]["train"]
         limited = self.policy.max_steps_per_round is not None
-        check_rows(self.policy, here, rows, len(bench.training_tokens(self.name)) if limited else None)
+        more = recipe.data.augment.rows if recipe.data.augment is not None else 0
+        check_rows(self.policy, here, rows, len(bench.training_tokens(self.name)) + more if limited else None)
         return bench, agreement
 
     def _prepare_counting(self, run: str, recipe: Recipe) -> tuple[Workbench, Agreement]:

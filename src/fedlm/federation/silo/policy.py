@@ -130,7 +130,8 @@ def check_recipe(policy: Policy, recipe: Recipe) -> None:
         _at_most("as LoRA rank", recipe.adapter.rank, policy.max_rank, "max_rank")
     if recipe.training.steps is not None:
         _at_most("steps per round", recipe.training.steps, policy.max_steps_per_round, "max_steps_per_round")
-    if (selection := recipe.data.selection) is not None and selection.method == "fedhds":
+    selection = recipe.data.selection
+    if recipe.data.augment is not None or (selection is not None and selection.method == "fedhds"):
         check_verb(policy, "profile")
     if recipe.reinforce.reward.run is not None:
         raise Forbidden(

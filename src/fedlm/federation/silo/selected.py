@@ -62,18 +62,31 @@ def scored(bench: Workbench, tokens: TokenSet, spec: SelectionSpec) -> TokenSet:
 
 def described(bench: Workbench, silo: str, spec: SelectionSpec) -> tuple[TokenSet, np.ndarray, list[np.ndarray]]:
     """A silo's examples, their descriptions [n, dimensions], and the groups of like ones."""
-    from fedlm.training.selection.representatives import features, groups_of
+    from fedlm.training.selection.representatives import groups_of
 
-    recipe, tokens = bench.recipe, bench.training_tokens(silo)
+    tokens = bench.training_tokens(silo)
+    points = descriptions(bench, tokens, spec.dimensions)
+    return tokens, points, groups_of(points, spec.min_group)
+
+
+def descriptions(bench: Workbench, tokens: TokenSet, dimensions: int) -> np.ndarray:
+    """Numbers that describe each example [n, dimensions], by the model that the run begins with.
+
+    Raises:
+        DataError: they are not finite.
+    """
+    from fedlm.training.selection.representatives import features
+
+    recipe = bench.recipe
 
     def compute(model: Any) -> torch.Tensor:
         batch = recipe.evaluation.batch_tokens
-        return torch.from_numpy(features(model, tokens, spec.dimensions, seed=recipe.seed, batch_tokens=batch))
+        return torch.from_numpy(features(model, tokens, dimensions, seed=recipe.seed, batch_tokens=batch))
 
-    points = _remembered(bench, tokens, ["features", spec.dimensions, recipe.seed], compute)
+    points = _remembered(bench, tokens, ["features", dimensions, recipe.seed], compute)
     if not np.isfinite(points).all():
-        raise DataError("the model's states of a training row are not finite, so rows cannot be grouped")
-    return tokens, points, groups_of(points, spec.min_group)
+        raise DataError("the model's states of a row are not finite, so rows cannot be compared")
+    return points
 
 
 def centroids(bench: Workbench, silo: str) -> torch.Tensor:
@@ -92,11 +105,15 @@ def round_tokens(bench: Workbench, place: Place, chosen: Iterable[int] | None) -
 
     Args:
         chosen: with 'fedhds' the silo's groups that stand for all silos' rows; all of its own where nobody chose (the
-            silo came when the run was under way).
+            silo came when the run was under way). With public rows the silo's centres that these shall lie near.
 
     Raises:
         DataError: a chosen group does not exist.
     """
+    if bench.recipe.data.augment is not None:
+        from fedlm.federation.silo.augmented import with_public
+
+        return with_public(bench, place.silo, chosen)
     spec = bench.recipe.data.selection
     if spec is None:
         return bench.training_tokens(place.silo)

@@ -362,6 +362,13 @@ class Workbench:
         found = [instructed(self, getattr(self.data.silo(holder), role)) for holder in holders]
         return concatenate_datasets([rows for rows, _ in found]), sum(lost for _, lost in found)
 
+    @cached_property
+    def public(self) -> tuple[TokenSet, list[str]]:
+        """The encoded public rows and, for each, the hash of its content (see `fedlm.federation.silo.augmented`)."""
+        from fedlm.federation.silo.augmented import encoded_public
+
+        return encoded_public(self)
+
     def training_tokens(self, name: str) -> TokenSet:
         """A silo's encoded training rows that a selection by scores keeps (see `fedlm.federation.silo.selected`).
 
