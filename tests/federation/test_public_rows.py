@@ -1,4 +1,4 @@
-"""Public rows beside the silos' own, through whole runs: the same bits with any number of workers and over a network."""
+"""Public rows beside the silos' own, in whole runs: the same bits with any number of workers and over a network."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from fedlm.training.sequences import Example
 from tests.federation.conftest import WORDS, Tiny
 from tests.federation.own_silos import Network, data_file
 
+SHORT = ("federation.rounds=2", "federation.algorithm={name: fedavg}")  # an update's weight is its silo's rows
 COLUMNS = "columns: {prompt: question, response: answer}"
 SITES = [f"site{n}" for n in range(4)]
 
@@ -56,7 +57,7 @@ def augment(path: str, rows: int = 8) -> str:
 
 
 def recipe_of(tiny: Tiny, public: Path, *changes: str) -> Recipe:
-    return tiny.recipe("federation.rounds=2", augment(str(public / "open.jsonl")), *changes)
+    return tiny.recipe(*SHORT, augment(str(public / "open.jsonl")), *changes)
 
 
 def adapter(folder: Path) -> dict[str, torch.Tensor]:
@@ -107,7 +108,7 @@ def test_silos_train_on_their_rows_and_the_nearest_public_ones(tiny: Tiny, publi
 
 
 def test_public_rows_change_the_model(tiny: Tiny, local: Path, tmp_path: Path) -> None:
-    run_recipe(tiny.recipe("federation.rounds=2"), base=tiny.base, run_dir=tmp_path / "plain")
+    run_recipe(tiny.recipe(*SHORT), base=tiny.base, run_dir=tmp_path / "plain")
     assert not same(local, tmp_path / "plain")
 
 
@@ -157,7 +158,7 @@ def test_between_organisations(tiny: Tiny, public: Path, local: Path, tmp_path: 
 
     def over(folder: str, path: str, more: str, verbs: str = "[hello, train, evaluate, profile]") -> Path:
         there = tiny.recipe(
-            "federation.rounds=2", augment(path), "data.sources=[]", "data.partition=null", "data.at_silos=true",
+            *SHORT, augment(path), "data.sources=[]", "data.partition=null", "data.at_silos=true",
         )  # fmt: skip
         asked = there.model_copy(update={"model": there.model.model_copy(update={"source": "/there/tiny-model0"})})
         place = tmp_path / folder

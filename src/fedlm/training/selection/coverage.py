@@ -1,4 +1,4 @@
-"""Public rows that let all silos together cover a domain (FedDCA: Wang et al., Findings of EMNLP 2025).
+"""Public rows that let all silos together cover a domain (after FedDCA: Wang et al., Findings of EMNLP 2025).
 
 In the silo: k-means puts its rows into groups; their centres go to the coordinator. There: one centre after the other
 is chosen so that the chosen ones cover all silos' centres best, `centres` of each silo. In the silo again: the public
@@ -9,6 +9,9 @@ compute, and with unit length: the states of a language model share a large part
 coverage of points D by points C is the mean over d in D of max over c in C of cos(d, c), the facility-location
 function. It is monotone and submodular, so choosing greedily under a number per silo reaches at least half of the best
 gain (Fisher, Nemhauser and Wolsey, 1978).
+
+What differs: the paper describes rows by a text encoder, and its server retrieves public rows and sends them. Here the
+model describes rows, and each silo retrieves for itself, so that two silos may take the same row.
 """
 
 from __future__ import annotations
