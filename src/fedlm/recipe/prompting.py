@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, PositiveInt
 
 from fedlm.errors import RunError
-from fedlm.recipe.data import SourceSpec
 from fedlm.recipe.data_checks import all_sources, changed, kind_of, origin_problems
+from fedlm.recipe.source import SourceSpec
 from fedlm.recipe.strict import Strict
 
 if TYPE_CHECKING:
