@@ -20,6 +20,7 @@ HEADS = {
     "generation_accuracy": "accuracy, generated",
     **{figure: FIGURES[figure].words for figures in WRITTEN.values() for figure in figures},
     "reward_accuracy": FIGURES["reward_accuracy"].words,
+    "reward": FIGURES["reward"].words,
     "loss": "loss",
 }
 

@@ -16,7 +16,7 @@ from fedlm.evaluation.summary import perplexity
 from fedlm.messages import Fields
 from fedlm.recipe.tasks import FIGURES, WRITTEN
 
-HEADLINES = ("accuracy", "generation_accuracy", "reward_accuracy", "f1", "rougeL", "exact_match", "loss")
+HEADLINES = ("accuracy", "generation_accuracy", "reward_accuracy", "reward", "f1", "rougeL", "exact_match", "loss")
 """The verdict is on the first of these that was measured."""
 
 ITEMS = {
@@ -24,6 +24,7 @@ ITEMS = {
     "generation_accuracy": "generation",
     **{figure: figure for figures in WRITTEN.values() for figure in figures},
     "reward_accuracy": "reward",
+    "reward": "earned",
     "loss": "nll",
 }
 

@@ -131,7 +131,7 @@ class Reinforce(Task):
                 "answer_tokens": (float(sum(map(len, written))), rows),
                 "unfinished": (float(sum(map(self._unfinished, written))), rows),
             },
-            {"nll": (-rewards).tolist(), "tokens": [1] * len(rewards)},
+            {"earned": rewards.tolist(), "nll": (-rewards).tolist(), "tokens": [1] * len(rewards)},
         )
         if held.reference is not None:
             some = [answered(e, ids) for e, ids in zip(examples[:KL_ROWS], written, strict=False)]
