@@ -49,6 +49,7 @@ def test_search(recipe: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "prompt.txt").exists()
     value = json.loads(fedlm("prompt", "search", str(recipe), *SEARCH, "--run-dir", run, "--resume", "--json").stdout)
     assert value["prompt"] in ("", "the bank", "the school") and set(value["test"]) == {"none", "first", "best"}
+    assert "so it has no report" in fedlm("report", run, code=2).stderr
     assert "already holds a run" in fedlm("prompt", "search", str(recipe), *SEARCH, "--run-dir", run, code=2).stderr
 
 

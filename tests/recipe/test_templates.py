@@ -53,6 +53,8 @@ def test_the_promised_templates_exist() -> None:
         "from-text",
         "pretrain-scratch",
         "fdapt",
+        "prompt-search",
+        "in-context",
         "prompt",
         "fedbpt",
     }

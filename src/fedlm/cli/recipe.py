@@ -63,6 +63,11 @@ def check(recipe: Recipe = Path("recipe.yaml"), set_: Overrides = None, as_json:
         count = f"{data.partition.silos} silos" if data.partition.silos else "as many silos as the data names"
         silos = f"{count} ({data.partition.kind} partition)"
     typer.echo(f"{recipe} is a valid recipe:")
+    if loaded.search is not None or loaded.in_context is not None:
+        what = "search for a prompt of" if loaded.search is not None else "questions in context to"
+        typer.echo(f"  {loaded.name}: {what} {loaded.model.source}")
+        typer.echo(f"  {silos}, {federation.rounds} rounds")
+        return
     typer.echo(f"  {loaded.name}: {loaded.task} {loaded.adapter.kind} on {loaded.model.source}")
     typer.echo(f"  {silos}, {federation.algorithm.name}, {federation.rounds} rounds, sample {federation.sample}")
     for file in missing:

@@ -188,6 +188,12 @@ def read_run(folder: Path) -> RunFacts:
     if recipe.exists():
         facts.recipe_text = recipe.read_text(encoding="utf-8")
         facts.recipe = _optional(recipe, _parse_yaml)
+    if facts.recipe and any(facts.recipe.get(part) for part in ("search", "in_context")):
+        raise RunError(
+            "a run of `fedlm prompt` trains nothing, so it has no report",
+            where=str(folder),
+            fix="read evaluation.json and rounds.jsonl there",
+        )
     for line in _read_lines(folder / "rounds.jsonl"):
         if int(line.get("round", 0)) < 0:
             facts.base_validation = line.get("validation") or {}
