@@ -67,9 +67,9 @@ def check(recipe: Recipe = Path("recipe.yaml"), set_: Overrides = None, as_json:
         what = "search for a prompt of" if loaded.search is not None else "questions in context to"
         typer.echo(f"  {loaded.name}: {what} {loaded.model.source}")
         typer.echo(f"  {silos}, {federation.rounds} rounds")
-        return
-    typer.echo(f"  {loaded.name}: {loaded.task} {loaded.adapter.kind} on {loaded.model.source}")
-    typer.echo(f"  {silos}, {federation.algorithm.name}, {federation.rounds} rounds, sample {federation.sample}")
+    else:
+        typer.echo(f"  {loaded.name}: {loaded.task} {loaded.adapter.kind} on {loaded.model.source}")
+        typer.echo(f"  {silos}, {federation.algorithm.name}, {federation.rounds} rounds, sample {federation.sample}")
     for file in missing:
         typer.secho(f"Not on this machine: {file}", fg=typer.colors.YELLOW, err=True)
 
