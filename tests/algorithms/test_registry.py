@@ -61,6 +61,13 @@ def test_the_silo_keeps_state_exactly_where_the_facts_say(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", GENERAL)
+def test_silos_change_whole_tensors_between_steps_exactly_where_the_facts_say(name: str) -> None:
+    algorithm = get_algorithm(AlgorithmSpec(name=name))
+    rule = algorithm.local(algorithm.broadcast(THETA, algorithm.init_state(THETA), 0), {}, Place())
+    assert rule.between_steps is ALGORITHMS[name].between_steps
+
+
+@pytest.mark.parametrize("name", GENERAL)
 def test_updates_have_the_names_and_shapes_that_are_expected(name: str) -> None:
     expected = get_algorithm(AlgorithmSpec(name=name)).expected_update(THETA, Place())
     for update, _, _ in updates(name):

@@ -16,7 +16,7 @@ from fedlm.federation.api import run_recipe
 from fedlm.federation.conversations import Conversations
 from fedlm.training import parallel, spikes
 from tests.federation.conftest import Tiny
-from tests.federation.mixed import adapter, lines
+from tests.federation.mixed import adapter, lines, model_after
 
 PRETRAIN = (
     "task=pretrain",
@@ -35,7 +35,7 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
 def test_stream_and_guard_end_in_the_same_bits_killed_or_in_workers(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spikes, "LEAST", 3)
+    monkeypatch.setattr(spikes, "LEAST", 2)
     recipe = tiny.recipe(*PRETRAIN, "training.keep_optimizer=true", "training.spike_guard=0.5")
     run_recipe(recipe, base=tiny.base, run_dir=tmp_path / "whole")
     shares = [silo["figures"]["skipped_steps"] for line in lines(tmp_path / "whole") for silo in line["silos"].values()]
@@ -104,6 +104,49 @@ def test_silos_whose_steps_two_processes_share_end_as_others_do(
     teams.clear()
     gc.collect()
     assert not [child for child in psutil.Process().children() if "fedlm.training.parallel" in child.cmdline()]
+
+
+FULL = ("adapter={kind: full}", "federation.algorithm={name: diloco}", "training.keep_optimizer=true")
+
+
+def test_silos_with_weights_in_shards_end_as_others_do_and_resume_in_the_same_bits(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = shared(*FULL, "training.spike_guard=6.0")
+    sharded = tiny.recipe(*options, "federation.capacity.default.shards=2")
+    run_recipe(tiny.recipe(*options), base=tiny.base, run_dir=tmp_path / "one")
+    run_recipe(sharded, base=tiny.base, run_dir=tmp_path / "two")
+    one, two = model_after(tmp_path / "one", 2), model_after(tmp_path / "two", 2)
+    assert all((one[name] - two[name]).abs().max() < 1e-5 for name in one) and not same(one, two)
+    losses = [[line["validation"]["loss"] for line in lines(tmp_path / run)] for run in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    ask = Conversations.train
+
+    def killed(self: Conversations, number: int, *rest: Any) -> Any:
+        if number == 2:
+            raise KeyboardInterrupt
+        return ask(self, number, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Conversations, "train", killed)
+        assert run_recipe(sharded, base=tiny.base, run_dir=tmp_path / "run").status == "interrupted"
+    run_recipe(None, run_dir=tmp_path / "run", resume=True)
+    assert same(model_after(tmp_path / "run", 2), two)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        (("adapter={kind: lora}",), "only full weights are sharded"),
+        (("federation.algorithm={name: scaffold}", "training.keep_optimizer=false"), "'scaffold' changes whole"),
+        (("training.compile=true",), "not with training.compile"),
+        (("federation.capacity.default.processes=2",), "give one of the two"),
+        (("federation.algorithm={name: fedmezo}", "training.keep_optimizer=false"), "no gradients to share"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(tiny: Tiny, changes: tuple[str, ...], why: str) -> None:
+    with pytest.raises(RecipeError, match=why):
+        tiny.recipe(*shared(*FULL), *changes, "federation.capacity.default.shards=2")
 
 
 @pytest.mark.slow

@@ -263,6 +263,11 @@ class LocalRule:
         """Whether this parameter of the adapter is trained in this round."""
         return True
 
+    @property
+    def between_steps(self) -> bool:
+        """Whether it changes weights or gradients between steps, by one of the two methods that follow."""
+        return type(self).before is not LocalRule.before or type(self).correct is not LocalRule.correct
+
     def before(self, step: int, parameters: dict[str, Parameter]) -> None:
         """Change parameters in place; called before the forward pass of every optimiser step, counted from 0."""
 

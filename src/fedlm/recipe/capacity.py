@@ -72,6 +72,11 @@ class Capacity(Strict):
         description="Processes (on several GPUs, devices) that share each step of local training; each holds the "
         "model. The result is the same up to the order of sums.",
     )
+    shards: Annotated[int, Field(ge=2, le=64)] | None = Field(
+        None,
+        description="In place of `processes`, for full weights: so many processes, each on a GPU of its own if any, "
+        "and each with a part of weights, gradients and optimiser state (FSDP).",
+    )
 
     @field_validator("memory")
     @classmethod
@@ -129,7 +134,7 @@ def parse_capacity(fields: Any) -> Capacity:
 
 
 def lesser(a: Capacity, b: Capacity) -> Capacity:
-    """What keeps within both; of types of base weights, `b`'s where it says one, and `b`'s number of processes.
+    """What keeps within both; of types of base weights, `b`'s where it says one, and `b`'s processes or shards.
 
     Args:
         b: the owner's.
@@ -159,6 +164,7 @@ def lesser(a: Capacity, b: Capacity) -> Capacity:
         dtype=weights.dtype,
         quantise=weights.quantise,
         processes=b.processes,
+        shards=b.shards,
     )
 
 
@@ -220,23 +226,34 @@ def _impossible(recipe: Recipe, capacity: Capacity) -> Iterator[tuple[str, str]]
         yield "seconds", "does not end before federation.deadline, and what comes after that is dropped"
     if capacity.quantise is not None and capacity.dtype is not None:
         yield "dtype", "has no effect on quantised weights"
-    if capacity.processes is not None:
-        yield from _sharing(recipe)
+    yield from sharing_problems(recipe, capacity)
     if capacity.dtype is not None and adapter.kind == "full":
         yield "dtype", "is of frozen weights, and all weights are trained"
     if capacity.quantise is not None and (problem := _unquantisable(recipe)):
         yield "quantise", problem
 
 
-def _sharing(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Why the steps of a silo's training cannot be shared by processes."""
+def sharing_problems(recipe: Recipe, capacity: Capacity) -> Iterator[tuple[str, str]]:
+    """Why the steps of a silo's training cannot be shared by processes, as this capacity has it."""
     name, kind = recipe.federation.algorithm.name, recipe.adapter.kind
-    if ALGORITHMS[name].zeroth_order:
-        yield "processes", f"has no effect with '{name}', whose loop has no gradients to share"
+    given = [field for field in ("processes", "shards") if field in capacity.given]
+    if not given:
+        return
+    field = given[-1]
+    if len(given) > 1:
+        yield field, "stands in place of processes: give one of the two"
+    elif ALGORITHMS[name].zeroth_order:
+        yield field, f"has no effect with '{name}', whose loop has no gradients to share"
     elif not TASKS[recipe.task].likelihood:
-        yield "processes", f"only a likelihood of text is shared, and the loss of '{recipe.task}' is another"
-    elif kind not in ("lora", "ia3", "full"):
-        yield "processes", f"not with adapter.kind '{kind}' (with lora, ia3, full)"
+        yield field, f"only a likelihood of text is shared, and the loss of '{recipe.task}' is another"
+    elif field == "processes" and kind not in ("lora", "ia3", "full"):
+        yield field, f"not with adapter.kind '{kind}' (with lora, ia3, full)"
+    elif field == "shards" and kind != "full":
+        yield field, f"only full weights are sharded, and this is '{kind}', which is small: give `processes`"
+    elif field == "shards" and ALGORITHMS[name].between_steps:
+        yield field, f"'{name}' changes whole gradients or weights between steps: give `processes`"
+    elif field == "shards" and recipe.training.compile:
+        yield field, "not with training.compile"
 
 
 def _unquantisable(recipe: Recipe) -> str | None:

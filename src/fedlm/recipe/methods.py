@@ -50,6 +50,8 @@ class Method:
     """It compares losses that silos measure, as other than a direction to train in."""
     zeroth_order: bool = False
     """Silos measure losses and no gradients; full weights are moved in place, in fp32."""
+    between_steps: bool = False
+    """In a silo it changes gradients or weights between local steps, and has whole tensors at hand for that."""
     same_steps: bool = False
     """All silos take the same number of local steps, which the recipe says."""
     asynchronous: bool = False
@@ -107,6 +109,7 @@ ALGORITHMS: dict[str, Method] = {
         options=("mu",),
         plain_broadcast=True,
         heads=True,
+        between_steps=True,
     ),
     "fednova": Method(
         "Wang et al., NeurIPS 2020",
@@ -115,6 +118,7 @@ ALGORITHMS: dict[str, Method] = {
         plain_broadcast=True,
         no_guards="an update says by how many steps it was divided, and that may not be rounded",
         heads=True,
+        between_steps=True,
     ),
     "scaffold": Method(
         "Karimireddy et al., ICML 2020",
@@ -124,6 +128,7 @@ ALGORITHMS: dict[str, Method] = {
         equal_weights=True,
         needs_feedback=_DRIFT,
         heads=True,
+        between_steps=True,
     ),
     "fedavgm": Method(
         "Hsu et al., 2019",
@@ -219,6 +224,7 @@ ALGORITHMS: dict[str, Method] = {
         plain_broadcast=True,
         needs_feedback=_DRIFT,
         heads=True,
+        between_steps=True,
     ),
     "ditto": Method(
         "Li et al., ICML 2021",
@@ -228,6 +234,7 @@ ALGORITHMS: dict[str, Method] = {
         personal=True,
         plain_broadcast=True,
         heads=True,
+        between_steps=True,
     ),
     "feddpa": Method(
         "Yang et al., NeurIPS 2024",
@@ -247,6 +254,7 @@ ALGORITHMS: dict[str, Method] = {
         personal=True,
         min_steps=2,
         plain_broadcast=True,
+        between_steps=True,
     ),
     "ifca": Method(
         "Ghosh et al., NeurIPS 2020",
@@ -399,6 +407,7 @@ ALGORITHMS: dict[str, Method] = {
         without=("keep_optimizer",),
         server_rate=False,
         no_feedback="a silo's rank, and with it the shape of what it sends, may shrink",
+        between_steps=True,
     ),
     "fedasync": Method(
         "Xie et al., 2019",
@@ -408,6 +417,7 @@ ALGORITHMS: dict[str, Method] = {
         options=("mu", *_STALENESS),
         no_feedback=_NO_STATE,
         heads=True,
+        between_steps=True,
     ),
     "fedbuff": Method(
         "Nguyen et al., AISTATS 2022",
@@ -429,6 +439,7 @@ ALGORITHMS: dict[str, Method] = {
         same_steps=True,
         plain_broadcast=True,
         goes_on=True,
+        between_steps=True,
     ),
     "eager-diloco": Method(
         "Kale et al., 2025",

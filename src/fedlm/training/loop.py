@@ -146,7 +146,7 @@ def train(
                 rule.before(step, parameters)
             examples = objective.begin([data[i] for i in chosen])
             total = divisor = 0.0
-            for part in micro_batches(examples if team is None else team.begin(examples), spec):
+            for part in micro_batches(examples, spec) if team is None else team.passes(examples, spec):
                 terms, divisor = objective.terms(part)
                 loss = terms.sum() / divisor
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -156,8 +156,13 @@ def train(
             _require_finite(total, silo, step, "loss")
             gradients = [p.grad for p in parameters.values() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
+            if team is not None:
+                norm = team.norm(norm)
             _require_finite(float(norm), silo, step, "gradient")
-            if guard is not None and guard.leaps(total / divisor, float(norm)):
+            taken = guard is None or not guard.leaps(total / divisor, float(norm))
+            if team is not None:
+                team.decide(rate, taken)
+            if not taken:
                 result.skipped.append(step)
             else:
                 if spec.clip_norm is not None:

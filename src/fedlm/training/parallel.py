@@ -16,7 +16,6 @@ training starts new ones.
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import select
@@ -25,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,51 +32,18 @@ from typing import Any, BinaryIO
 import numpy as np
 import safetensors.torch
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from fedlm.errors import TrainingError
 from fedlm.messages import Tensors
 from fedlm.recipe.schema import AdapterSpec, ModelSpec, TrainingSpec
-from fedlm.training.objective import Likelihood, Tools, sequences_of
-from fedlm.training.sequences import Encoded, Example
-
-SECONDS = 600.0
-"""A helper that takes longer, to load the model or in one step, counts as hung."""
+from fedlm.training.group import SECONDS, Group
+from fedlm.training.objective import Likelihood, Objective, Tools, sequences_of
+from fedlm.training.sequences import Example
 
 LINE = 1 << 22
 """Bytes of a command's line at most."""
-
-END = -1
-"""In place of a batch's size: the round is over."""
-
-
-class Group:
-    """The collectives of all ranks."""
-
-    def __init__(self, store: Path, rank: int, size: int) -> None:
-        gloo: Any = dist.ProcessGroupGloo  # torch's own stubs leave out what it has
-        options = gloo._Options()
-        options._timeout = datetime.timedelta(seconds=SECONDS)
-        options._devices = [gloo.create_device(hostname="127.0.0.1")]
-        self.rank, self.size = rank, size
-        self._gloo = gloo(torch._C._distributed_c10d.FileStore(str(store), size), rank, size, options)
-
-    def broadcast(self, tensor: Tensor) -> Tensor:
-        """Rank 0's values, everywhere; in place."""
-        if tensor.numel():
-            self._gloo.broadcast([tensor], dist.BroadcastOptions()).wait()
-        return tensor
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks, everywhere; in place."""
-        self._gloo.allreduce([tensor]).wait()
-        return tensor
-
-    def share(self, sequences: Sequence[Encoded]) -> list[Example]:
-        """This rank's part of a batch."""
-        return [Example((sequence,)) for sequence in sequences[self.rank :: self.size]]
 
 
 class Flat:
@@ -134,24 +100,35 @@ class Team:
         model: the base model in the type of weights that rank 0 has.
         processes: rank 0 included; with several GPUs, helpers take turns on the others.
         threads: torch's, of each.
+        sharded: helpers hold a part of the model (see `fedlm.training.sharded`).
 
     Raises:
         TrainingError: a helper cannot load the model.
     """
 
-    def __init__(self, model: ModelSpec, adapter: AdapterSpec, seed: int, processes: int, threads: int) -> None:
+    def __init__(
+        self,
+        model: ModelSpec,
+        adapter: AdapterSpec,
+        seed: int,
+        processes: int,
+        threads: int,
+        *,
+        sharded: bool = False,
+    ) -> None:
         self.closed = False
         folder = tempfile.TemporaryDirectory(prefix="fedlm-team-")
         self._helpers: list[subprocess.Popen[bytes]] = []
         self._end = weakref.finalize(self, _end, self._helpers, folder)
-        store = Path(folder.name) / "store"
+        self.store = Path(folder.name) / "store"
         start = {
             "model": model.model_dump(mode="json"),
             "adapter": adapter.model_dump(mode="json"),
             "seed": seed,
-            "store": str(store),
+            "store": str(self.store),
             "size": processes,
             "threads": threads,
+            "sharded": sharded,
         }
         try:
             for rank in range(1, processes):
@@ -163,7 +140,7 @@ class Team:
                 if not ready or not helper.stdout.readline():
                     raise self._fault()
             with self._faults():
-                self._group = Group(store, 0, processes)
+                self._group = Group(self.store, 0, processes)
         except BaseException:
             self.close()
             raise
@@ -206,21 +183,24 @@ class Team:
                 self._command({"do": "round", "parameters": list(parameters), **told})
             yield
             with self._faults():
-                self._group.broadcast(torch.tensor([END, 0]))
+                self._group.tell([])
         except BaseException:
             self.close()
             raise
         finally:
             del self._flat
 
+    def passes(self, examples: Sequence[Example], spec: TrainingSpec) -> Iterable[list[Example]]:
+        """A step begins. Returns rank 0's part of its forward passes."""
+        from fedlm.training.loop import micro_batches
+
+        return micro_batches(self.begin(examples), spec)
+
     def begin(self, examples: Sequence[Example]) -> list[Example]:
         """A step: the others get the trained values and the whole batch. Returns rank 0's share, never empty."""
         sequences = sequences_of(examples)
         with self._faults():
-            self._group.broadcast(torch.tensor([len(sequences), sum(len(s) for s in sequences)]))
-            self._group.broadcast(torch.tensor([len(s) for s in sequences]))
-            self._group.broadcast(torch.from_numpy(np.concatenate([s.ids for s in sequences]).astype(np.int32)))
-            self._group.broadcast(torch.from_numpy(np.concatenate([s.loss for s in sequences]).astype(np.uint8)))
+            self._group.tell(sequences)
             self._flat.read_values()
             self._group.broadcast(self._flat.values)
         return self._group.share(sequences)
@@ -229,6 +209,13 @@ class Team:
         """All shares are done: gradients are summed over them. Returns the sum of `total` over all ranks."""
         with self._faults():
             return _sum(self._group, self._flat, total)
+
+    def norm(self, norm: Tensor) -> Tensor:
+        """The gradient's norm, from that of the gradients that rank 0 has: here all of them."""
+        return norm
+
+    def decide(self, rate: float, taken: bool) -> None:
+        """The step is taken with this learning rate, or left out: here by rank 0 alone, so nobody is told."""
 
     def _command(self, message: dict[str, Any]) -> None:
         for helper in self._helpers:
@@ -303,9 +290,20 @@ def _sum(group: Group, flat: Flat, total: float) -> float:
 def main() -> None:
     out = os.dup(1)
     os.dup2(2, 1)  # what libraries print is no answer
-    line = sys.stdin.buffer.readline(LINE)
-    if line:
-        help_out(json.loads(line), sys.stdin.buffer, out)
+    if start := next_command(sys.stdin.buffer):
+        torch.set_num_threads(start["threads"])
+        if start["sharded"]:
+            from fedlm.training import sharded
+
+            sharded.help_out(start, sys.stdin.buffer, out)
+        else:
+            help_out(start, sys.stdin.buffer, out)
+
+
+def next_command(commands: BinaryIO) -> dict[str, Any]:
+    """What rank 0 says next; nothing when it is gone."""
+    line = commands.readline(LINE)
+    return dict(json.loads(line)) if line else {}
 
 
 def help_out(start: dict[str, Any], commands: BinaryIO, out: int) -> None:
@@ -318,14 +316,12 @@ def help_out(start: dict[str, Any], commands: BinaryIO, out: int) -> None:
     from fedlm.models.adapters import adapter_parameters, attach, set_tensors
     from fedlm.models.load import load_base
 
-    torch.set_num_threads(start["threads"])
     adapter = AdapterSpec.model_validate(start["adapter"])
     base = load_base(ModelSpec.model_validate(start["model"]))
     model = attach(base, adapter, start["seed"])
     os.write(out, b"ready\n")
     group = Group(Path(start["store"]), start["rank"], start["size"])
-    while line := commands.readline(LINE):
-        command = json.loads(line)
+    while command := next_command(commands):
         if command["do"] == "load":
             content = group.broadcast(torch.empty(command["bytes"], dtype=torch.uint8)).numpy().tobytes()
             tensors = safetensors.torch.load(content)
@@ -338,6 +334,17 @@ def help_out(start: dict[str, Any], commands: BinaryIO, out: int) -> None:
                 set_tensors(model, tensors, adapter)
         else:
             _round(model, group, command)
+
+
+def backward(objective: Objective, parts: Iterable[list[Example]]) -> float:
+    """The gradients of these parts of a step; returns their share of the loss, not divided."""
+    total = 0.0
+    for part in parts:
+        terms, divisor = objective.terms(part)
+        loss = terms.sum() / divisor
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach()) * divisor
+    return total
 
 
 def _round(model: nn.Module, group: Group, command: dict[str, Any]) -> None:
@@ -353,21 +360,11 @@ def _round(model: nn.Module, group: Group, command: dict[str, Any]) -> None:
     objective = Likelihood(Tools(model, spec))
     key = (*command["key"], "rank", group.rank)
     with training_mode(model, spec), seeded(key, command["round"], model_device(model)):
-        while (size := group.broadcast(torch.zeros(2, dtype=torch.int64)).tolist())[0] != END:
-            count, tokens = size
-            ends = np.cumsum(group.broadcast(torch.empty(count, dtype=torch.int64)).numpy())[:-1]
-            ids = np.split(group.broadcast(torch.empty(tokens, dtype=torch.int32)).numpy(), ends)
-            loss = np.split(group.broadcast(torch.empty(tokens, dtype=torch.uint8)).numpy().astype(np.bool_), ends)
-            sequences = [Encoded(*pair) for pair in zip(ids, loss, strict=True)]
+        while sequences := group.hear():
             group.broadcast(flat.values)
             flat.write_values()
             objective.begin([Example((sequence,)) for sequence in sequences])  # counts the whole batch's targets
-            total = 0.0
-            for part in micro_batches(group.share(sequences), spec):
-                terms, divisor = objective.terms(part)
-                share = terms.sum() / divisor
-                share.backward()  # type: ignore[no-untyped-call]
-                total += float(share.detach()) * divisor
+            total = backward(objective, micro_batches(group.share(sequences), spec))
             _sum(group, flat, total)
             model.zero_grad(set_to_none=True)
 

@@ -18,7 +18,7 @@ from typing import Any
 from fedlm.errors import RunError, UpdateRefused
 from fedlm.messages import Fields
 from fedlm.models.heads import is_head
-from fedlm.recipe.capacity import Capacity, read_bytes
+from fedlm.recipe.capacity import Capacity, read_bytes, sharing_problems
 from fedlm.recipe.methods import ALGORITHMS, FACTORS
 from fedlm.recipe.schema import EvaluationSpec, ModelSpec, Recipe, TrainingSpec
 from fedlm.training.batches import steps_per_round
@@ -56,6 +56,8 @@ class Plan:
     quantise: str | None = None
     processes: int | None = None
     """That share a step; None for one."""
+    shards: int | None = None
+    """Processes that each hold a part of full weights; None for whole weights."""
 
     def trains(self, name: str) -> bool:
         """Whether a tensor (or layer) of the adapter is trained; others stay as received. A head always is."""
@@ -105,8 +107,8 @@ class Plan:
     def fields(self) -> Fields:
         """As plain JSON: what is not the default."""
         plain = {"rank": self.rank, "first_layer": self.first_layer, "targets": self.targets and list(self.targets)}
-        rest = ("steps", "seconds", "micro_batch_size", "gradient_checkpointing", "dtype", "quantise", "processes")
-        plain |= {name: getattr(self, name) for name in rest}
+        rest = ("steps", "seconds", "micro_batch_size", "gradient_checkpointing", "dtype", "quantise")
+        plain |= {name: getattr(self, name) for name in (*rest, "processes", "shards")}
         return {name: value for name, value in plain.items() if value not in (0, None)}
 
     def words(self, shape: Shape) -> str:
@@ -126,6 +128,8 @@ class Plan:
             said.append(f"what ends within {self.seconds:g} seconds")
         if self.processes is not None:
             said.append(f"{self.processes} processes")
+        if self.shards is not None:
+            said.append(f"{self.shards} shards")
         said += [kind for kind in (self.dtype, self.quantise) if kind is not None]
         return ", ".join(said)
 
@@ -169,6 +173,7 @@ def parse_plan(fields: Any, recipe: Recipe) -> Plan:
         "dtype": str,
         "quantise": str,
         "processes": int,
+        "shards": int,
     }
     if not isinstance(fields, dict) or not fields.keys() <= kinds.keys():
         raise UpdateRefused("the silo's plan is no such plan")
@@ -226,6 +231,7 @@ def make_plan(recipe: Recipe, capacity: Capacity, shape: Shape | None) -> Plan:
         dtype=capacity.dtype,
         quantise=capacity.quantise,
         processes=capacity.processes,
+        shards=capacity.shards,
     )
     if capacity.layers is not None or capacity.targets is not None:
         assert shape is not None
@@ -263,6 +269,8 @@ def _keepable(recipe: Recipe, capacity: Capacity) -> None:
             where=f"capacity.{limits[0]}",
             fix="take the limit out for such runs",
         )
+    for field, reason in sharing_problems(recipe, capacity):
+        raise RunError(f"`{field}` {reason}", where=f"capacity.{field}", fix="take the limit out for such runs")
     if capacity.memory is not None and (device := pick_device(recipe.model.device).type) != "cpu":
         raise RunError(
             f"memory is planned for training on a CPU, and this model's device is '{device}'",

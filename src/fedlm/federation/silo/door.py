@@ -54,7 +54,7 @@ PROTOCOL = 1
 VERBS = frozenset({"hello", "train", "evaluate", "profile", "pairs", "score", "answer"})
 
 
-PRIVATE = ("micro_batch_size", "gradient_checkpointing", "dtype", "quantise", "processes")
+PRIVATE = ("micro_batch_size", "gradient_checkpointing", "dtype", "quantise", "processes", "shards")
 """Parts of a plan that are the silo's own affair."""
 
 
@@ -268,7 +268,7 @@ class Silo:
         zeroth = ALGORITHMS[recipe.federation.algorithm.name].zeroth_order
         if not counted or zeroth or plan.model(recipe.model).quantise or not tokens_per_second:
             return {}
-        return rates(self.bench.model, np.diff(tokens.offsets), tokens_per_second, plan.processes or 1)
+        return rates(self.bench.model, np.diff(tokens.offsets), tokens_per_second, plan.processes or plan.shards or 1)
 
     def _guarded(self, update: Tensors, place: Place, errors: Tensors, accepted: int) -> tuple[Tensors, Tensors]:
         """The update as it leaves the silo, and what it loses by that, for the next round.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch.nn import Module, Parameter
 
 from fedlm.algorithms.base import LocalRule, Place
+from fedlm.errors import TrainingError
 from fedlm.federation.clock import steps_within
 from fedlm.messages import Event, Observe, Tensors
 from fedlm.randomness import numpy_generator
@@ -94,7 +96,7 @@ class SiloSession:
 
     def train(self, rule: LocalRule, *, purpose: str = "") -> tuple[TrainResult, Tensors]:
         """Ordinary training from `rule.start()`; what happened, and the trained values (fp32, CPU)."""
-        from fedlm.training.loop import Window, train
+        from fedlm.training.loop import Window
 
         start = rule.start()
         chosen = self._bench.choose(self.put(start), lambda name: rule.trains(name) and self._plan.trains(name))
@@ -102,17 +104,14 @@ class SiloSession:
             self._budget.begin()
         prefix = f"{purpose}:" if purpose else ""
         # A silo may start from the same model twice, and then sees other batches.
-        team = self._bench.team(self._plan.processes or 1, chosen)
         dispatch = () if self.place.dispatch is None else ("dispatch", self.place.dispatch)
-        result = train(
+        result = self._trainer(rule, purpose, chosen)(
             self.model,
             chosen,
             self.tokens,
             self.recipe.training,
             Window(self.place.round, self.place.rounds),
             generator_key=(self.recipe.seed, self.place.silo, *([purpose] if purpose else []), *dispatch),
-            rule=rule,
-            objective=self.objective(purpose),
             optimizer_state={
                 name.removeprefix(prefix): moments
                 for name, moments in self._moments.items()
@@ -121,10 +120,26 @@ class SiloSession:
             observe=self._observe,
             silo=self.place.silo,
             should_stop=lambda: self._should_stop() or (self._budget is not None and self._budget.spent()),
-            team=team,
         )
         self.optimizer |= {prefix + name: moments for name, moments in result.optimizer_state.items()}
         return result, self._bench.take(chosen)
+
+    def _trainer(self, rule: LocalRule, purpose: str, chosen: dict[str, Parameter]) -> Callable[..., TrainResult]:
+        """The local loop in one process, with a team, or with weights in shards."""
+        from fedlm.training.loop import train
+
+        if self._plan.shards is None:
+            team = self._bench.team(self._plan.processes or 1, chosen)
+            return partial(train, rule=rule, objective=self.objective(purpose), team=team)
+        from fedlm.training.sharded import train_sharded
+
+        if rule.between_steps:
+            raise TrainingError(
+                "weights in shards are trained plainly, and this rule changes whole ones between steps",
+                where=f"silo '{self.place.silo}'",
+                fix="give `processes` in place of `shards` in the silo's capacity",
+            )
+        return partial(train_sharded, team=self._bench.sharded(self._plan.shards))
 
     def objective(self, purpose: str = "") -> Objective:
         """What this round minimises.

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from fedlm.training.footprint import Shape
     from fedlm.training.parallel import Team
     from fedlm.training.plan import Plan
+    from fedlm.training.sharded import ShardedTeam
     from fedlm.training.tasks import Task
 
 POOLED = "_pooled"
@@ -73,7 +74,7 @@ class Workbench:
         self._tokens: OrderedDict[str, TokenSet] = OrderedDict()
         self._plans: dict[str, Plan] = {}
         self._team: tuple[Team | None, Any] = (None, None)
-        """Processes that share training, and of how many and which model they are."""
+        """Processes that share training; of what kind, how many and which model they are."""
         self.start: Tensors = {}
         """What the run starts from, and the reference of tasks that have one (see `fedlm.federation.start`): adapter
         values and frozen deltas; empty: the bare base."""
@@ -296,16 +297,32 @@ class Workbench:
         if processes == 1:
             return None
         kind, (team, wanted) = self.recipe.adapter, self._team
-        if team is None or team.closed or wanted != (processes, self.standing):
+        if team is None or team.closed or wanted != ("processes", processes, self.standing):
             self._dismiss()
             team = Team(self.standing, kind, self.recipe.seed, processes, self.recipe.federation.threads)
-            self._team = (team, (processes, self.standing))
+            self._team = (team, ("processes", processes, self.standing))
         values = adapter_parameters(self.model)
         if kind.kind == "full":
             team.load(self.take({name: p for name, p in values.items() if name not in trained}))
         else:
             team.load({name: t for name, t in self._loaded.items() if is_delta(name)} | self.take(values))
         return team
+
+    def sharded(self, shards: int) -> ShardedTeam:
+        """The processes that each hold a part of the weights while they train; started as `team` starts others.
+
+        Raises:
+            TrainingError: they cannot be started.
+        """
+        from fedlm.training.sharded import ShardedTeam
+
+        team: Any = self._team[0]
+        if team is None or team.closed or self._team[1] != ("shards", shards, self.standing):
+            self._dismiss()
+            threads = self.recipe.federation.threads
+            team = ShardedTeam(self.standing, self.recipe.adapter, self.recipe.seed, shards, threads, self.model)
+            self._team = (team, ("shards", shards, self.standing))
+        return team  # type: ignore[no-any-return]
 
     def _dismiss(self) -> None:
         if self._team[0] is not None:
