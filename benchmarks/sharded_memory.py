@@ -1,8 +1,8 @@
 """Peak memory of each process that trains full weights: alone, with replicas, with shards.
 
-    OMP_NUM_THREADS=1 python benchmarks/sharded_memory.py [--hidden 640] [--layers 10] [--processes 2]
+    OMP_NUM_THREADS=1 python benchmarks/sharded_memory.py [--hidden 480] [--layers 20] [--processes 2]
 
-Every row trains a random Llama (50 million numbers by default) in a process of its own: two rounds of three steps of
+Every row trains a random Llama (58 million numbers by default) in a process of its own: two rounds of three steps of
 AdamW, whose moments are kept between the rounds, as a silo does it: the values as received lie in memory beside the
 model. Measured is the highest resident size (VmHWM) of rank 0 and of the helpers, and of the same program before it
 has loaded a model. Seconds are those of the steps of the second round. About two minutes on an idle core.
@@ -98,8 +98,8 @@ def row(kind: str, folder: Path, processes: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=640)
-    parser.add_argument("--layers", type=int, default=10)
+    parser.add_argument("--hidden", type=int, default=480)
+    parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

@@ -129,6 +129,7 @@ def train(
     kept = dict(optimizer_state or {})
     guard = SpikeGuard(spec.spike_guard, kept.pop(SPIKES, None)) if spec.spike_guard is not None else None
     load_optimizer_state(optimizer, parameters, kept)
+    kept.clear()  # the optimiser has copies
     device = model_device(model)
     steps = steps_per_round(spec, len(data))
     result = TrainResult(0, 0, 0, 0, 0.0, [], 0.0, {})
@@ -154,8 +155,7 @@ def train(
             if team is not None:
                 total = team.add(total)
             _require_finite(total, silo, step, "loss")
-            gradients = [p.grad for p in parameters.values() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
             if team is not None:
                 norm = team.norm(norm)
             _require_finite(float(norm), silo, step, "gradient")

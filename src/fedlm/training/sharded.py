@@ -74,6 +74,7 @@ def train_sharded(
     kept = dict(optimizer_state or {})
     spikes = {SPIKES: kept.pop(SPIKES)} if SPIKES in kept else {}
     with team.parted(model, parameters, spec, (generator_key, window.round), kept) as (shards, values, pieces):
+        pieces |= spikes
         result = train(
             shards.model,
             values,
@@ -83,7 +84,7 @@ def train_sharded(
             generator_key=generator_key,
             rule=None,
             objective=Gathered(Tools(shards.model, spec), shards.whole),
-            optimizer_state=pieces | spikes,
+            optimizer_state=pieces,
             team=team,
             **others,
         )
@@ -157,11 +158,11 @@ class ShardedTeam(Team):
                     values[name].copy_(self._part(parameter.detach().to("cpu", torch.float32)))
                     if name in trained:
                         parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
-            pieces = {slot: self._part(value.to(torch.float32)) for slot, value in kept.items()}
+            self._pieces = {slot: self._part(value.to(torch.float32)) for slot, value in kept.items()}
             shards.check(spec)
             self._trained = {name: values[name] for name in trained}
             self._model = dict(model.named_parameters())
-            yield shards, self._trained, pieces
+            yield shards, self._trained, self._pieces
         except BaseException as error:
             ended = isinstance(error, RuntimeError) and self._ended()
             self.close()
@@ -173,12 +174,13 @@ class ShardedTeam(Team):
                 raise self._fault() from None
             raise
         finally:
-            self.__dict__.pop("_trained", None)
-            self.__dict__.pop("_model", None)
+            for held in ("_trained", "_model", "_pieces"):
+                self.__dict__.pop(held, None)
 
     @contextmanager
     def round(self, *_: Any) -> Iterator[None]:
         """The steps, inside of `parted`, which has said all that there is to say."""
+        self._pieces.clear()  # the optimiser has copies
         yield
         self._group.tell([])
 
@@ -265,6 +267,7 @@ def _round(shards: Shards, group: Group, command: dict[str, Any]) -> None:
     shards.check(spec)
     optimizer = make_optimizer(spec, own)
     load_optimizer_state(optimizer, own, moments)
+    moments.clear()
     objective = Gathered(Tools(shards.model, spec), shards.whole)
     key = (*command["key"], "rank", group.rank)
     with training_mode(shards.model, spec), seeded(key, command["round"], model_device(shards.model)):
@@ -273,8 +276,7 @@ def _round(shards: Shards, group: Group, command: dict[str, Any]) -> None:
             total = backward(objective, shards.passes(sequences, spec))
             shards.take_gradients(own)
             group.sum(torch.tensor([total], dtype=torch.float64))
-            gradients = [p.grad for p in own.values() if p.grad is not None]
-            norm = shards.norm(torch.nn.utils.get_total_norm(gradients))
+            norm = shards.norm(torch.nn.utils.get_total_norm([p.grad for p in own.values() if p.grad is not None]))
             rate, taken = group.broadcast(torch.empty(2, dtype=torch.float64)).tolist()
             if taken:
                 for one in optimizer.param_groups:

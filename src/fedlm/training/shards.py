@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import datetime
 import os
 import socket
@@ -28,6 +29,10 @@ from fedlm.training.sequences import Encoded, Example
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+
+MAPPED = 1 << 20
+"""Bytes from which a block of memory is mapped by itself, and given back when it is freed."""
 
 
 class Whole(nn.Module):
@@ -69,6 +74,8 @@ class Shards:
     def __init__(self, model: nn.Module, group: Group, mesh: DeviceMesh, device: torch.device) -> None:
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
+        if device.type == "cpu":
+            _give_back()
         self._group = group
         self.model = _without_values(model)
         blocks = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -179,6 +186,17 @@ def leave() -> None:
     """Leave that group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _give_back() -> None:
+    """Let the GNU C library map large blocks, for the rest of this process.
+
+    Once a mapped block of up to 32 MB is freed, it takes the next ones of that size from its heap. What is gathered and
+    freed block by block then leaves holes there that are larger than what sharding saves.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "gnu_get_libc_version"):
+        library.mallopt(-3, MAPPED)  # M_MMAP_THRESHOLD, which also ends its adjustment
 
 
 def _without_values(model: nn.Module) -> nn.Module:
