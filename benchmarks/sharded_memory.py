@@ -1,11 +1,12 @@
 """Peak memory of each process that trains full weights: alone, with replicas, with shards.
 
-    OMP_NUM_THREADS=1 python benchmarks/sharded_memory.py [--hidden 480] [--layers 20] [--processes 2]
+    OMP_NUM_THREADS=1 python benchmarks/sharded_memory.py [--hidden 480] [--layers 20] [--processes 2] [--fresh]
 
 Every row trains a random Llama (58 million numbers by default) in a process of its own: two rounds of three steps of
-AdamW, whose moments are kept between the rounds, as a silo does it: the values as received lie in memory beside the
-model. Measured is the highest resident size (VmHWM) of rank 0 and of the helpers, and of the same program before it
-has loaded a model. Seconds are those of the steps of the second round. About two minutes on an idle core.
+AdamW, whose moments are kept between the rounds (not with `--fresh`), as a silo does it: the values as received lie in
+memory beside the model. Measured is the highest resident size (VmHWM) of rank 0 and of the helpers, and of the same
+program before it has loaded a model. Seconds are those of the steps of the second round. About two minutes on an idle
+core.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def build(folder: Path, hidden: int, layers: int) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def row(kind: str, folder: Path, processes: int) -> dict[str, Any]:
+def row(kind: str, folder: Path, processes: int, fresh: bool) -> dict[str, Any]:
     """Train as `kind` says."""
     import numpy as np
     import torch
@@ -66,7 +67,7 @@ def row(kind: str, folder: Path, processes: int) -> dict[str, Any]:
     generator = np.random.default_rng(0)
     rows = [Encoded(generator.integers(0, 2048, 64).astype(np.int32), np.arange(64) > 0) for _ in range(24)]
     data = TokenSet.of(Example((encoded,)) for encoded in rows)
-    spec = TrainingSpec(steps=3, batch_size=4, max_length=64, lr=3e-4, keep_optimizer=True)
+    spec = TrainingSpec(steps=3, batch_size=4, max_length=64, lr=3e-4, keep_optimizer=not fresh)
     model = attach(load_base(source), full, 0)
     received = {name: p.detach().clone() for name, p in trainable(model).items()}
     teams = {
@@ -101,16 +102,18 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=480)
     parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--fresh", action="store_true", help="moments begin anew each round")
     parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.row:
-        print(json.dumps(row(given.row, given.folder, given.processes)))
+        print(json.dumps(row(given.row, given.folder, given.processes, given.fresh)))
         return
     with tempfile.TemporaryDirectory() as name:
         build(Path(name), given.hidden, given.layers)
         for kind in ROWS:
             command = [sys.executable, __file__, "--row", kind, "--folder", name, "--processes", str(given.processes)]
+            command += ["--fresh"] * given.fresh
             out = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
             found = json.loads(out.splitlines()[-1])
             sizes = [found["program"], found["rank 0"], *found["helpers"]]
