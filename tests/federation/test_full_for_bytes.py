@@ -302,7 +302,11 @@ REFUSED = [
     ("fedkseed", ("training.clip_norm=0.5",), r"training.clip_norm.*has no effect with 'fedkseed'"),
     ("fedkseed", ("training.gradient_checkpointing=true",), r"has no effect with 'fedkseed'"),
     ("feedsign", ("training.lr=0.1",), r"training.lr.*has no effect with 'feedsign'"),
-    ("feedsign", ("training.steps=null", "training.epochs=1.0"), r"give `steps`, the same for all"),
+    (
+        "feedsign",
+        ("training.steps=null", "training.epochs=1.0"),
+        r"the same number of steps: give `steps`",
+    ),
     ("feedsign", ("federation.algorithm.weights=tokens",), r"feedsign counts every silo the same"),
     ("feedsign", ("federation.algorithm.seeds=8",), r"has no effect with 'feedsign'"),
     ("ferret", ("federation.algorithm.per_block=3",), r"256 bases do not fill blocks of 3"),

@@ -257,6 +257,8 @@ def asked(tiny: Tiny, algorithm: str, guards: str, *more: str) -> str:
     """What is said against a recipe of this algorithm with these guards; empty where nothing is."""
     method = ALGORITHMS[algorithm]
     kind = method.adapters[0]
+    if method.goes_on:
+        more = ("training.keep_optimizer=true", "federation.downlink.send=changed", *more)
     try:
         tiny.recipe(
             f"federation.algorithm.name={algorithm}",

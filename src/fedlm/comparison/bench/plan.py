@@ -54,7 +54,12 @@ class Job:
 
 
 def rates(base: Base, row: Row, count: int) -> list[float]:
-    """The rates that are tried: around the row's own middle, each `row.spacing` times the one before."""
+    """The rates that are tried: around the row's own middle, each `row.spacing` times the one before.
+
+    One, which nothing reads, for a method without a rate.
+    """
+    if "lr" in row.facts.without and row.server_lr is None:
+        count = 1
     middle = row.lr * base.recipe.training.lr if row.server_lr is None else row.server_lr
     found = [middle * row.spacing ** (i - (count - 1) / 2) for i in range(count)]
     return [float(f"{rate:.3g}") for rate in found]
@@ -141,7 +146,7 @@ def _rounds(base: Base, row: Row) -> int:
     updates are more or fewer."""
     federation = base.recipe.federation
     if not row.facts.asynchronous:
-        return federation.rounds + row.facts.setup_rounds
+        return max(federation.rounds + row.facts.setup_rounds, row.facts.min_rounds)
     trainings = federation.rounds * wanted(federation, base.silos)
     return max(1, trainings // row.buffer)
 
