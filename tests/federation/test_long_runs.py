@@ -11,10 +11,12 @@ from typing import Any
 import psutil
 import pytest
 
-from fedlm.errors import RecipeError
+from fedlm.errors import RecipeError, RunError
 from fedlm.federation.api import run_recipe
 from fedlm.federation.conversations import Conversations
+from fedlm.recipe.capacity import Capacity
 from fedlm.training import parallel, spikes
+from fedlm.training.plan import make_plan
 from tests.federation.conftest import Tiny
 from tests.federation.mixed import adapter, lines, model_after
 
@@ -107,6 +109,14 @@ def test_silos_whose_steps_two_processes_share_end_as_others_do(
 
 
 FULL = ("adapter={kind: full}", "federation.algorithm={name: diloco}", "training.keep_optimizer=true")
+
+
+@pytest.mark.parametrize("limit", [{"shards": 2}, {"processes": 2}])
+def test_an_owner_s_wish_that_a_run_cannot_grant_is_told(tiny: Tiny, limit: dict[str, int]) -> None:
+    kind = "lora" if "shards" in limit else "prompt"
+    recipe = tiny.recipe(*PRETRAIN, f"adapter={{kind: {kind}}}")
+    with pytest.raises(RunError, match=f"`{next(iter(limit))}` .*'{kind}'"):
+        make_plan(recipe, Capacity(**limit), None)
 
 
 @pytest.mark.slow
