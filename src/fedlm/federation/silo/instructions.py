@@ -32,6 +32,7 @@ from fedlm.files import cache_dir, read_json, write_json
 from fedlm.models.chat import render
 from fedlm.randomness import torch_generator
 from fedlm.recipe.instructions import InstructionExample, InstructionSpec
+from fedlm.training.attention import causal_model
 from fedlm.training.forward import by_tokens, model_device, precision
 from fedlm.training.generation import Draw, generate
 
@@ -178,10 +179,9 @@ def embeddings(
             mask = torch.zeros(len(run), longest, dtype=torch.long)
             for row, i in enumerate(run):
                 whole[row, : len(ids[i])], mask[row, : len(ids[i])] = torch.tensor(ids[i]), 1
-            states = model(
-                input_ids=whole.to(device), attention_mask=mask.to(device), use_cache=False,
-                output_hidden_states=True, logits_to_keep=1,
-            ).hidden_states[-1].double().cpu()  # fmt: skip
+            body = causal_model(model).base_model  # without the logits, and keeping no layer's states but the last's
+            out = body(input_ids=whole.to(device), attention_mask=mask.to(device), use_cache=False)
+            states = out.last_hidden_state.double().cpu()
             found.append((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
     return torch.cat(found).numpy()
 
