@@ -196,6 +196,8 @@ def test_rows_do_the_same_work(file: Path) -> None:
     recipe = load_recipe(file)
     base = Base(file, (), recipe, 4)
     for row in all_rows():
+        if row.facts.min_rounds > recipe.federation.rounds:
+            continue
         found = job(base, row, 1e-3, 1, "test").recipe
         federation, updates = found.federation, row.buffer if row.facts.asynchronous else 4
         trained = federation.rounds - row.facts.setup_rounds

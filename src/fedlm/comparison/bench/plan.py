@@ -146,7 +146,7 @@ def _rounds(base: Base, row: Row) -> int:
     updates are more or fewer."""
     federation = base.recipe.federation
     if not row.facts.asynchronous:
-        return max(federation.rounds + row.facts.setup_rounds, row.facts.min_rounds)
+        return federation.rounds + row.facts.setup_rounds
     trainings = federation.rounds * wanted(federation, base.silos)
     return max(1, trainings // row.buffer)
 
