@@ -19,16 +19,14 @@ from fedlm.data.federated import load_data
 from fedlm.errors import FedlmError, RecipeError, RunError
 from fedlm.federation.api import about, new_run, run_recipe
 from fedlm.federation.coordinator import run
-from fedlm.federation.engines.flare.engine import FlareEngine
 from fedlm.federation.engines.local import LocalEngine
-from fedlm.federation.silo import Silo, Workbench
+from fedlm.federation.silo import Workbench
 from fedlm.federation.silo.reference import Reference, reference_hash
-from fedlm.messages import Failure, Observe, Reply, Request, Tensors
+from fedlm.messages import Tensors
 from fedlm.models.adapters import base_only
 from fedlm.training.forward import sequence_nll
 from fedlm.training.objective import sequences_of
-from tests.federation.flare.loop import Loop
-from tests.federation.interrupted import Interrupted, ended, lines
+from tests.federation.interrupted import Interrupted, ended, lines, over_a_network
 from tests.federation.preferences import JUDGED, Preferences
 
 
@@ -70,20 +68,7 @@ def test_the_same_bits_over_a_network_and_resumed(loss: str, tiny_preferences: P
     changes = (f"preference.loss={loss}", "preference.weights={helpful: 2.0, harmless: 1.0}")
     recipe = of.recipe(*changes)
     run_recipe(recipe, base=of.base, run_dir=here)
-    data = load_data(recipe, of.base)
-    (there / "silos").mkdir(parents=True)
-    bench = Workbench(recipe, data)
-
-    def handle(request: Request, tell: Observe, should_stop: object) -> Reply | Failure:  # noqa: ARG001
-        return Silo(request.silo, bench, there / "silos").handle(request)
-
-    loop = Loop(tmp_path / "network", tuple(data.names), dict.fromkeys(data.names, handle))
-    with closing(new_run(recipe, there, base=of.base, force=True, **about(data))) as directory:
-        with closing(FlareEngine(recipe, loop.kit.path, "run", there)) as engine:
-            assert run(recipe, Interrupted(engine), directory).status == "interrupted"
-        bench = Workbench(recipe, data)
-        with closing(FlareEngine(recipe, loop.kit.path, "run", there)) as engine:
-            assert run(recipe, engine, directory, resume=True).status == "finished"
+    over_a_network(recipe, of.base, there, tmp_path / "network")
     (tensors, told), (wanted, wanted_told) = ended(there), ended(here)
     assert told == wanted_told and tensors.keys() == wanted.keys()
     assert [name for name, value in wanted.items() if not torch.equal(tensors[name], value)] == []

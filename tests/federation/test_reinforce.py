@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import json
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fedlm.data.federated import load_data
 from fedlm.errors import FedlmError, RecipeError
-from fedlm.federation.api import about, new_run, run_recipe
-from fedlm.federation.coordinator import run
-from fedlm.federation.engines.flare.engine import FlareEngine
-from fedlm.federation.silo import Silo, Workbench
-from fedlm.messages import Failure, Observe, Reply, Request
+from fedlm.federation.api import run_recipe
 from fedlm.recipe.load import load_recipe
 from fedlm.recipe.schema import Recipe
-from tests.federation.flare.loop import Loop
-from tests.federation.interrupted import Interrupted, ended, lines
+from tests.federation.interrupted import ended, lines, over_a_network
 from tests.federation.preferences import Preferences
 
 RECIPE = """
@@ -73,20 +66,7 @@ def test_the_same_bits_over_a_network_and_resumed(method: str, asking: Asking, t
     here, there = tmp_path / "here", tmp_path / "there"
     recipe = asking.recipe(f"reinforce.method={method}", "data.split.test=0")
     run_recipe(recipe, base=asking.base, run_dir=here)
-    data = load_data(recipe, asking.base)
-    (there / "silos").mkdir(parents=True)
-    bench = Workbench(recipe, data)
-
-    def handle(request: Request, tell: Observe, should_stop: object) -> Reply | Failure:  # noqa: ARG001
-        return Silo(request.silo, bench, there / "silos").handle(request)
-
-    loop = Loop(tmp_path / "network", tuple(data.names), dict.fromkeys(data.names, handle))
-    with closing(new_run(recipe, there, base=asking.base, force=True, **about(data))) as directory:
-        with closing(FlareEngine(recipe, loop.kit.path, "run", there)) as engine:
-            assert run(recipe, Interrupted(engine), directory).status == "interrupted"
-        bench = Workbench(recipe, data)
-        with closing(FlareEngine(recipe, loop.kit.path, "run", there)) as engine:
-            assert run(recipe, engine, directory, resume=True).status == "finished"
+    over_a_network(recipe, asking.base, there, tmp_path / "network")
     (tensors, told), (wanted, wanted_told) = ended(there), ended(here)
     assert told == wanted_told and tensors.keys() == wanted.keys()
     assert [name for name, value in wanted.items() if not torch.equal(tensors[name], value)] == []

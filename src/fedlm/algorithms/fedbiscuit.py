@@ -83,18 +83,10 @@ class FedBiscuit(FedAvg):
         self, parameters: Tensors, accumulator: Accumulator, state: Tensors, step: Step
     ) -> tuple[Tensors, Tensors]:
         assert isinstance(accumulator, Clusters)
-        names, k = list(cluster(parameters, 0)), self.spec.clusters
         accumulator.choices = [int(update[CHOICE].argmax()) for update in accumulator.tensors([CHOICE])]
-        sums = [Accumulator() for _ in range(k)]
-        for j, (kept, update) in zip(accumulator.choices, accumulator.read(names), strict=True):
-            sums[j].add(update, kept.weight)
-        stepped = dict(parameters)
-        for j, chosen in enumerate(sums):
-            for name, mean in chosen.mean() if chosen.count else ():
-                theta = parameters[f"cluster/{j}/{name}"]
-                stepped[f"cluster/{j}/{name}"] = torch.add(theta, mean, alpha=self.server_lr)
+        stepped, weights = accumulator.stepped(parameters, self.spec.clusters, self.server_lr)
         groups = self._regrouped(accumulator, state, step) if asks(self.spec, step.round) else state[GROUPS]
-        return stepped, {WEIGHTS: torch.tensor([chosen.weight for chosen in sums]), GROUPS: groups}
+        return stepped, {WEIGHTS: weights, GROUPS: groups}
 
     def _regrouped(self, accumulator: Clusters, state: Tensors, step: Step) -> Tensor:
         """The groups by this round's losses; silos that had no part in it keep theirs."""
@@ -115,10 +107,7 @@ class FedBiscuit(FedAvg):
     ) -> Fields:
         """Which silos trained which selector."""
         assert isinstance(accumulator, Clusters)
-        members: list[list[str]] = [[] for _ in range(self.spec.clusters)]
-        for j, kept in zip(accumulator.choices, accumulator.kept, strict=True):
-            members[j].append(kept.place.silo)
-        return {"clusters": members}
+        return {"clusters": accumulator.members(self.spec.clusters)}
 
     def exported(self, parameters: Tensors, state: Tensors) -> Tensors:
         return cluster(parameters, int(state[WEIGHTS].argmax()))

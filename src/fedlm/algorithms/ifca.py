@@ -91,15 +91,8 @@ class IFCA(FedAvg):
             accumulator.choices = grouped(lambda: map(_flat, accumulator.tensors(compared(names))), k)
         else:
             accumulator.choices = [int(update[CHOICE].argmax()) for update in accumulator.tensors([CHOICE])]
-        sums = [Accumulator() for _ in range(k)]
-        for j, (kept, update) in zip(accumulator.choices, accumulator.read(names), strict=True):
-            sums[j].add(update, kept.weight)
-        stepped = dict(parameters)
-        for j, chosen in enumerate(sums):
-            for name, mean in chosen.mean() if chosen.count else ():
-                theta = parameters[f"cluster/{j}/{name}"]
-                stepped[f"cluster/{j}/{name}"] = torch.add(theta, mean, alpha=self.server_lr)
-        return stepped, {WEIGHTS: torch.tensor([chosen.weight for chosen in sums])}
+        stepped, weights = accumulator.stepped(parameters, k, self.server_lr)
+        return stepped, {WEIGHTS: weights}
 
     def measure(
         self,
@@ -110,10 +103,7 @@ class IFCA(FedAvg):
     ) -> Fields:
         """Which silos are in which cluster."""
         assert isinstance(accumulator, Clusters)
-        members: list[list[str]] = [[] for _ in range(self.spec.clusters)]
-        for j, kept in zip(accumulator.choices, accumulator.kept, strict=True):
-            members[j].append(kept.place.silo)
-        return {"clusters": members}
+        return {"clusters": accumulator.members(self.spec.clusters)}
 
     def exported(self, parameters: Tensors, state: Tensors) -> Tensors:
         return cluster(parameters, int(state[WEIGHTS].argmax()))
@@ -128,6 +118,24 @@ class Clusters(Stored):
 
     def tensors(self, names: Sequence[str]) -> Iterable[Tensors]:
         return (update for _, update in self.read(names))
+
+    def stepped(self, parameters: Tensors, clusters: int, rate: float) -> tuple[Tensors, Tensor]:
+        """The models after a step of this rate by the mean of those that chose them, and the weights of these [k]."""
+        sums = [Accumulator() for _ in range(clusters)]
+        for j, (kept, update) in zip(self.choices, self.read(list(cluster(parameters, 0))), strict=True):
+            sums[j].add(update, kept.weight)
+        after = dict(parameters)
+        for j, chosen in enumerate(sums):
+            for name, mean in chosen.mean() if chosen.count else ():
+                after[f"cluster/{j}/{name}"] = torch.add(parameters[f"cluster/{j}/{name}"], mean, alpha=rate)
+        return after, torch.tensor([chosen.weight for chosen in sums])
+
+    def members(self, clusters: int) -> list[list[str]]:
+        """By model, the silos that chose it."""
+        found: list[list[str]] = [[] for _ in range(clusters)]
+        for j, kept in zip(self.choices, self.kept, strict=True):
+            found[j].append(kept.place.silo)
+        return found
 
 
 class Chooser(LocalRule):

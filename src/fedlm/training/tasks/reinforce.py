@@ -129,7 +129,7 @@ class Reinforce(Task):
                 "loss": (-total, rows),
                 "reward": (total, rows),
                 "answer_tokens": (float(sum(map(len, written))), rows),
-                "unfinished": (float(sum(map(self._unfinished, written))), rows),
+                "unfinished": (float(sum(map(self.unfinished, written))), rows),
             },
             {"earned": rewards.tolist(), "nll": (-rewards).tolist(), "tokens": [1] * len(rewards)},
         )
@@ -138,7 +138,8 @@ class Reinforce(Task):
             found.figures["kl"] = token_kl(held.model, some, held.reference, held.batch_tokens, packing=held.packing)
         return found
 
-    def _unfinished(self, ids: Sequence[int]) -> bool:
+    def unfinished(self, ids: Sequence[int]) -> bool:
+        """Whether an answer is as long as one may be."""
         return len(ids) == self.spec.max_new_tokens
 
 
@@ -189,7 +190,7 @@ class PolicyGradient(Objective):
         self.count("reward", float(rewards.sum()), self.answers)
         self.count("flat_groups", float((np.ptp(rewards, axis=1) == 0).sum()), len(examples))
         self.count("answer_tokens", float(self.tokens), self.answers)
-        self.count("unfinished", float(sum(map(self.task._unfinished, written))), self.answers)
+        self.count("unfinished", float(sum(map(self.task.unfinished, written))), self.answers)
         return [
             Example((sequence,), {"answer": float(i), "advantage": float(value)})
             for i, (sequence, value) in enumerate(zip(sequences, values, strict=True))
