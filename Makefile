@@ -24,7 +24,7 @@ setup: $(VENV)/.stamp-dev  ## install fedlm and everything for tests into .venv
 
 demo: $(VENV)/.stamp-core  ## federated against silos alone and pooled data, on a real model; opens the report
 	$(BIN)/fedlm init news --out runs/demo.yaml --force
-	$(BIN)/fedlm compare runs/demo.yaml --run-dir runs/demo --budgets steps --force
+	$(BIN)/fedlm compare runs/demo.yaml --run-dir runs/demo --budgets steps --force $(DEMO)
 	@echo "The report: $(CURDIR)/runs/demo/report.html"
 	@if [ "$$(uname)" = Darwin ] && command -v open >/dev/null; then open runs/demo/report.html || true; \
 	elif [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ] && command -v xdg-open >/dev/null; then \
@@ -36,8 +36,8 @@ demo-network: $(VENV)/.stamp-network  ## the same recipe over a network on this 
 test: $(VENV)/.stamp-dev  ## the test suite
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
 
-test-slow: $(VENV)/.stamp-dev  ## end-to-end tests on the real model: minutes, needs the package registry once
-	$(BIN)/python -m pytest -m slow --durations=20 $(ARGS)
+test-slow: $(VENV)/.stamp-dev  ## tests on the real model and the longest others: tens of minutes, needs the package registry once
+	$(BIN)/python -m pytest -m slow -n auto --maxprocesses 2 --durations=20 $(ARGS)
 
 lint: $(VENV)/.stamp-dev  ## ruff, mypy --strict, order of imports between rooms
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Bench: a Llama from scratch on real text over 4 and 8 silos, by DiLoCo and its relatives, beside synchronous ones.
 
-    python benchmarks/pretraining.py --out runs/pretraining [--quick] [--tokens 5242880] [--arms NAME,NAME] [--lr 4e-3]
+    python benchmarks/pretraining.py --out runs/pretraining [--quick] [--tokens 5242880] [--arms NAME,NAME]
     python benchmarks/pretraining.py --out runs/pretraining --report
 
 The model is `preset:llama-1m` (4 layers of width 128) with a byte-level BPE of 2,048 tokens, trained here on the same
@@ -16,7 +16,8 @@ with H = 64 inner steps and 4 silos; `fedavg` is Photon's (outer rate 1, no mome
 `streaming` has 4 fragments in turn, `eager` overlapped outer steps. No arm has fewer than 15 outer rounds.
 
 Every arm is a run directory OUT/<arm>, left where it stops and continued by the same command; several processes may
-work on different --arms. OUT gets results.json, table.md and curves.html of the arms that are finished.
+work on different --arms. OUT gets results.json, table.md and curves.svg of the arms that are finished. An arm in
+results.json is not trained again: to go on elsewhere, that file is enough (docs/figures/pretraining.json is one).
 
 Reported: loss on held-out documents over tokens and over bytes (up and down, messages that measure included: they
 carry the model that the next round starts from), the loss on test documents after the last round, and the bytes of the
@@ -70,11 +71,25 @@ class Arm:
     """H: inner steps between two synchronisations of a parameter."""
     fragments: int = 1
     changes: tuple[str, ...] = ()
+    lr: float = 4e-3
+    """Of AdamW, the best of a short search (docs/lifecycle.md)."""
 
     @property
     def steps(self) -> int:
         """Of a round."""
         return self.inner // self.fragments
+
+
+def outer(inner: int) -> tuple[str, ...]:
+    """The outer optimiser: with few inner steps momentum of .9 overshoots, and the plain mean is best."""
+    if inner > 16:
+        return ()
+    return ("federation.algorithm={name: diloco, weights: equal, server_lr: 1.0, server_momentum: 0.0}",)
+
+
+def rate(inner: int) -> float:
+    """The inner learning rate: momentum of .9 makes seven steps of one, so a rate below that without it is best."""
+    return 4e-3 if inner <= 16 else 1e-3
 
 
 def every_arm(quick: bool) -> list[Arm]:
@@ -92,19 +107,20 @@ def every_arm(quick: bool) -> list[Arm]:
     for silos in (4,) if quick else (4, 8):
         share = (f"data.partition.by=silo{silos}", f"training.batch_size={SEQUENCES // silos}")
         inner = (short,) if quick else (16, short, middle, long)
-        found += [Arm(f"diloco-H{h}-N{silos}", silos, h, changes=share) for h in inner]
-        found.append(Arm(f"diloco-int4-H{middle}-N{silos}", silos, middle, changes=(*share, *int4)))
-        found.append(Arm(f"streaming-H{middle}-N{silos}", silos, middle, 4, (*share, *streaming)))
+        found += [Arm(f"diloco-H{h}-N{silos}", silos, h, changes=(*share, *outer(h)), lr=rate(h)) for h in inner]
+        found += [
+            Arm(f"diloco-int4-H{h}-N{silos}", silos, h, changes=(*share, *outer(h), *int4), lr=rate(h)) for h in inner
+        ]
+        found.append(Arm(f"streaming-H{middle}-N{silos}", silos, middle, 4, (*share, *streaming), rate(middle)))
         if silos == 4:
             anew = (*share, plain, "training.keep_optimizer=false")
             photon = "federation.algorithm={name: diloco, weights: equal, server_lr: 0.7, server_momentum: 0.7}"
             eager = "federation.algorithm={name: eager-diloco}"
             found += [
                 Arm(f"fedavg-H{middle}-N4", 4, middle, changes=anew),
-                Arm(f"nesterov-0.7-H{middle}-N4", 4, middle, changes=(*share, photon)),
-                Arm(f"diloco-int4-H{long}-N4", 4, long, changes=(*share, *int4)),
-                Arm(f"streaming-int4-H{middle}-N4", 4, middle, 4, (*share, *streaming, *int4)),
-                Arm(f"eager-H{short}-N4", 4, short, changes=(*share, eager)),
+                Arm(f"nesterov-0.7-H{middle}-N4", 4, middle, changes=(*share, photon), lr=2e-3),
+                Arm(f"streaming-int4-H{middle}-N4", 4, middle, 4, (*share, *streaming, *int4), rate(middle)),
+                Arm(f"eager-H{short}-N4", 4, short, changes=(*share, eager), lr=rate(short)),
             ]
     wanted = {arm.name: arm for arm in found}
     return [arm for arm in wanted.values() if not quick or arm.name.startswith(("sync", "diloco", "streaming-H"))]
@@ -158,12 +174,12 @@ def train(arm: Arm, out: Path, total: int, args: argparse.Namespace) -> None:
     folder, rounds = out / arm.name, total // arm.steps
     if rounds * arm.steps != total or total // arm.inner < 15:
         raise SystemExit(f"{arm.name}: {total} steps are not at least 15 whole outer rounds of {arm.inner}")
-    text = RECIPE.format(tokenizer=(out / "tokenizer").resolve(), length=LENGTH, lr=args.lr, seed=args.seed)
+    text = RECIPE.format(tokenizer=(out / "tokenizer").resolve(), length=LENGTH, lr=args.lr or arm.lr, seed=args.seed)
     path = out / "recipe.yaml"
     write_atomic(path, text.encode())
-    every = f"{{every: {rounds // 2}, max_examples: 1}}" if args.quick else f"{{every: {max(1, rounds // 16)}}}"
+    every = f"{{every: {rounds // 2}, max_examples: 1}}" if args.quick else f"{{every: {max(1, rounds // 8)}}}"
     changes = (f"federation.rounds={rounds}", f"training.steps={arm.steps}", f"evaluation={every}")
-    recipe = load_recipe(path, [*changes, *arm.changes])
+    recipe = load_recipe(path, [*changes, *arm.changes, *args.changes])
     resume = (folder / "run.json").exists()
     if resume and RunDir.open(folder, write=False).meta["status"] == "finished":
         return
@@ -215,13 +231,28 @@ def curve(arm: Arm, folder: Path, parameters: int) -> dict[str, Any]:
 # -------------------------------------------------------------------------------- report
 
 
-def report(out: Path, arms: list[Arm]) -> None:
-    """results.json, table.md and curves.html of the finished arms."""
+def earlier(out: Path, steps: int) -> dict[str, dict[str, Any]]:
+    """Arms in OUT/results.json, whose run directories may be gone or on another machine.
+
+    Raises:
+        SystemExit: they took another number of steps.
+    """
+    file = out / "results.json"
+    arms = json.loads(file.read_text())["arms"] if file.exists() else []
+    if other := {r["steps"] for r in arms} - {steps}:
+        raise SystemExit(f"{file} has arms of {min(other)} steps, and these are of {steps}: take another --out")
+    return {r["arm"]: r for r in arms}
+
+
+def report(out: Path, arms: list[Arm], steps: int) -> None:
+    """results.json, table.md and curves.svg of the finished arms."""
     from fedlm.recipe.presets import PRESETS
 
     parameters = PRESETS["llama-1m"].parameters(VOCABULARY)
-    done = [a for a in arms if (out / a.name / "evaluation.json").exists()]
-    results = [curve(arm, out / arm.name, parameters) for arm in done]
+    before = earlier(out, steps)
+    done = {a.name: curve(a, out / a.name, parameters) for a in arms if (out / a.name / "evaluation.json").exists()}
+    found = {**before, **done}
+    results = [found[arm.name] for arm in arms if arm.name in found]
     base = next((r for r in results if r["arm"] == "sync"), None)
     for r in results:
         reduced = 2 * 4 * parameters * r["steps"] * max(r["silos"], 4)
@@ -238,32 +269,33 @@ def report(out: Path, arms: list[Arm]) -> None:
         rows += f"{(r['bytes_up'] + r['bytes_down']) / 1e6:,.1f} | {r['fewer_bytes']:.1f} x | "
         rows += f"{r['largest_up_per_silo'] / 1e6:.2f} MB | {r['seconds'] / 60:.1f} |\n"
     write_atomic(out / "table.md", (head + rows).encode())
-    write_atomic(out / "curves.html", page(results).encode())
+    draw(results, out / "curves.svg")
     print(head + rows)
 
 
-def page(results: list[dict[str, Any]]) -> str:
-    """Loss over tokens, and over bytes on a logarithmic axis."""
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
+def draw(results: list[dict[str, Any]], file: Path) -> None:
+    """Loss over tokens, and over bytes on a logarithmic axis; a colour for each method, a shade for each H."""
+    import matplotlib
 
-    figure = make_subplots(1, 2, shared_yaxes=True, subplot_titles=("loss over tokens", "loss over bytes, up + down"))
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "curves", "font.size": 9})
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
+    colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
     for i, r in enumerate(results):
-        for column, axis in ((1, "tokens"), (2, "bytes")):
-            points = [p for p in r["points"] if p[axis] > 0]
-            trace = go.Scatter(
-                x=[p[axis] for p in points],
-                y=[p["loss"] for p in points],
-                name=r["arm"],
-                legendgroup=r["arm"],
-                showlegend=column == 1,
-                line={"color": f"hsl({360 * i // len(results)}, 60%, 45%)"},
-            )
-            figure.add_trace(trace, 1, column)
-    figure.update_xaxes(type="log", col=2)
-    figure.update_yaxes(title="validation loss", col=1)
-    html: str = figure.to_html(include_plotlyjs=True, full_html=True)
-    return html
+        for axis, over in zip(axes, ("tokens", "bytes"), strict=True):
+            points = [p for p in r["points"] if p[over] > 0 and p["tokens"] > 0]
+            style = {"color": colours[i % 20], "linestyle": "--" if r["silos"] == 8 else "-", "linewidth": 1.4}
+            axis.plot([p[over] for p in points], [p["loss"] for p in points], label=r["arm"], **style)
+    axes[1].set_xscale("log")
+    axes[0].set(xlabel="tokens", ylabel="validation loss, nats a token")
+    axes[1].set(xlabel="bytes up + down, all silos")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    axes[1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
+    figure.savefig(file, metadata={"Date": None})
+    pyplot.close(figure)
 
 
 def main() -> None:
@@ -271,7 +303,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="a check of the script: 120 steps, 4 silos, H = 8")
     parser.add_argument("--tokens", type=int, default=5120 * STEP)
-    parser.add_argument("--lr", type=float, default=4e-3, help="of AdamW, in every arm")
+    parser.add_argument("--lr", type=float, help="of AdamW, in every arm; default: the arm's own")
+    parser.add_argument("--set", dest="changes", action="append", default=[], help="another setting of every arm")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--arms", help="names, with commas; default: all")
     parser.add_argument("--report", action="store_true", help="only write what is finished")
@@ -282,10 +315,11 @@ def main() -> None:
         raise SystemExit(f"no such arm: {', '.join(unknown)} (there are {', '.join(a.name for a in arms)})")
     args.out.mkdir(parents=True, exist_ok=True)
     prepare(args.out)
+    known = earlier(args.out, total)
     for arm in arms:
-        if not args.report and (args.arms is None or arm.name in args.arms.split(",")):
+        if not args.report and arm.name not in known and (args.arms is None or arm.name in args.arms.split(",")):
             train(arm, args.out, total, args)
-    report(args.out, arms)
+    report(args.out, arms, total)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ Each is measured on held-out prompts, before, after the federation and after the
 (`fedlm compare` without silos alone); differences are paired by prompt, with bootstrap intervals. A bench that was
 stopped goes on where it was. `--quick` shows that the script works, and no more.
 
-    python benchmarks/reinforce.py [--arms words,judge] [--method grpo] [--out runs/reinforce] [--workers 2] [--quick]
+    python benchmarks/reinforce.py [--arms words,judge] [--method grpo] [--out runs/reinforce] [--set A.B=C] [--quick]
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def template(name: str, folder: Path, changes: tuple[str, ...]) -> Recipe:
     return load_recipe(file, changes)
 
 
-def judge(folder: Path, quick: bool) -> Path:
+def judge(folder: Path, quick: bool, changes: list[str]) -> Path:
     """The run directory of the reward model, trained if it is not there yet."""
     run_dir = folder / "reward"
-    recipe = template("reward", folder, ("evaluation.every=1000", *(QUICK if quick else ())))
+    recipe = template("reward", folder, ("evaluation.every=1000", *(QUICK if quick else ()), *of_model(changes)))
     begun = (run_dir / "run.json").exists()
     if not begun or RunDir.open(run_dir, write=False).meta["status"] != "finished":
         print("training the reward model", flush=True)
@@ -56,14 +56,20 @@ def judge(folder: Path, quick: bool) -> Path:
     return run_dir
 
 
-def measure(arm: str, folder: Path, method: str, quick: bool, workers: int) -> dict[str, Any]:
+def of_model(changes: list[str]) -> list[str]:
+    """Those that say what the model is: the judge takes them too."""
+    return [change for change in changes if change.startswith("model.")]
+
+
+def measure(arm: str, options: argparse.Namespace) -> dict[str, Any]:
     """One arm of the bench: figures before, after and in one place, and the paired differences."""
-    changes = (*settings(quick), f"reinforce.method={method}")
+    folder, method = options.out, options.method
+    changes = (*settings(options.quick), f"reinforce.method={method}")
     if arm == "judge":
-        source = f"reinforce.reward={{kind: model, run: {judge(folder, quick)}}}"
+        source = f"reinforce.reward={{kind: model, run: {judge(folder, options.quick, options.changes)}}}"
         school = template("preference", folder, ()).data.model_dump_json(exclude_defaults=True)
         changes = (*changes, source, f"data={school}", "reinforce.max_new_tokens=24", "federation.sample=all")
-    recipe, run_dir = template("reinforce", folder, changes), folder / f"{arm}-{method}"
+    recipe, run_dir = template("reinforce", folder, (*changes, *options.changes)), folder / f"{arm}-{method}"
 
     def tell(event: Event) -> None:
         if event["kind"] == "round_done" and event["round"] >= 0:
@@ -71,7 +77,12 @@ def measure(arm: str, folder: Path, method: str, quick: bool, workers: int) -> d
             print(f"{arm}: {event.get('arm', '')} round {event['round']}, reward {reward}", flush=True)
 
     outcome = compare(
-        recipe, run_dir=run_dir, budgets=(), workers=workers, resume=(run_dir / "run.json").exists(), observe=tell
+        recipe,
+        run_dir=run_dir,
+        budgets=(),
+        workers=options.workers,
+        resume=(run_dir / "run.json").exists(),
+        observe=tell,
     )
     rows = {}
     for row in outcome["table"]:
@@ -110,11 +121,12 @@ def main() -> None:
     parser.add_argument("--method", default="grpo", choices=["grpo", "rloo"])
     parser.add_argument("--out", type=Path, default=Path("runs/reinforce"))
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--set", dest="changes", action="append", default=[], help="another setting of the recipe")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     results = []
     for arm in options.arms.split(","):
-        results.append(measure(arm, options.out, options.method, options.quick, options.workers))
+        results.append(measure(arm, options))
         write_json(options.out / f"reinforce-{options.method}.json", {"results": results})
     print(markdown(results))
 

@@ -52,12 +52,25 @@ class UpdateRefused(FedlmError):
     """A silo's update is non-finite, misshapen, incomplete or has an absurd weight."""
 
 
+class AggregationRefused(FedlmError):
+    """A party of secure aggregation refuses a message: malformed, forged, replayed, or asking for what would let one
+    silo's update be read."""
+
+
 class RunError(FedlmError):
     """A run cannot start, continue or be read: quorum, run directory, checkpoint."""
 
 
 class NetworkError(FedlmError):
     """A kit, a certificate or a process between organisations is wrong, missing or does not answer."""
+
+
+class PrivacyError(FedlmError):
+    """A privacy guarantee cannot be computed or kept: no accountant covers it, or its ledger is damaged."""
+
+
+class BudgetExceeded(PrivacyError):
+    """A release would spend more privacy than the budget allows."""
 
 
 class MissingExtra(FedlmError):

@@ -107,8 +107,8 @@ class JsonLines(logging.Formatter):
             **self._always,
             **_extra(record),
         }
-        # default=str: a log line is never worth an exception
-        return json.dumps(line, ensure_ascii=False, default=str)
+        # default=str: a log line is never worth an exception; nor is half a surrogate pair, which no file takes
+        return json.dumps(line, ensure_ascii=False, default=str).encode(errors="backslashreplace").decode()
 
 
 class PlainLines(logging.Formatter):
@@ -121,7 +121,8 @@ class PlainLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         fields = "".join(f" {name}={value}" for name, value in {**self._always, **_extra(record)}.items())
         line = f"{_time(record.created)} {record.levelname.lower()} {record.name}: {_message(record)}{fields}"
-        return line.replace("\n", " ")
+        # words from elsewhere must neither end the line nor reach a terminal as commands
+        return "".join(c if c.isprintable() else " " for c in line.encode(errors="backslashreplace").decode())
 
 
 class _PrivateFile(logging.handlers.RotatingFileHandler):

@@ -4,8 +4,9 @@ go, or over a network, resumed, and sent only what has changed, it ends in the s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from fedlm.recipe.schema import Recipe
 from tests.federation.conftest import Tiny
 from tests.federation.flare.loop import Loop
 
-SILOS = ("site2", "site3")
+SILOS, THREE = ("site2", "site3"), ("site0", "site2", "site3")
 SEEDS = ["federation.algorithm.seeds=8"]
 OPTIONS = {
     "fedkseed": SEEDS,
@@ -42,20 +43,29 @@ OPTIONS = {
         "federation.downlink={send: changed}",
     ],
     "delayed-nesterov": ["federation.algorithm.buffer=2"],
+    "fltrust": ["federation.algorithm.root=site3"],
 }
 
 
+def silos_of(name: str) -> tuple[str, ...]:
+    """As many as the method needs."""
+    withstands = ALGORITHMS[name].withstands
+    return THREE if withstands is not None and withstands[1] > 2 else SILOS
+
+
 def recipe_of(tiny: Tiny, name: str, *more: str) -> Recipe:
-    """Two unequal silos, three rounds, alpha != rank; AdamW's moments kept and updates compressed where they may be."""
+    """Unequal silos, three rounds, alpha != rank; AdamW's moments kept and updates compressed where they may be."""
     method = ALGORITHMS[name]
     changes = [f"federation.algorithm.name={name}", "federation.rounds=3", "training.steps=2"]
     kind = "lora" if "lora" in method.adapters else method.adapters[0]
     changes += [
-        "data.partition.max_silos=2",
+        f"data.partition.max_silos={len(silos_of(name))}",
         "data.split.test=0",
         "evaluation={max_examples: 2, every: 2}",
         f"adapter={{kind: {kind}}}",
     ]
+    if method.withstands is not None:
+        changes.append("federation.algorithm.byzantine=0")
     if kind in FACTORS:
         changes += ["adapter.rank=2", "adapter.alpha=6"]
     if not method.asynchronous and "keep_optimizer" not in method.without:
@@ -69,10 +79,10 @@ def recipe_of(tiny: Tiny, name: str, *more: str) -> Recipe:
 class Network:
     """Both relays with their sockets and parts, for one run after another; its silos can start anew."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, silos: tuple[str, ...]) -> None:
         self.bench: Workbench
         self.states: Path
-        self.loop = Loop(folder, SILOS, dict.fromkeys(SILOS, self.handle))
+        self.loop = Loop(folder, silos, dict.fromkeys(silos, self.handle))
 
     def handle(self, request: Request, tell: Observe, should_stop: object) -> Reply | Failure:  # noqa: ARG002
         return Silo(request.silo, self.bench, self.states).handle(request)
@@ -85,8 +95,14 @@ class Network:
 
 
 @pytest.fixture(scope="module")
-def network(tmp_path_factory: pytest.TempPathFactory) -> Network:
-    return Network(tmp_path_factory.mktemp("network"))
+def networks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[str, ...]], Network]:
+    """The network of these silos, the same one whenever it is asked for."""
+    return cache(lambda silos: Network(tmp_path_factory.mktemp("network"), silos))
+
+
+@pytest.fixture
+def network(networks: Callable[[tuple[str, ...]], Network], name: str) -> Network:
+    return networks(silos_of(name))
 
 
 class Interrupted:
@@ -110,13 +126,13 @@ class Interrupted:
         yield from self.engine.exchange(asked, deadline, stop)
 
 
-def ended(folder: Path) -> tuple[dict[str, Tensors], list[list[Any]]]:
+def ended(folder: Path, silos: tuple[str, ...]) -> tuple[dict[str, Tensors], list[list[Any]]]:
     """The last checkpoint, what silos keep of the last round, and what was measured."""
     directory = RunDir.open(folder, write=False)
     checkpoint = directory.load_checkpoint()
     assert checkpoint is not None
     tensors = {"model": checkpoint.parameters, "server": checkpoint.server_state}
-    for silo in SILOS:
+    for silo in silos:
         for file in (folder / "silos" / silo).rglob("round-0002.safetensors"):
             tensors[silo] = load_file(file)
     figures = ("loss", "validation", "replied", "failures", "aggregation", "arrivals", "clock")
@@ -124,7 +140,11 @@ def ended(folder: Path) -> tuple[dict[str, Tensors], list[list[Any]]]:
     return tensors, told
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+OFTEN = {"fedavg", "scaffold", "diloco", "fedbpt", "ditto", "fedbuff", "fedkseed", "foolsgold"}
+"""Those of the fast suite, one of a kind."""
+
+
+@pytest.mark.parametrize("name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in ALGORITHMS])
 def test_the_same_bits_over_a_network_and_resumed(name: str, tiny: Tiny, network: Network, tmp_path: Path) -> None:
     recipe = recipe_of(tiny, name)
     here, there = tmp_path / "here", tmp_path / "there"
@@ -142,13 +162,14 @@ def test_the_same_bits_over_a_network_and_resumed(name: str, tiny: Tiny, network
             assert run(recipe, stopped, directory).status == "interrupted"
         with closing(network.open(recipe, tiny.base, there)) as engine:
             assert run(recipe, engine, directory, resume=True).status == "finished"
-    (tensors, told), (wanted, wanted_told) = ended(there), ended(here)
+    silos = silos_of(name)
+    (tensors, told), (wanted, wanted_told) = ended(there, silos), ended(here, silos)
     assert told == wanted_told
     assert tensors.keys() == wanted.keys()
     for place, values in wanted.items():
         assert tensors[place].keys() == values.keys()
         assert [n for n, value in values.items() if not torch.equal(tensors[place][n], value)] == [], place
-    assert len({len(data.silo(silo).train) for silo in SILOS}) == 2, "unequal weights"
-    kept = {tensor.split("/")[0] for silo in SILOS for tensor in wanted.get(silo, {})}
+    assert len({len(data.silo(silo).train) for silo in silos}) > 1, "unequal weights"
+    kept = {tensor.split("/")[0] for silo in silos for tensor in wanted.get(silo, {})}
     assert ("rule" in kept) is ALGORITHMS[name].silo_state
     assert ("guard" in kept) is any(guard.error_feedback for guard in recipe.guards)

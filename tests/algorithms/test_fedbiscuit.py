@@ -111,6 +111,7 @@ def torn(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path
     return folder
 
 
+@pytest.mark.slow
 def test_two_reward_models_serve_silos_that_one_cannot(torn: Path, tmp_path: Path) -> None:
     """Silos with opposite preferences: what FedAvg learns from one half it unlearns from the other (the paper's
     heterogeneity of preferences)."""

@@ -150,6 +150,7 @@ CHANGES = (
 )
 
 
+@pytest.mark.slow
 def test_real_silos_prune_learn_and_resume_to_the_same_bits(tiny: Tiny, tmp_path: Path) -> None:
     engine, run = federate(tiny.recipe(*CHANGES), tiny.base, tmp_path / "run")
     resumed_engine, resumed = federate(tiny.recipe(*CHANGES), tiny.base, tmp_path / "resumed", interrupt=2)

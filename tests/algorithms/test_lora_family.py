@@ -47,6 +47,7 @@ def reported(run: RunDir, round_: int) -> float:
     return float(line["aggregation"]["aggregation_error"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT)
 def test_exact_methods_lose_nothing(runs: dict[str, Run], name: str) -> None:
     engine, run = runs[name]

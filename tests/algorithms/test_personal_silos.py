@@ -49,6 +49,7 @@ def runs(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tupl
     return done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_silos_end_with_a_better_model(name: str, runs: dict[str, Any]) -> None:
     _, directory = runs[name]

@@ -47,6 +47,18 @@ def test_list() -> None:
     assert all(name in run(app, ["init", "--list"]).stdout for name in templates())
 
 
+@pytest.mark.parametrize("slow", [True, False])
+def test_json_tells_what_was_changed_for_this_machine(
+    slow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedlm.models.processor.without_bf16", lambda: slow)
+    monkeypatch.setattr("fedlm.models.processor.GPUS", ())
+    out = tmp_path / "r.yaml"
+    told = json.loads(run(app, ["init", "news", "--out", str(out), "--json"]).stdout)
+    assert told == {"template": "news", "path": str(out), "changed": {"model.dtype": "float32"} if slow else {}}
+    assert ("dtype: float32" in out.read_text()) is slow
+
+
 def test_dash_prints() -> None:
     assert run(app, ["init", "news", "--out", "-"]).stdout.startswith("# Which desk")
 

@@ -29,6 +29,7 @@ def data(tmp_path: Path) -> Path:
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     file = tmp_path / "data.yaml"
     file.write_text("sources:\n  - {name: notes, path: rows.jsonl, columns: {text: text}}\n")
+    (tmp_path / "policy.yaml").write_text("{}\n")
     return file
 
 
@@ -51,6 +52,8 @@ def test_what_cannot_start_is_a_sentence(kits: dict[str, Kit], data: Path) -> No
     assert "the kit of a coordinator, not of a silo" in refused(str(kits["coordinator"].path), "--data", str(data))
     assert "none.yaml: there is no such file" in refused(str(kits["hospital-a"].path), "--data", "none.yaml")
     assert "--data" in refused(str(kits["hospital-a"].path))
+    told = refused(str(kits["hospital-a"].path), "--data", str(data))
+    assert "this silo has no policy" in told and "fedlm silo policy --example > policy.yaml" in told
 
 
 @pytest.mark.slow
@@ -58,7 +61,8 @@ def test_it_connects_survives_deaths_and_ends(
     kits: dict[str, Kit], data: Path, tmp_path: Path, commands: list[Command]
 ) -> None:
     port = free_port()
-    words = ("silo", "start", str(kits["hospital-a"].path), "--data", str(data), "--metrics-port", str(port))
+    own = ("--data", str(data), "--policy", str(tmp_path / "policy.yaml"))
+    words = ("silo", "start", str(kits["hospital-a"].path), *own, "--metrics-port", str(port))
     silo = Command(tmp_path / "silo", *words)
     commands.append(silo)
     # a silo may start first; it waits for the coordinator
@@ -97,9 +101,9 @@ def test_it_connects_survives_deaths_and_ends(
 @pytest.mark.slow
 def test_a_workers_refusal_ends_the_silo(kits: dict[str, Kit], tmp_path: Path, commands: list[Command]) -> None:
     (tmp_path / "data.yaml").write_text("sauces: []\n")
-    silo = Command(
-        tmp_path / "log", "silo", "start", str(kits["hospital-b"].path), "--data", str(tmp_path / "data.yaml")
-    )
+    (tmp_path / "policy.yaml").write_text("{}\n")
+    own = ("--data", str(tmp_path / "data.yaml"), "--policy", str(tmp_path / "policy.yaml"))
+    silo = Command(tmp_path / "log", "silo", "start", str(kits["hospital-b"].path), *own)
     commands.append(silo)
     assert silo.process.wait(60) == 2
     assert "sauces" in silo.text()

@@ -193,8 +193,9 @@ def test_every_row_is_possible_with_the_recipes_that_come_along(name: str) -> No
 
 def test_rows_do_the_same_work(file: Path) -> None:
     """Local steps of all silos are those of the recipe, however often the server steps."""
-    recipe = load_recipe(file)
-    base = Base(file, (), recipe, 4)
+    four = ("data.partition.silos=4",)
+    recipe = load_recipe(file, four)
+    base = Base(file, four, recipe, 4)
     for row in all_rows():
         if row.facts.min_rounds > recipe.federation.rounds:
             continue

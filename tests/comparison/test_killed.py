@@ -32,14 +32,23 @@ def metrics(output: bytes) -> dict[str, Any]:
     return {arm["arm"]: arm["metrics"] for arm in json.loads(output)["arms"]}
 
 
+@pytest.fixture(scope="module")
+def file(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("killed") / "recipe.yaml"
+    path.write_text(dump_recipe(recipe))
+    return path
+
+
+@pytest.fixture(scope="module")
+def truth(file: Path) -> dict[str, Any]:
+    """What a comparison that nothing interrupts finds."""
+    return metrics(start(file, file.parent / "whole").communicate(timeout=500)[0])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_it_goes_on_where_it_was(recipe: Recipe, tmp_path: Path, how: signal.Signals) -> None:
-    file, folder = tmp_path / "recipe.yaml", tmp_path / "run"
-    file.write_text(dump_recipe(recipe))
-    whole = start(file, tmp_path / "whole")
-    truth = metrics(whole.communicate(timeout=500)[0])
-
+def test_it_goes_on_where_it_was(file: Path, truth: dict[str, Any], tmp_path: Path, how: signal.Signals) -> None:
+    folder = tmp_path / "run"
     process = start(file, folder)
     deadline = time.monotonic() + 300
     while not (folder / "arms" / "centralised" / "rounds.jsonl").exists():
@@ -88,15 +97,22 @@ def processes_of(session: int) -> list[int]:
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_a_bench_goes_on_where_it_was(recipe: Recipe, tmp_path: Path, how: signal.Signals) -> None:
-    file, out = tmp_path / "recipe.yaml", tmp_path / "out"
-    file.write_text(dump_recipe(recipe))
-    whole = bench(file, tmp_path / "whole", "--workers", "2")
+@pytest.fixture(scope="module")
+def rows(file: Path) -> list[dict[str, Any]]:
+    """What a bench that nothing interrupts finds."""
+    out = file.parent / "bench"
+    whole = bench(file, out, "--workers", "2")
     _, errors = whole.communicate(timeout=900)
     assert whole.returncode == 0, errors.decode()[-2000:]
+    return same_in_every_run(out)
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_bench_goes_on_where_it_was(
+    file: Path, rows: list[dict[str, Any]], tmp_path: Path, how: signal.Signals
+) -> None:
+    out = tmp_path / "out"
     process = bench(file, out, "--workers", "1")
     deadline = time.monotonic() + 600
     while not (out / "results").is_dir() or len(list((out / "results").iterdir())) < 3:
@@ -114,5 +130,5 @@ def test_a_bench_goes_on_where_it_was(recipe: Recipe, tmp_path: Path, how: signa
     again = bench(file, out, "--resume")
     _, errors = again.communicate(timeout=900)
     assert again.returncode == 0, errors.decode()[-2000:]
-    assert same_in_every_run(out) == same_in_every_run(tmp_path / "whole")
+    assert same_in_every_run(out) == rows
     assert before.items() <= {path: path.stat().st_mtime_ns for path in (out / "results").iterdir()}.items()

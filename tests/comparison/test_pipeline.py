@@ -121,6 +121,7 @@ def test_nothing_finished_is_run_again(finished: Path, file: Path) -> None:
     assert not [e for e in events if e["kind"] == "run_started"]
 
 
+@pytest.mark.slow
 def test_killed_in_every_stage_and_resumed_to_the_same_bits(file: Path, finished: Path, tmp_path: Path) -> None:
     """SIGKILL after the first stage's first round, at the second's first answer, and where the third begins."""
     folder, driver = tmp_path / "life", Path(__file__).parent / "pipeline_driver.py"

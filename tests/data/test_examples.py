@@ -250,6 +250,30 @@ def test_judged_answers(load: Load, jsonl: Callable[..., Path]) -> None:
         load([{"path": "other.jsonl", "columns": columns}])
 
 
+def test_opinions(load: Load, jsonl: Callable[..., Path]) -> None:
+    """Shares or counts, one for each choice; their proportions are kept."""
+    columns = {"question": "q", "choices": "o", "shares": "n"}
+    jsonl([{"q": "why?", "o": ["a", "b", "c"], "n": [6, 0, 2]}, {"q": "how?", "o": ["a", "b"], "n": "[0.5, 0.5]"}])
+    data = load([{"path": "rows.jsonl", "columns": columns}], split=WHOLE)
+    assert data.kind == "opinion"
+    found = {row["question"]: (row["choices"], row["shares"]) for row in data.pooled().train}
+    assert found == {"why?": (["a", "b", "c"], [0.75, 0.0, 0.25]), "how?": (["a", "b"], [0.5, 0.5])}
+    for change, words in (
+        ({"n": [1, 2]}, "'n' holds 2 numbers for 3 choices"),
+        ({"n": [0, 0, 0]}, "do not add up to more than 0"),
+        ({"n": [1, -1, 3]}, r"'n\[1\]' is negative"),
+        ({"n": [1, "two", 3]}, r"'n\[1\]' holds no number"),
+        ({"n": [1, True, 3]}, r"'n\[1\]' holds no number"),
+        ({"n": 3}, "'n' is not a list of numbers"),
+        ({"o": ["a", "b", "a "]}, "two of the choices are equal"),
+        ({"o": ["a"], "n": [1]}, "fewer than two choices"),
+        ({"o": ["a", " ", "c"]}, "is empty"),
+    ):
+        jsonl([{"q": "why?", "o": ["a", "b", "c"], "n": [6, 0, 2]} | change], "other.jsonl")
+        with pytest.raises(DataError, match=words):
+            load([{"path": "other.jsonl", "columns": columns}])
+
+
 BAD_CHATS: list[tuple[Any, str]] = [
     ([], "empty list"),
     ("text", "not a list"),

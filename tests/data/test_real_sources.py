@@ -30,6 +30,7 @@ EXPECTED = {
     "fdapt": ("text", 4, 2206),
     "fedbpt": ("choice", 4, 2224),
     "from-text": ("text", 3, 200),
+    "groups": ("preference", 4, 320),
     "in-context": ("choice", 4, 1000),
     "preference": ("choice", 4, 2251),
     "pretrain-scratch": ("text", 4, 233),

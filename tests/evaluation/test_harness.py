@@ -30,6 +30,7 @@ metric_list:
 """
 
 
+@pytest.mark.slow
 def test_a_task_of_our_own_gives_our_own_accuracies(tiny: tuple[Any, Any], questions: Dataset, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     model, tokenizer = tiny

@@ -1,10 +1,11 @@
 """Kills a federation again and again and resumes it: a process of its own that imports once and forks each attempt.
 
-    python kill_driver.py RECIPE RUN_DIR SEED KILLS [--set a.b=c ...]
+    python kill_driver.py RECIPE '[{"root": "RUN_DIR", "seed": 0, "kills": 2, "set": ["a.b=c"]}, ...]'
 
-Runs the recipe uninterrupted in RUN_DIR/whole, then in RUN_DIR/killed with KILLS kills (SIGKILL to the whole process
-group but the workers, which must end by themselves) at random moments of the measured duration, each followed by a
-resume. Prints one JSON object: how many kills hit a live run, and the SHA-256 of both final adapters and checkpoints.
+Runs the recipe of each case uninterrupted in RUN_DIR/whole, then in RUN_DIR/killed with so many kills (SIGKILL to the
+whole process group but the workers, which must end by themselves) at random moments of the measured duration, each
+followed by a resume. Prints a JSON list, an object for each case: how many kills hit a live run, and the SHA-256 of
+both final adapters and checkpoints.
 """
 
 from __future__ import annotations
@@ -69,10 +70,7 @@ def lines(run_dir: Path) -> int:
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
-    changes = [arguments[i + 1] for i, a in enumerate(arguments) if a == "--set"]
-    recipe_file, root, seed, kills = Path(arguments[0]), Path(arguments[1]), int(arguments[2]), int(arguments[3])
-    draw = random.Random(seed)
+    recipe_file, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
     # Everything heavy is imported before the first fork, so that an attempt starts in no time.
     import datasets  # noqa: F401
     import peft  # noqa: F401
@@ -85,6 +83,14 @@ def main() -> None:
     import fedlm.training.loop  # noqa: F401
 
     torch.set_num_threads(1)
+    found = []
+    for case in cases:
+        found.append(killed_and_whole(recipe_file, Path(case["root"]), case["seed"], case["kills"], case["set"]))
+    print(json.dumps(found))
+
+
+def killed_and_whole(recipe_file: Path, root: Path, seed: int, kills: int, changes: list[str]) -> dict[str, object]:
+    draw = random.Random(seed)
     whole, killed = root / "whole", root / f"killed-{seed}"
     started = time.monotonic()
     if not (whole / "adapter").exists():
@@ -105,7 +111,7 @@ def main() -> None:
             os.waitpid(pid, 0)
             hits += 1
     finish(attempt(recipe_file, changes, killed, resume=(killed / "run.json").exists()))
-    print(json.dumps({"hits": hits, "duration": duration, "whole": result(whole), "killed": result(killed)}))
+    return {"hits": hits, "duration": duration, "whole": result(whole), "killed": result(killed)}
 
 
 if __name__ == "__main__":

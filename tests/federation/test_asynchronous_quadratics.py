@@ -46,6 +46,7 @@ class Learners(Paced):
         return (pull * self.b).sum(0) / pull.sum(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "algorithm, rounds",
     [("{name: fedbuff, buffer: 3, weights: equal}", 110), ("{name: fedasync, mu: 0.0, server_lr: 0.2}", 300)],

@@ -110,6 +110,7 @@ def test_the_rate_falls_by_server_steps_and_batches_differ(tiny: Tiny, tmp_path:
     assert trained(0, None).fields["losses"] != first.fields["losses"]
 
 
+@pytest.mark.slow
 def test_workers_change_no_bit(whole: tuple[str, Path], tiny: Tiny, tmp_path: Path) -> None:
     algorithm, path = whole
     run_recipe(tiny.recipe(*ASYNC, algorithm, "federation.workers=2"), base=tiny.base, run_dir=tmp_path / "two")

@@ -81,7 +81,9 @@ class Case:
         return [e for e in self.events if e["kind"] == "step" and e["run"] == run]
 
 
-@pytest.fixture(scope="module", params=sorted(OPEN))
+@pytest.fixture(
+    scope="module", params=[pytest.param(k, marks=pytest.mark.slow) if k == "ray" else k for k in sorted(OPEN)]
+)
 def kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     name = str(request.param)
     if name == "ray":

@@ -228,6 +228,7 @@ PEAK = """
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_does_not_grow_with_the_number_of_silos(tmp_path: Path) -> None:
     """8 MB updates, the worst order of arrival: 20 silos and 80 (480 MB more) peak alike."""
     peaks = []

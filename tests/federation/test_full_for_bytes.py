@@ -209,6 +209,7 @@ LEARNING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEARNING)
 def test_a_trained_model_gets_better(name: str, tiny: Tiny, trained: Path, tmp_path: Path) -> None:
     changes = [f"model.source={trained}", "training.steps=40" if name != "ferret" else "training.steps=8"]

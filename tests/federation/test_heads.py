@@ -93,12 +93,20 @@ OPTIONS = {
     "ties": ["federation.algorithm.density=0.5"],
     "fedbuff": ["federation.algorithm.buffer=2", "federation.rounds=3"],
     "fedasync": ["federation.rounds=4", "training.lr=1e-3"],
+    "fltrust": ["data.partition={kind: iid, silos: 3}", "federation.algorithm.root=silo-0000"],
+    "rfa": ["data.partition={kind: iid, silos: 3}"],  # of two silos the heavier one is all of it
+    "flame": ["federation.algorithm.noise=0"],
 }
 
 
 @pytest.mark.parametrize("name", sorted(name for name, method in ALGORITHMS.items() if method.heads))
 def test_every_method_that_takes_heads_trains_them(base: Path, tmp_path: Path, name: str) -> None:
-    of = recipe(base, "classify", f"federation.algorithm.name={name}", *OPTIONS.get(name, []))
+    method, more = ALGORITHMS[name], OPTIONS.get(name, [])
+    if method.withstands is not None:  # as many silos as the rule needs
+        silos = method.withstands[1]
+        alike = [f"data.partition={{kind: iid, silos: {silos}}}"] if silos > 2 else []
+        more = [*more, "federation.algorithm.byzantine=0", *alike]
+    of = recipe(base, "classify", f"federation.algorithm.name={name}", *more)
     if ALGORITHMS[name].asynchronous:
         directory = locally(of, base, tmp_path / "run")
     else:

@@ -224,6 +224,7 @@ def test_impossible_answers_are_refused(found: dict[str, torch.Tensor], why: str
     assert [len(part) for part in checked(Reply("a", "answer", "run", 0, tensors={"logps": good}), [2, 3])] == [2, 3]
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_resumed_and_over_workers(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from fedlm.errors import DataError, RunError
 from fedlm.federation import coordinator
 from fedlm.federation.api import new_run, run_recipe, using
 from fedlm.federation.silo import Workbench
+from fedlm.federation.silo.encoded import task_rows
 from fedlm.federation.silo.instructions import (
     embeddings,
     instructed,
@@ -199,8 +200,8 @@ def test_rows_are_written_once_and_counted(
 
 @pytest.mark.usefixtures("canned")
 def test_all_data_in_one_place_are_the_silos_rows(bench: Workbench) -> None:
-    whole, _ = bench.rows(POOLED, "train")
-    parts = [content for name in bench.data.names for content in bench.rows(name, "train")[0]["hash"]]
+    whole, _ = task_rows(bench, POOLED, "train")
+    parts = [content for name in bench.data.names for content in task_rows(bench, name, "train")[0]["hash"]]
     assert list(whole["hash"]) == parts
 
 

@@ -195,6 +195,7 @@ def test_a_reply_that_is_too_long_says_so(tiny: Tiny, tmp_path: Path, monkeypatc
         engine.close()
 
 
+@pytest.mark.slow
 def test_no_orphans_when_the_parent_is_killed(tiny: Tiny, tmp_path: Path) -> None:
     script = f"""
 import time

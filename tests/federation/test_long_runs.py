@@ -60,6 +60,7 @@ def test_stream_and_guard_end_in_the_same_bits_killed_or_in_workers(
     assert same(adapter(tmp_path / "whole"), adapter(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_workers_change_no_bit(tiny: Tiny, tmp_path: Path) -> None:
     for workers in (1, 2):
         recipe = tiny.recipe(*PRETRAIN, "training.spike_guard=6.0", f"federation.workers={workers}")
@@ -82,6 +83,7 @@ def shared(*of: str) -> tuple[str, ...]:
     return (*PRETRAIN, "training.lr=3e-4", *of)
 
 
+@pytest.mark.slow
 def test_silos_whose_steps_two_processes_share_end_as_others_do(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

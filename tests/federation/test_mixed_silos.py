@@ -99,6 +99,7 @@ def test_a_tensor_s_mean_is_over_the_silos_that_trained_it(tiny: Tiny, tmp_path:
                 assert same(seen.loaded[silo, round_ + 1], after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "algorithm",
     [

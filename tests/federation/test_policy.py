@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from fedlm.errors import RecipeError
+from fedlm.errors import RecipeError, RunError
 from fedlm.federation.silo.holdings import load_holdings
 from fedlm.federation.silo.policy import (
     Forbidden,
     Policy,
+    PrivacyRules,
+    check_counting,
+    check_hours,
     check_recipe,
     check_rows,
     check_verb,
@@ -20,6 +25,10 @@ from fedlm.federation.silo.policy import (
     load_policy,
     local_model,
 )
+from fedlm.federation.silo.spent import Spent, check_bytes, update_bytes
+from fedlm.guards import get_chain
+from fedlm.messages import Reply, Request
+from fedlm.models.adapters import initial_tensors
 from fedlm.recipe.schema import ModelSpec, Recipe
 
 SHA = "ab" * 32
@@ -50,6 +59,7 @@ def test_the_example_is_the_default(policy: Callable[[str], Policy]) -> None:
     assert policy(example()) == Policy()
     named = {line.lstrip("# ").partition(":")[0] for line in example().splitlines()}
     assert named >= set(Policy.model_fields)
+    assert all(name in example() for name in PrivacyRules.model_fields)
 
 
 def test_by_default_small_adapters_of_pinned_models() -> None:
@@ -110,6 +120,138 @@ def test_rows_and_steps(policy: Callable[[str], Policy]) -> None:
     check_rows(policy("max_steps_per_round: 10"), epochs, 20, 20)
     with pytest.raises(Forbidden, match="11 steps per round"):
         check_rows(policy("max_steps_per_round: 10"), epochs, 20, 21)
+
+
+# ------------------------------------------------------------------------------------------------ hours
+
+MADRID = "timezone: Europe/Madrid\n"
+
+
+@pytest.mark.parametrize(
+    ("hours", "now", "opens"),
+    [
+        # UTC+1 in winter; 5 January 2026 is a Monday
+        ("['07:00-19:00 Mon-Fri']", "2026-01-05T05:59", None),
+        ("['07:00-19:00 Mon-Fri']", "2026-01-05T06:00", "2026-01-05 19:00"),
+        ("['07:00-19:00 Mon-Fri']", "2026-01-05T17:59", "2026-01-05 19:00"),
+        ("['07:00-19:00 Mon-Fri']", "2026-01-05T18:00", None),
+        ("['07:00-19:00 Mon-Fri']", "2026-01-04T12:00", None),
+        ("['07:00-19:00']", "2026-01-04T12:00", "2026-01-04 19:00"),
+        # past midnight, a day that ends where another stretch begins, and a range over the end of the week
+        ("['22:00-06:00 Fri']", "2026-01-10T04:00", "2026-01-10 06:00"),
+        ("['22:00-06:00 Fri']", "2026-01-09T04:00", None),
+        ("['00:00-24:00 Sat,Sun', '00:00-07:30 mon']", "2026-01-10T10:00", "2026-01-12 07:30"),
+        ("['00:00-24:00 Fri-Mon']", "2026-01-09T10:00", "2026-01-13 00:00"),
+        # 29 March: clocks go from 02:00 to 03:00, so what ends at 02:30 ends at 03:30; 25 October: from 03:00 to 02:00
+        ("['01:00-02:30 Sun']", "2026-03-29T00:30", "2026-03-29 03:30"),
+        ("['01:00-02:30 Sun']", "2026-10-25T00:45", None),
+    ],
+)
+def test_quiet_hours_by_the_clock_of_a_place(
+    policy: Callable[[str], Policy], hours: str, now: str, opens: str | None
+) -> None:
+    rules, moment = policy(f"{MADRID}quiet_hours: {hours}"), datetime.fromisoformat(now).replace(tzinfo=UTC)
+    if opens is None:
+        check_hours(rules, moment)
+        return
+    with pytest.raises(Forbidden, match=f"answers again at {opens} Europe/Madrid") as refusal:
+        check_hours(rules, moment)
+    assert refusal.value.line == "quiet_hours"
+
+
+def test_without_quiet_hours_it_always_answers() -> None:
+    check_hours(Policy(), datetime(2026, 1, 5, 12, tzinfo=UTC))
+
+
+# ------------------------------------------------------------------------------------------------ privacy
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "told"),
+    [
+        ("privacy: {require_masks: true}", "privacy.require_masks", "only under masks.*no guard 'mask'"),
+        ("min_cohort: 2", "min_cohort", "a sum of 2 silos"),
+        ("privacy: {max_epsilon: 8, per: year}", "privacy.max_epsilon", "epsilon of 8 per year.*does not bound it"),
+    ],
+)
+def test_what_no_recipe_can_do_yet_refuses_every_recipe(
+    policy: Callable[[str], Policy], text: str, line: str, told: str
+) -> None:
+    rules = policy(f"{text}\nallow: [hello, pairs]")
+    for changes in ({}, {"guards": [{"name": "int8"}]}, {"federation": {"sample": 3}}, {"adapter": {"kind": "ia3"}}):
+        with pytest.raises(Forbidden, match=told) as refusal:
+            check_recipe(rules, recipe(**changes))
+        assert refusal.value.line == line
+    with pytest.raises(Forbidden, match=told):
+        check_counting(rules, recipe())
+
+
+# ------------------------------------------------------------------------------------------------ bytes and days
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"guards": [{"name": "int8"}]}, {"guards": [{"name": "topk", "density": 0.1}, {"name": "int4"}]}]
+)
+def test_an_updates_bytes_are_known_from_its_shapes(tiny_model_dir: Path, changes: dict[str, Any]) -> None:
+    """Those of what the guards make of such an update: its tensors, without their names."""
+    made = recipe(model={"source": str(tiny_model_dir)}, **changes)
+    values = initial_tensors(made)
+    chain = get_chain(made.guards)
+    payload = values if chain is None else chain.encode(values, (0, "x"))
+    assert update_bytes(made) == sum(t.nbytes for t in payload.values())
+    check_bytes(Policy(max_bytes_per_round=update_bytes(made)), made)
+    with pytest.raises(Forbidden, match="max_bytes_per_round") as refusal:
+        check_bytes(Policy(max_bytes_per_round=update_bytes(made) - 1), made)
+    assert refusal.value.line == "max_bytes_per_round"
+    check_bytes(Policy(), made)
+
+
+def test_where_shapes_say_nothing_what_leaves_is_counted_alone(tiny_model_dir: Path) -> None:
+    made = recipe(model={"source": str(tiny_model_dir)}, adapter={"kind": "prompt"})
+    assert update_bytes(made) is None
+    check_bytes(Policy(max_bytes_per_round=1), made)
+
+
+def test_what_leaves_is_counted_by_the_round(tmp_path: Path) -> None:
+    spent, rules = Spent(tmp_path), Policy(max_bytes_per_round=3000)
+
+    def leave(round_: int, size: int, run: str = "r", mark: str = "") -> None:
+        request = Request("s", "evaluate", run, round_, fields={"mark": mark})
+        Spent(tmp_path).leave(
+            rules, request, Reply("s", "evaluate", run, round_, tensors={"x": torch.zeros(size // 4)})
+        )
+
+    leave(0, 1000)  # and 1024 of fields
+    leave(0, 1000)  # a repeat
+    with pytest.raises(Forbidden, match="max_bytes_per_round: 3000"):
+        leave(0, 1000, mark="other")
+    leave(1, 1900)
+    leave(0, 1900, run="other")
+    with pytest.raises(Forbidden):
+        leave(2, 2000)
+    assert (tmp_path / "_spent.json").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "_spent.json").write_text("[")
+    with pytest.raises(RunError, match="damaged"):
+        leave(3, 10)
+    spent.leave(Policy(), Request("s", "evaluate", "r", 0), Reply("s", "evaluate", "r", 0))  # no limit, no file needed
+
+
+def test_trainings_are_counted_by_the_day(tmp_path: Path) -> None:
+    rules = Policy(max_rounds_per_day=2)
+
+    def train(round_: int, day: int, attempt: int = 0, value: float = 0.0) -> None:
+        request = Request("s", "train", "r", round_, attempt, {"x": torch.tensor([value])})
+        Spent(tmp_path).train(rules, request, date(2026, 1, day))
+
+    train(0, 1)
+    train(0, 1)  # a repeat
+    train(0, 1, value=1.0)  # the same round with other content is another training
+    with pytest.raises(Forbidden, match="trained 2 times today") as refusal:
+        train(1, 1)
+    assert refusal.value.line == "max_rounds_per_day"
+    train(0, 1)  # what was asked before is answered from the store
+    train(1, 2)
+    Spent(tmp_path).train(rules, Request("s", "evaluate", "r", 0), date(2026, 1, 2))
 
 
 # ------------------------------------------------------------------------------------------------ models
@@ -179,6 +321,20 @@ def test_chat_templates_come_from_the_owner_too(policy: Callable[[str], Policy],
         ("models: {x: nowhere}", "models.x: there is no folder or file 'nowhere'"),
         ("chat_templates: {x: .}", "chat_templates.x: there is no file"),
         ("models: {x: a, x: b}", "given twice"),
+        ("allow: [hello]\nquiet_hours: [7-19]\n", r":2: quiet_hours\.0: '7-19' are no hours"),
+        ("quiet_hours: ['07:60-19:00']", "no hours of a day"),
+        ("quiet_hours: ['07:00-25:00']", "no hours of a day"),
+        ("quiet_hours: ['07:00-07:00']", "no hours of a day"),
+        ("quiet_hours: ['07:00-19:00 Mon-Frei']", "'Mon-Frei' are no days"),
+        ("quiet_hours: ['00:00-24:00']", "no minute of the week"),
+        ("quiet_hours: ['06:00-20:00', '20:00-06:00 Mon-Sun']", "no minute of the week"),
+        ("timezone: Europe/Atlantis", ":1: timezone: 'Europe/Atlantis' is no time zone"),
+        ("timezone: ../../etc/passwd", "is no time zone"),
+        ("max_bytes_per_round: 0", ":1: max_bytes_per_round"),
+        ("max_rounds_per_day: 1.5", ":1: max_rounds_per_day"),
+        ("min_cohort: 0", ":1: min_cohort"),
+        ("privacy:\n  max_epsilon: -1\n", r":2: privacy\.max_epsilon"),
+        ("privacy: {per: week}", "unknown value 'week'"),
         ("", "the policy is empty.*fedlm silo policy --example"),
         ("- a", "a policy is a mapping"),
         ("min_rows: !!python/object:os.system x", "tag"),

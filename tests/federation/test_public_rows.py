@@ -112,6 +112,7 @@ def test_public_rows_change_the_model(tiny: Tiny, local: Path, tmp_path: Path) -
     assert not same(local, tmp_path / "plain")
 
 
+@pytest.mark.slow
 def test_the_same_bits_in_two_workers_and_after_a_kill(
     tiny: Tiny, public: Path, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,7 +184,7 @@ def test_a_data_file_says_where_public_rows_lie(tiny: Tiny, tiny_model_dir: Path
         owner("site0", tiny, tiny_model_dir, tmp_path / "a", "public: elsewhere\n", "[hello]")
     both = data_file(tmp_path / "b", "share_of_recipe: true\npublic: .\n")
     with pytest.raises(RecipeError, match="`public` belongs to `sources`"):
-        OwnSilo("site0", tmp_path / "states", both)
+        OwnSilo("site0", tmp_path / "states", both, tmp_path / "a" / "policy.yaml")
 
 
 def test_too_few_public_rows(tiny: Tiny, public: Path, tmp_path: Path) -> None:

@@ -210,6 +210,7 @@ def test_every_algorithm_learns_with_every_kind_of_adapter(tiny: Tiny, tmp_path:
     assert losses[2] < losses[0] - 1e-4
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_cleanly_and_resumes(tiny: Tiny, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     script = f"""

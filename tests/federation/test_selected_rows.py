@@ -75,6 +75,7 @@ def stopping(once: Any) -> Any:
     return one_round
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_rows(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, selection in (("dqc", DQC), ("hds", HDS)):
         recipe = tiny.recipe("federation.rounds=2", selection)

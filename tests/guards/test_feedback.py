@@ -67,6 +67,7 @@ def descend(*, feedback: bool) -> float:
     return float((w - target)[10:].norm() / target[10:].norm())
 
 
+@pytest.mark.slow
 def test_it_converges_where_plain_topk_stands_still() -> None:
     assert descend(feedback=False) > 0.99
     assert descend(feedback=True) < 0.05

@@ -70,6 +70,7 @@ def test_first_tensors_need_no_weights_and_equal_the_attached_ones(tiny_model_di
     assert all(torch.equal(first[n], attached[n]) and first[n].dtype == torch.float32 for n in first)
 
 
+@pytest.mark.slow
 def test_first_values_do_not_depend_on_process_or_generator_state(tiny_model_dir: Path) -> None:
     code = (
         "import torch, hashlib; torch.manual_seed(99)\n"

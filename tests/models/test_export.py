@@ -231,4 +231,5 @@ def test_smollm2_in_plain_peft_gives_fedlms_logits(tmp_path: Path, monkeypatch: 
     theirs = logits(PeftModel.from_pretrained(base, tmp_path / "adapter").eval())
     assert torch.equal(theirs, ours(of, tensors))
     model = attach(load_base(of.model), of.adapter, of.seed)
-    assert all(torch.equal(t, trained(of, 0.0)[n]) for n, t in get_tensors(model).items())
+    first = trained(of, 0.0)
+    assert all(torch.equal(tensor, first[name]) for name, tensor in get_tensors(model).items())

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from fedlm.errors import RecipeError
 from fedlm.recipe.load import InvalidRecipeError, diff_recipes, dump_recipe, load_recipe, recipe_hash
 from fedlm.recipe.schema import Recipe
+from fedlm.recipe.starters import read_template
 
 GOOD = """\
 name: demo
@@ -292,3 +293,15 @@ def test_diff_says_what_changed(write) -> None:
     assert diff_recipes(a, load_recipe(path, ["training.lr=1e-3"])) == ["training.lr: 0.0005 -> 0.001"]
     b = load_recipe(path, ["federation.sample=2", "data.sources.0.path=x.jsonl"])
     assert diff_recipes(a, b) == ['data.sources.0.path: "data/*.jsonl" -> "x.jsonl"', 'federation.sample: "all" -> 2']
+
+
+def test_a_reward_model_is_found_from_any_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "recipes" / "reinforce.yaml"
+    path.parent.mkdir()
+    path.write_text(read_template("reinforce"))
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(path, ["reinforce.reward={kind: model, run: ../runs/judge}"])
+    assert recipe.reinforce.reward.run == str(tmp_path / "runs" / "judge")
+    again = tmp_path / "resolved.yaml"
+    again.write_text(dump_recipe(recipe))
+    assert load_recipe(again) == recipe

@@ -57,6 +57,7 @@ def test_the_promised_templates_exist() -> None:
         "in-context",
         "prompt",
         "fedbpt",
+        "groups",
     }
     promised |= {"classify", "reward"}
     assert promised | {DEFAULT} <= set(templates())

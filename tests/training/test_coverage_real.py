@@ -11,6 +11,7 @@ from fedlm.data.federated import load_data
 from fedlm.federation.silo import Workbench
 from fedlm.federation.silo.augmented import centres
 from fedlm.federation.silo.selected import descriptions
+from fedlm.models.processor import for_this_machine
 from fedlm.recipe.load import load_recipe
 from fedlm.training.selection.coverage import choose_centres, coverage, nearest_public, units
 
@@ -63,7 +64,7 @@ def test_smollm2_finds_medical_rows_among_others(tmp_path: Path) -> None:
     """Four specialties of MedMCQA take ten rows each of 40 of other specialties and 120 of finance, SQuAD and news: at
     least 60 % are medical (drawn at random 25 %), and the silos' rows are covered better than by any of 100 draws."""
     path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE)
+    path.write_text(for_this_machine(RECIPE))
     recipe = load_recipe(path)
     spec = recipe.data.augment
     assert spec is not None

@@ -10,6 +10,7 @@ import pytest
 
 from fedlm.data.federated import load_data
 from fedlm.models.load import load_base, load_tokenizer
+from fedlm.models.processor import for_this_machine
 from fedlm.recipe.load import load_recipe
 from fedlm.recipe.starters import read_template
 from fedlm.training.encode import encode_all
@@ -21,7 +22,7 @@ from fedlm.training.tasks import get_task
 def test_answers_to_other_questions_are_dropped_by_smollm2(tmp_path: Path) -> None:
     """60 rows of SQuAD, 12 with another row's answer: of the 12 lowest scores at least 10 are theirs (11 expected)."""
     path = tmp_path / "qa.yaml"
-    path.write_text(read_template("qa"))
+    path.write_text(for_this_machine(read_template("qa")))
     recipe = load_recipe(path)
     rows = [dict(row) for row in load_data(recipe).pooled().train.select(range(60))]
     wrong = random.Random(0).sample(range(60), 12)

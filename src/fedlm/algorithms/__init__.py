@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from fedlm.algorithms.base import Algorithm
+from fedlm.algorithms.bulyan import Bulyan
+from fedlm.algorithms.centred_clipping import CentredClipping
 from fedlm.algorithms.delayed_nesterov import DelayedNesterov
 from fedlm.algorithms.diloco import DiLoCo
 from fedlm.algorithms.ditto import Ditto
@@ -32,19 +34,28 @@ from fedlm.algorithms.fedyogi import FedYogi
 from fedlm.algorithms.feedsign import FeedSign
 from fedlm.algorithms.ferret import Ferret
 from fedlm.algorithms.ffa_lora import FFALoRA
+from fedlm.algorithms.flame import FLAME
 from fedlm.algorithms.flexlora import FlexLoRA
 from fedlm.algorithms.flora import FLoRA
+from fedlm.algorithms.fltrust import FLTrust
+from fedlm.algorithms.foolsgold import FoolsGold
 from fedlm.algorithms.frlora import FRLoRA
 from fedlm.algorithms.hetlora import HetLoRA
 from fedlm.algorithms.ifca import IFCA
+from fedlm.algorithms.krum import Krum
 from fedlm.algorithms.lora_fair import LoRAFAIR
 from fedlm.algorithms.lorm import LoRM
+from fedlm.algorithms.median import Median
+from fedlm.algorithms.multi_krum import MultiKrum
+from fedlm.algorithms.norm_bound import NormBound
 from fedlm.algorithms.partial_prefix import PartialPrefix
+from fedlm.algorithms.rfa import RFA
 from fedlm.algorithms.rolora import RoLoRA
 from fedlm.algorithms.scaffold import Scaffold
 from fedlm.algorithms.streaming_diloco import StreamingDiLoCo
 from fedlm.algorithms.task_arithmetic import TaskArithmetic
 from fedlm.algorithms.ties import Ties
+from fedlm.algorithms.trimmed_mean import TrimmedMean
 from fedlm.errors import RecipeError, nearest
 from fedlm.recipe.schema import AdapterSpec, AlgorithmSpec
 
@@ -79,6 +90,17 @@ CLASSES: dict[str, type[Algorithm]] = {
     "frlora": FRLoRA,
     "task-arithmetic": TaskArithmetic,
     "ties": Ties,
+    "krum": Krum,
+    "multi-krum": MultiKrum,
+    "median": Median,
+    "trimmed-mean": TrimmedMean,
+    "bulyan": Bulyan,
+    "rfa": RFA,
+    "norm-bound": NormBound,
+    "centred-clipping": CentredClipping,
+    "fltrust": FLTrust,
+    "foolsgold": FoolsGold,
+    "flame": FLAME,
     "fedit": FedIT,
     "ffa-lora": FFALoRA,
     "rolora": RoLoRA,

@@ -113,6 +113,11 @@ class Accumulator:
         self.weight += weight
         self.count += 1
 
+    def add_mean(self, update: Mapping[str, Tensor], weight: float, count: int) -> None:
+        """Add the mean of so many updates, with their weights together."""
+        self.add(update, weight)
+        self.count += count - 1
+
     def mean(self) -> Iterator[tuple[str, Tensor]]:
         """The weighted mean, one tensor at a time, divided in place: read it once.
 
@@ -252,6 +257,10 @@ class LocalRule:
     def __init__(self, received: Tensors, silo_state: Tensors, place: Place) -> None:
         self.received, self.silo_state, self.place = received, silo_state, place
 
+    after_noise = False
+    """What it does between steps follows from weights, public values and the gradients that it is given, and from
+    nothing else of the silo: with noised gradients it tells no more than they do (see `fedlm.training.private`)."""
+
     def start(self) -> Tensors:
         """What the silo loads (fp32, by name): adapter parameters, and deltas of the frozen weights.
 
@@ -349,6 +358,14 @@ class Algorithm:
     def accumulator(self, spool: Path) -> Accumulator:
         """Where a round's updates are folded; `spool` is a folder for what must wait on disk."""
         return Accumulator()
+
+    def asked(self, accumulator: Accumulator, silos: Sequence[str], place: Place) -> None:
+        """Told before any of them trains: the silos asked for a round's updates, in canonical order; `place` says which
+        round of which run. Not in an asynchronous federation, where silos are asked one by one.
+
+        Raises:
+            FedlmError: no good round can come of it.
+        """
 
     def fold(self, accumulator: Accumulator, update: Mapping[str, Tensor], weight: float, place: Place) -> None:
         accumulator.add(update, weight)

@@ -22,6 +22,8 @@ class FedProx(FedAvg):
 class Proximal(LocalRule):
     """FedProx in the silo."""
 
+    after_noise = True
+
     def __init__(self, received: Tensors, silo_state: Tensors, place: Place, mu: float) -> None:
         super().__init__(received, silo_state, place)
         self.mu = mu

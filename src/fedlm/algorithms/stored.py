@@ -103,6 +103,34 @@ class Stored(Accumulator):
             for start in range(0, len(silos) if found else 0, most):
                 yield silos[start : start + most], self._together(silos[start : start + most], found)
 
+    def spans(self, names: Sequence[str], size: int) -> Iterator[tuple[int, int]]:
+        """Where these tensors lie in an update, in elements from its beginning, in parts of at most `size`; those that
+        lie side by side make one span.
+
+        Raises:
+            RunError: the updates are not laid out alike.
+        """
+        if len({id(kept.layout) for kept in self.kept}) > 1:
+            raise RunError("the updates are not of the same tensors and shapes, so they cannot be compared")
+        runs: list[tuple[int, int]] = []
+        for name in sorted(names):
+            start, end = self.kept[0].layout[name][0], _end(self.kept[0].layout[name])
+            if runs and runs[-1][1] == start:
+                runs[-1] = (runs[-1][0], end)
+            else:
+                runs.append((start, end))
+        for start, end in runs:
+            for first in range(start, end, size):
+                yield first, min(first + size, end)
+
+    def block(self, start: int, end: int, among: Sequence[int] | None = None) -> Tensor:
+        """These elements of every update, or of those of these numbers: [n, end - start], fp32, a copy."""
+        chosen = self.kept if among is None else [self.kept[i] for i in among]
+        block = torch.empty(len(chosen), end - start)
+        for row, kept in zip(block, chosen, strict=True):
+            self._fill(row, kept, start)
+        return block
+
     def weight_of(self, names: Sequence[str]) -> float:
         """The weights together of the silos whose update has any of these tensors."""
         return sum(kept.weight for kept in self.kept if any(name in kept.layout for name in names))

@@ -21,6 +21,7 @@ HEADS = {
     **{figure: FIGURES[figure].words for figures in WRITTEN.values() for figure in figures},
     "reward_accuracy": FIGURES["reward_accuracy"].words,
     "reward": FIGURES["reward"].words,
+    "alignment": FIGURES["alignment"].words,
     "loss": "loss",
 }
 

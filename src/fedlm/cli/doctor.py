@@ -17,6 +17,7 @@ import typer
 
 from fedlm import __version__
 from fedlm.cli.output import print_json
+from fedlm.models.processor import BF16, cpu_flags
 
 _GIB = 2**30
 _NEEDED_MEMORY = 4 * _GIB  # the demo: base model in bf16, activations of a batch, evaluation
@@ -119,25 +120,15 @@ def _torch() -> Finding:
 
 def _processor() -> Finding:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    flags = cpu_flags()
-    native = sorted(flags & {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"})
+    native = sorted(cpu_flags() & BF16)
     if native or platform.machine() == "arm64":
         return Finding("processor", "ok", f"{cores} cores, native bf16 ({', '.join(native) or 'Apple'})")
     return Finding(
         "processor",
         "note",
-        f"{cores} cores, no native bf16: bfloat16 works but may be slower than float32",
+        f"{cores} cores, no native bf16: bfloat16 works but can be several times slower than float32",
         "if training is slow, try --set model.dtype=float32 (twice the memory)",
     )
-
-
-def cpu_flags() -> set[str]:
-    """The processor's features by Linux's names; empty where it does not tell."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return set()
-    return {word for line in text.splitlines() if line.startswith(("flags", "Features")) for word in line.split()}
 
 
 def _accelerators() -> list[Finding]:

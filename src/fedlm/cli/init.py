@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from fedlm.errors import RecipeError
+from fedlm.models.processor import for_this_machine
 from fedlm.recipe.starters import DEFAULT, pipelines, read_template, templates
 
 
@@ -47,15 +48,19 @@ def init(
         for name, about in found.items():
             typer.echo(f"{name:<{width}}  {about}")
         return
-    text = read_template(template)
+    shipped = read_template(template)
+    text = for_this_machine(shipped)
     if str(out) == "-":
         typer.echo(text, nl=False)
         return
     _write(out, text, force)
     if as_json:
-        typer.echo(json.dumps({"template": template, "path": str(out)}, indent=1))
+        changed = {"model.dtype": "float32"} if text != shipped else {}
+        typer.echo(json.dumps({"template": template, "path": str(out), "changed": changed}, indent=1))
         return
     typer.echo(f"Wrote {out} ({template}).")
+    if text != shipped:
+        typer.echo("Its dtype is float32: this processor has no bf16 instructions. The others must take the same file.")
     typer.echo(f"Next: fedlm {'pipeline' if template in pipelines() else 'recipe check'} {out}")
 
 

@@ -53,6 +53,7 @@ COMMANDS: dict[str, Entry] = {
     "network": Entry("network", "Make a network of organisations, enrol silos, see who is connected."),
     "coordinator": Entry("coordinator", "Run the coordinator's side of a network."),
     "silo": Entry("silo", "Run a silo's side of a network."),
+    "audit": Entry("audit", "Check and show what a silo was asked and what it answered."),
     "doctor": Entry("doctor", "Say what this machine has and what is missing."),
 }
 

@@ -65,7 +65,8 @@ def new(
     typer.echo(f"root certificate (SHA-256): {kit.root}")
     if demo_keys:
         typer.secho(f"{DEMO_LABEL}: for demonstrations only", fg=typer.colors.YELLOW)
-        typer.echo(f"next: fedlm coordinator start {made[0]}, and for each silo: fedlm silo start KIT --data DATA.yaml")
+        start = "fedlm silo start KIT --data DATA.yaml --policy POLICY.yaml"
+        typer.echo(f"next: fedlm coordinator start {made[0]}, and for each silo: {start}")
     else:
         typer.echo("next: send each invitation to its silo, which runs: fedlm network join NAME.invitation.yaml")
         typer.echo("Tell the silos the root certificate's fingerprint by telephone. Back up and guard KIT/ca.")
@@ -100,7 +101,7 @@ def join(
         if fingerprint is None:
             typer.echo(f"root certificate (SHA-256): {done.root}")
             typer.echo("It is the invitation's. Compare it with the coordinator by telephone, or use --fingerprint.")
-        typer.echo(f"next: fedlm silo start {kit} --data DATA.yaml")
+        typer.echo(f"next: fedlm silo start {kit} --data DATA.yaml --policy POLICY.yaml")
         return
     asked = request(file, kit, Path())
     if as_json:

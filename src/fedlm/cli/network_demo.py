@@ -34,6 +34,7 @@ def demo(
     from fedlm.federation.engines.flare.demo import rehearse, run_fedlm, silos_of
     from fedlm.federation.engines.flare.namespaces import possible
     from fedlm.federation.engines.flare.tools import need_nvflare
+    from fedlm.models.processor import for_this_machine
     from fedlm.recipe.load import dump_recipe, load_recipe
     from fedlm.recipe.starters import read_template
 
@@ -44,8 +45,8 @@ def demo(
     out.mkdir(parents=True, exist_ok=True)
     if recipe is None:
         recipe = out / "recipe.yaml"
-        recipe.write_text(read_template("news"))
-        recipe.write_text(dump_recipe(load_recipe(recipe, ["data.partition.silos=3"])))
+        recipe.write_text(for_this_machine(read_template("news")))
+        recipe.write_text(dump_recipe(load_recipe(recipe, ["data.partition.silos=3", "federation.rounds=2"])))
     found = load_recipe(recipe)
     models = [here for here in (found.model.source, found.model.tokenizer) if here and Path(here).exists()]
     apart = namespaces == "yes" or (namespaces == "auto" and possible())

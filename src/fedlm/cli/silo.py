@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,10 @@ def register(app: typer.Typer) -> None:
     group.callback()(_group)
     for command in (start, data, policy):
         group.command(command.__name__)(command)
+    audit = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Look after this silo's audit log.")
+    audit.callback()(_audit)
+    audit.command("prune")(prune)
+    group.add_typer(audit, name="audit")
     app.add_typer(group, name="silo")
 
 
@@ -23,10 +28,41 @@ def _group() -> None:
     """Run a silo's side of a network."""
 
 
+def _audit() -> None:
+    """Look after this silo's audit log; `fedlm audit log` reads it."""
+
+
+def prune(
+    kit: Annotated[Path, typer.Argument(help="The silo's kit, or its audit log.", show_default=False)],
+    before: Annotated[
+        datetime,
+        typer.Option(help="Remove what is older than this day (UTC).", formats=["%Y-%m-%d"], show_default=False),
+    ],
+) -> None:
+    """Remove old lines of the audit log. A checkpoint with their hash stays in their place; a running silo goes on.
+
+    A log that is not intact is not pruned.
+
+    \b
+    Example:
+      fedlm silo audit prune hospital-a --before 2026-01-01
+    """
+    from fedlm.cli.audit import log_of
+    from fedlm.federation.silo.auditlog import AuditLog
+
+    file = log_of(kit)
+    removed = AuditLog(file).prune(before.replace(tzinfo=UTC))
+    typer.echo(
+        f"{file}: {removed} lines removed" + ("; a checkpoint with their hash is in their place" if removed else "")
+    )
+
+
 def start(
     kit: Annotated[Path, typer.Argument(help="The silo's kit.", show_default=False)],
     data: Annotated[Path, typer.Option(help="YAML file that says where the silo's text lies.", show_default=False)],
-    policy: Annotated[Path | None, typer.Option(help="YAML file with what the silo's owner allows.")] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="YAML file with what the silo's owner allows; needed.", show_default=False)
+    ] = None,
     metrics_port: Annotated[
         int | None,
         typer.Option(help="Serve /metrics and /health on this port of 127.0.0.1.", min=0, max=65535),
@@ -40,7 +76,7 @@ def start(
 
     \b
     Examples:
-      fedlm silo start hospital-a --data data.yaml
+      fedlm silo start hospital-a --data data.yaml --policy policy.yaml
       fedlm silo start hospital-a --data data.yaml --policy policy.yaml --metrics-port 9464
     """
     from fedlm.federation.engines.flare.kit import read_kit

@@ -35,6 +35,8 @@ from fedlm.federation.sampling import sample
 from fedlm.federation.start import begun, held_start, whole_model, with_start
 from fedlm.files import read_json, write_json
 from fedlm.messages import Event, Fields, Observe, Tensors
+from fedlm.models.processor import slow_type
+from fedlm.recipe.guards import mask_of
 from fedlm.recipe.load import diff_recipes, load_recipe
 from fedlm.recipe.methods import ALGORITHMS
 from fedlm.recipe.preference import check_silos
@@ -79,14 +81,22 @@ def compare(
         "budgets", "seeds", "seconds"}.
 
     Raises:
-        RunError: no test rows, the directory is in use, or a silo or round failed.
+        RunError: no test rows, the directory is in use, updates are masked, or a silo or round failed.
         KeyboardInterrupt: everything that was finished is kept.
     """
     from fedlm.data.federated import load_data
 
     started = time.monotonic()
+    if mask_of(recipe) is not None:
+        raise RunError(
+            "a comparison trains silos alone, and a sum over one silo hides nothing",
+            where="guards",
+            fix="compare without the mask: --set 'guards=[]'",
+        )
     seeds = list(dict.fromkeys(seeds or [recipe.seed]))
     _check_directory(recipe, run_dir, resume, force)
+    if observe and (note := slow_type(recipe.model)):
+        observe({"kind": "note", "text": note})
     results: list[ArmResult] = []
     silo_count = 0
     with Interrupt():  # SIGTERM ends a comparison as Ctrl-C does

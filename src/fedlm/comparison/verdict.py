@@ -25,6 +25,7 @@ ITEMS = {
     **{figure: figure for figures in WRITTEN.values() for figure in figures},
     "reward_accuracy": "reward",
     "reward": "earned",
+    "alignment": "alignment",
     "loss": "nll",
 }
 

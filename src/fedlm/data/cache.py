@@ -17,9 +17,11 @@ import pyarrow as pa
 
 from fedlm.data.examples import SCHEMAS, Example, kind_of, map_rows
 from fedlm.data.packages import locked
+from fedlm.data.redact import Redactor
 from fedlm.data.sources import Located, read_rows
 from fedlm.errors import DataError
 from fedlm.files import cache_dir, read_json, write_json
+from fedlm.recipe.redact import RedactSpec
 from fedlm.recipe.schema import PartitionSpec
 
 _BATCH = 1000
@@ -28,26 +30,31 @@ _BATCH = 1000
 
 @dataclass(frozen=True)
 class Table:
-    """A source's examples: `dataset` (memory-mapped), its kind, and how many malformed rows were skipped."""
+    """A source's examples: `dataset` (memory-mapped), its kind, how many malformed rows were skipped, and how often
+    personal data was replaced, by kind."""
 
     dataset: Any
     kind: str
     malformed: int
+    redacted: dict[str, int]
 
 
 @cache
 def _code() -> str:
     """A hash of the code that reads and maps, so that another version of it never meets its predecessor's tables."""
     here = Path(__file__).parent
-    names = ("archives.py", "cache.py", "columns.py", "examples.py", "readers.py", "sources.py")
+    names = ("archives.py", "cache.py", "columns.py", "examples.py", "readers.py", "redact.py", "sources.py")
     files = [*(here / name for name in names), here.parent / "recipe" / "expressions.py"]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def table_of(located: Located, malformed: str, partition: PartitionSpec | None) -> Table:
+def table_of(
+    located: Located, malformed: str, partition: PartitionSpec | None, redact: RedactSpec | None = None
+) -> Table:
     """The source's examples, mapped now or read from the cache.
 
     Raises:
+        MissingExtra: personal data is to be replaced, and a library for that is not installed.
         DataError: a malformed row under 'fail', no row at all, or a cache that cannot be written.
     """
     import datasets
@@ -57,6 +64,8 @@ def table_of(located: Located, malformed: str, partition: PartitionSpec | None) 
     mapping = source.model_dump(mode="json", exclude={"name", "sha256", "role", "max_rows"})
     by = None if partition is None else [partition.by, partition.pattern]
     identity = [_code(), located.identity, located.domain, mapping, malformed, by]
+    if redact is not None:
+        identity.append(redact.model_dump(mode="json"))
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_dir() / "datasets"
     table, note = folder / f"{key}.arrow", folder / f"{key}.json"
@@ -64,16 +73,19 @@ def table_of(located: Located, malformed: str, partition: PartitionSpec | None) 
         if not note.exists():  # the note is written last; a warm cache may be read-only
             with locked(folder / f"{key}.lock"):
                 if not note.exists():
-                    rows = read_rows(located)
-                    examples = map_rows(rows, source, malformed, domain=located.domain, partition=partition)
-                    write_json(note, _write(table, examples, kind, source.path))
+                    redactor = None if redact is None else Redactor(redact)
+                    rows, domain = read_rows(located), located.domain
+                    examples = map_rows(rows, source, malformed, domain=domain, partition=partition, redactor=redactor)
+                    counts = _write(table, examples, kind, source.path)
+                    write_json(note, {**counts, "redacted": {} if redactor is None else redactor.counts})
     except OSError as fault:
         raise DataError(
             f"the examples cannot be kept: {fault.strerror or fault}",
             where=str(folder),
             fix="free some space there, or set FEDLM_CACHE to a folder that can be written",
         ) from fault
-    return Table(datasets.Dataset.from_file(str(table)), kind, int(read_json(note)["malformed"]))
+    known = read_json(note)
+    return Table(datasets.Dataset.from_file(str(table)), kind, int(known["malformed"]), known["redacted"])
 
 
 def _write(path: Path, examples: Iterator[Example | str], kind: str, where: str) -> dict[str, int]:

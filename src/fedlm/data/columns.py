@@ -70,6 +70,16 @@ def as_text(value: Any, name: str) -> str:
     raise MalformedRowError(f"column '{name}' is empty")
 
 
+def as_share(value: Any, name: str) -> float:
+    """A number that is not negative. Raises MalformedRowError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise MalformedRowError(f"column '{name}' holds no number")
+    _check_finite(value, name)
+    if value < 0:
+        raise MalformedRowError(f"column '{name}' is negative")
+    return float(value)
+
+
 def _check_finite(value: Any, name: str) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise MalformedRowError(f"column '{name}' holds no finite number (NaN or infinity)")

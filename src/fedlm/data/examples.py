@@ -1,4 +1,4 @@
-"""Canonical examples: every source's rows, whatever their columns, in one of five forms.
+"""Canonical examples: every source's rows, whatever their columns, in one of six forms.
 
     text        text
     messages    messages: list of {role, content}             (prompt + response maps here)
@@ -6,6 +6,7 @@
     preference  prompt, chosen, rejected                      (or messages in place of prompt: the turns before)
     judged      prompt, response, desirable: bool
     choice      question, choices: list of str, answer: index
+    opinion     question, choices: list of str, shares: of a group, list of numbers that add up to 1
 
 and always label, domain, hash (hex SHA-256 of the content), group (what `partition.by` names) and row ('file:line').
 """
@@ -20,8 +21,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from fedlm.data.columns import MalformedRowError, Row, as_text, compile_text, look_up
+from fedlm.data.columns import MalformedRowError, Row, as_share, as_text, compile_text, look_up
 from fedlm.data.readers import RawRow
+from fedlm.data.redact import Redactor
 from fedlm.errors import DataError
 from fedlm.recipe.expressions import is_template
 from fedlm.recipe.schema import Columns, PartitionSpec, SourceSpec
@@ -38,6 +40,9 @@ SCHEMAS = {
     "choice": pa.schema(
         [("question", pa.string()), ("choices", pa.list_(pa.string())), ("answer", pa.int64()), *_COMMON]
     ),
+    "opinion": pa.schema(
+        [("question", pa.string()), ("choices", pa.list_(pa.string())), ("shares", pa.list_(pa.float64())), *_COMMON]
+    ),
 }
 
 _ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user", "assistant": "assistant"}
@@ -51,6 +56,7 @@ _FORMS = [
     ({"messages", "chosen", "rejected"}, "preference"),
     ({"prompt", "response", "desirable"}, "judged"),
     ({"question", "choices", "answer"}, "choice"),
+    ({"question", "choices", "shares"}, "opinion"),
 ]
 
 Example = dict[str, Any]
@@ -77,7 +83,13 @@ def has_categories(columns: Columns) -> bool:
 
 
 def map_rows(
-    rows: Iterable[RawRow], source: SourceSpec, malformed: str, *, domain: str, partition: PartitionSpec | None = None
+    rows: Iterable[RawRow],
+    source: SourceSpec,
+    malformed: str,
+    *,
+    domain: str,
+    partition: PartitionSpec | None = None,
+    redactor: Redactor | None = None,
 ) -> Iterator[Example | str]:
     """Turn raw rows into examples, in order; a malformed row becomes its reason where the policy is to skip.
 
@@ -86,7 +98,8 @@ def map_rows(
         source: the mapping.
         malformed: 'fail' or 'skip'.
         domain: the source's name.
-        partition: its `by` and `pattern` make the column `group`.
+        partition: its `by` and `pattern` make the column `group`, which never leaves and stays as it is.
+        redactor: replaces personal data in all else that a row says, before its content is hashed.
 
     Raises:
         DataError: a malformed row under 'fail', with file and row, without its text.
@@ -100,13 +113,17 @@ def map_rows(
             if raw.values is None:
                 raise MalformedRowError(raw.fault)
             example = content(raw.values)
-            example["hash"] = content_hash(example)
+            more: Example = {}
             if "messages" in example:
-                example["answers"] = further(raw.values) if further else []
-            default = example["choices"][example["answer"]] if "choices" in example else ""
-            label = labelled(raw.values) if labelled else default
-            example |= {"label": label, "domain": domain, "row": raw.where}
-            example["group"] = grouped(raw.values) if grouped else label
+                more["answers"] = further(raw.values) if further else []
+            default = example["choices"][example["answer"]] if "answer" in example else ""
+            more["label"] = labelled(raw.values) if labelled else default
+            if redactor is not None:
+                clean = redactor.example({**example, **more})
+                example, more = {n: clean[n] for n in example}, {n: clean[n] for n in more}
+            example["hash"] = content_hash(example)
+            example |= {**more, "domain": domain, "row": raw.where}
+            example["group"] = grouped(raw.values) if grouped else more["label"]
         except MalformedRowError as fault:
             if malformed == "fail":
                 raise DataError(
@@ -286,6 +303,26 @@ def _choice(columns: Columns) -> Callable[[Row], Example]:
     return build
 
 
+def _opinion(columns: Columns) -> Callable[[Row], Example]:
+    question, name, options = compile_text(str(columns.question)), str(columns.shares), _options(columns.choices)
+
+    def build(row: Row) -> Example:
+        choices, _ = options(row)
+        if len(choices) < 2:
+            raise MalformedRowError("there are fewer than two choices")
+        if len({_squeezed(choice) for choice in choices}) < len(choices):
+            raise MalformedRowError("two of the choices are equal (white space aside)")
+        values = _as_list(look_up(row, name), name, "numbers")
+        shares = [as_share(value, f"{name}[{i}]") for i, value in enumerate(values)]
+        if len(shares) != len(choices):
+            raise MalformedRowError(f"column '{name}' holds {len(shares)} numbers for {len(choices)} choices")
+        if not 0 < sum(shares) < float("inf"):
+            raise MalformedRowError(f"the numbers of column '{name}' do not add up to more than 0")
+        return {"question": question(row), "choices": choices, "shares": [share / sum(shares) for share in shares]}
+
+    return build
+
+
 def _options(choices: str | list[str] | None) -> Callable[[Row], tuple[list[str], list[str]]]:
     """A row's choices and, where a record names them as the ARC family on the hub does, their labels (else none)."""
     if isinstance(choices, list):
@@ -363,4 +400,5 @@ _CONTENT: dict[str, Callable[[Columns], Callable[[Row], Example]]] = {
     "preference": _preference,
     "judged": _judged,
     "choice": _choice,
+    "opinion": _opinion,
 }

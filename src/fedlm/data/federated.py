@@ -64,6 +64,7 @@ class FederatedData:
         names: silo names, sorted.
         kind: text, messages, preference or choice.
         skipped: rows that serve no silo, by reason; counts only.
+        redacted: what was replaced as personal data in the rows read, by kind; counts only, for the owner.
         duplicates: rows kept though an equal row with the same role exists.
         public: the public rows that silos may train on beside their own, each once; None where the recipe has none.
     """
@@ -71,6 +72,7 @@ class FederatedData:
     def __init__(self, rows: Any, kind: str, parts: dict[str, Ints], roles: Ints, skipped: dict[str, int]) -> None:
         self._rows, self.kind, self.skipped, self.duplicates = rows, kind, skipped, 0
         self.public: Any = None
+        self.redacted: dict[str, int] = {}
         self.names = sorted(parts)
         self._parts = {name: _by_role(parts[name], roles) for name in self.names}
         self._labels: tuple[list[str], Ints] | None = None
@@ -166,7 +168,7 @@ def load_data(recipe: Recipe, base: Path = Path()) -> FederatedData:
     located = [locate(source, base) for source in sources]
     if spec.partition is not None and spec.partition.kind == "domain":
         _check_domains(located)
-    tables = [table_of(found, spec.malformed, spec.partition) for found in located]
+    tables = [table_of(found, spec.malformed, spec.partition, spec.redact) for found in located]
     kinds = {table.kind for table in tables}
     if len(kinds) > 1:
         listed = ", ".join(f"{s.path} ({t.kind})" for s, t in zip(sources, tables, strict=True))
@@ -195,6 +197,7 @@ def load_data(recipe: Recipe, base: Path = Path()) -> FederatedData:
         _check_training_rows(name, roles[part])
     _check_classes(recipe, rows, kept)
     data = FederatedData(rows, tables[0].kind, parts, roles, {k: n for k, n in skipped.items() if n})
+    data.redacted = dict(sum((Counter(table.redacted) for table in tables), Counter()))
     data.public = _public(spec, base, seed, data)
     data.duplicates = len(kept) - len({hashes[i] for i in kept})
     if spec.partition is not None and spec.partition.by and spec.partition.kind in ("dirichlet", "shards"):
@@ -214,7 +217,7 @@ def _public(spec: DataSpec, base: Path, seed: int, data: FederatedData) -> Any:
         return None
     import datasets
 
-    tables = [table_of(locate(source, base), spec.malformed, None) for source in spec.augment.sources]
+    tables = [table_of(locate(source, base), spec.malformed, None, spec.redact) for source in spec.augment.sources]
     for source, table in zip(spec.augment.sources, tables, strict=True):
         if table.kind != data.kind:
             raise DataError(

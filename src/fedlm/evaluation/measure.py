@@ -40,19 +40,21 @@ def measure(
     skip: bool = False,
     reference: Callable[[], AbstractContextManager[None]] | None = None,
     reference_logps: Callable[[Sequence[Encoded]], NDArray[np.float64]] | None = None,
+    states: Callable[[Sequence[Encoded]], NDArray[np.float32]] | None = None,
 ) -> Fields:
     """Measure a model on canonical examples; the result is plain JSON and holds no text.
 
     Args:
         rows: `datasets.Dataset` of canonical examples of one `kind`.
-        kind: 'text', 'messages', 'preference' or 'choice'; only the last has the choice and generation metrics, and
-            only messages have those of written answers.
+        kind: 'text', 'messages', 'preference', 'opinion' or 'choice'; only the last has the choice and generation
+            metrics, and only messages have those of written answers.
         max_length: tokens at which rows are cut for the loss, which is that of the training task itself; a long
             document may be several sequences, which are added up.
         packing: False for models that cannot be packed (the recipe's `training.packing`).
         skip: a row that the chat template refuses has no loss, as the recipe's `malformed: skip` says.
         reference: inside, the model is the one that the run began with; for tasks that compare with it.
         reference_logps: log-probability of each sequence's targets under that model.
+        states: the frozen model's mean state of each sequence, for tasks that learn from them.
         items: add each row's result under "items", in the order of the rows, for paired comparisons.
 
     Returns:
@@ -70,7 +72,8 @@ def measure(
     """
     rows = _subset(rows, spec.max_examples)
     if not TASKS[task.name].likelihood:
-        held = Held(rows, model, tokenizer, max_length, spec.batch_tokens, packing, skip, reference, reference_logps)
+        known = (reference, reference_logps, states)
+        held = Held(rows, model, tokenizer, max_length, spec.batch_tokens, packing, skip, *known)
         with _evaluating(model):
             found = task.measure(held)
         for total, _ in found.figures.values():

@@ -119,6 +119,11 @@ def _read(recipe: Recipe, base: Path, observe: Observe | None) -> FederatedData:
         observe({"kind": "phase", "text": "reading the data"})
     data = load_data(recipe, base)
     check_silos(recipe, data.names)
+    if recipe.reinforce.reward.run is not None:
+        from fedlm.models.folders import local_path
+        from fedlm.training.reward_model import reward_tensors
+
+        reward_tensors(local_path(recipe.reinforce.reward.run))  # simulated silos would tell it only when they train
     release_freed()
     return data
 
@@ -222,7 +227,10 @@ def _run(
 ) -> RunResult:
     from fedlm.federation import coordinator
     from fedlm.models.fingerprint import base_identity
+    from fedlm.models.processor import slow_type
 
+    if observe and not where.network and (note := slow_type(recipe.model)):
+        observe({"kind": "note", "text": note})
     if "model" not in directory.meta:  # for runs that start from this one
         directory.update_meta(model=base_identity(recipe.model))
     engine = make_engine(where, recipe, data, directory, silos=silos, base=base, observe=observe)

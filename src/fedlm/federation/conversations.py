@@ -145,7 +145,7 @@ class Conversations:
                 moving: dict[str, torch.Size] = {}
                 for plan, silo in alike.items():
                     place = Place(silo, round_, rounds, self.recipe.seed, plan.rank)
-                    shapes = self._shapes(parameters, place)
+                    shapes = self.shapes(parameters, place)
                     moving |= {name: shape for name, shape in shapes.items() if name in parameters}
                     if self.chain is not None:
                         where = "guards"
@@ -180,12 +180,12 @@ class Conversations:
         """
         check_training(reply)
         place = self._place(reply)
-        expected = self._shapes(parameters, place)
+        expected = self.shapes(parameters, place)
         if self.plan(reply.silo).partial and not any(".lora_" in name for name in expected):
             raise UpdateRefused("the silo's plan trains nothing of this model", where=reply.silo)
         return place, expected
 
-    def _shapes(self, parameters: Tensors, place: Place) -> dict[str, torch.Size]:
+    def shapes(self, parameters: Tensors, place: Place) -> dict[str, torch.Size]:
         """Names and shapes of an update that was made there, by what its silo trains."""
         plan, shapes = self.plan(place.silo), self.algorithm.expected_update(parameters, place)
         return {n: shape for n, shape in shapes.items() if not plan.partial or ".lora_" not in n or plan.trains(n)}

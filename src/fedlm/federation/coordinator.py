@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedlm.algorithms import get_algorithm
-from fedlm.algorithms.base import Accumulator, Step
+from fedlm.algorithms.base import Accumulator, Place, Step
 from fedlm.algorithms.fedbuff import FedBuff
 from fedlm.errors import RunError
 from fedlm.federation.asynchronous import Flight, checkpoints_needed
@@ -31,6 +31,7 @@ from fedlm.federation.coverage import choose_centres
 from fedlm.federation.disk import disk_errors
 from fedlm.federation.folding import FoldResult
 from fedlm.federation.interrupt import Interrupt
+from fedlm.federation.masked import train_masked
 from fedlm.federation.memory import MemorySampler
 from fedlm.federation.records import (
     RunResult,
@@ -50,6 +51,7 @@ from fedlm.federation.versions import without_reserved
 from fedlm.files import read_json, sync_folder, write_json
 from fedlm.messages import Engine, Fields, Observe, Tensors
 from fedlm.models.deltas import is_delta
+from fedlm.recipe.guards import mask_of
 from fedlm.recipe.methods import ALGORITHMS, PROMPTS
 from fedlm.recipe.prompting import require_training
 from fedlm.recipe.schema import Recipe
@@ -122,6 +124,7 @@ class Federation:
         self.recipe, self.spec, self.engine, self.dir = recipe, recipe.federation, engine, run_dir
         self.algorithm = get_algorithm(self.spec.algorithm, recipe.adapter)
         self.personal = ALGORITHMS[self.spec.algorithm.name].personal
+        self.masks = mask_of(recipe) is not None
         self.flight: Flight | None = None
         """What is under way in an asynchronous federation."""
         self.names = sorted(engine.silos() if silos is None else silos)
@@ -179,7 +182,7 @@ class Federation:
 
         # 1 and 2. Sample, exchange, fold. (In an asynchronous federation silos are at work across rounds.)
         self.silos.enrolled.greet_again()
-        accumulator = self.algorithm.accumulator(self.dir.spool)
+        accumulator = Accumulator() if self.masks else self.algorithm.accumulator(self.dir.spool)
         if self.flight is None:
             folded = self.collect(state, number, accumulator, traffic)
         else:
@@ -194,7 +197,8 @@ class Federation:
         if self.silos.downlink is not None:  # what silos will load is the model from here on
             parameters = self.silos.downlink.rounded(state.parameters, parameters, number)
         before = (state.parameters, state.server)
-        figures["aggregation"] = self.algorithm.measure(before, accumulator, (parameters, server), number)
+        if not self.masks:  # a sum does not tell what each silo's update would have been
+            figures["aggregation"] = self.algorithm.measure(before, accumulator, (parameters, server), number)
         del accumulator
 
         # 4. Validate and checkpoint: from here on the round is done, whatever happens to this process.
@@ -236,19 +240,15 @@ class Federation:
         want = wanted(self.spec, len(trainers))
         sampled = sample(trainers, invited(self.spec, len(trainers)), self.recipe.seed, "sample", number)
         self.silos.tell({"kind": "round_started", "round": number, "sampled": sampled})
+        self.algorithm.asked(accumulator, sampled, Place("", number, self.spec.rounds, self.recipe.seed))
 
         # Exchange and fold: every silo gets the same tensors; updates are folded in canonical order as they arrive.
         broadcast = self.algorithm.broadcast(state.parameters, state.server, number)
-        folded = self.silos.train(
-            number,
-            sampled,
-            want,
-            broadcast,
-            state.parameters,
-            state.progress.accepted,
-            accumulator,
-            traffic,
-        )
+        known = (broadcast, state.parameters, state.progress.accepted, accumulator, traffic)
+        if self.masks:
+            folded = train_masked(self.silos, number, sampled, *known)
+        else:
+            folded = self.silos.train(number, sampled, want, *known)
         needed = quorum(self.spec, want)
         if len(folded.replied) < needed:
             raise RunError(

@@ -50,6 +50,8 @@ class FoldResult:
     """What each silo in `replied` counted for."""
     figures: Fields = field(default_factory=dict)
     """More about the round for rounds.jsonl."""
+    loss: float | None = None
+    """Mean training loss, where the replies do not say their own."""
 
 
 def fold_in_order(

@@ -46,6 +46,8 @@ class Traffic:
 
 def training_loss(folded: FoldResult) -> float | None:
     """Mean training loss of the silos used, over its target tokens, pairs ...; None where none was."""
+    if folded.loss is not None:
+        return folded.loss
     fields = [folded.fields[name] for name in folded.replied]
     count = sum(f["loss_count"] for f in fields)
     return sum(f["loss"] * f["loss_count"] for f in fields) / count if count else None
@@ -53,7 +55,7 @@ def training_loss(folded: FoldResult) -> float | None:
 
 def training_figures(folded: FoldResult) -> dict[str, float]:
     """The figures of a round's training, as means over all silos used."""
-    figures = added(folded.fields[name]["figures"] for name in folded.replied)
+    figures = added(folded.fields[name].get("figures", {}) for name in folded.replied)
     return {name: total / count for name, (total, count) in figures.items() if count}
 
 
@@ -119,9 +121,9 @@ def summarise_run(run_dir: RunDir, status: str, message: str, evaluation: dict[s
             cost[name] += record[name]
         cost["peak_pss"] = max(cost["peak_pss"], record["peak_pss"])
         for line in record["silos"].values():
-            cost["tokens"] += line["tokens"]
-            cost["steps"] += line["steps"]
-            training += line["seconds"]
+            cost["tokens"] += line.get("tokens", 0)  # under masks silos do not tell
+            cost["steps"] += line.get("steps", 0)
+            training += line.get("seconds", 0.0)
         if record["round"] == best:
             best_loss = (record["validation"] or {}).get("loss")
     cost["tokens_per_second"] = cost["tokens"] / training if training else 0.0

@@ -25,6 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from safetensors import SafetensorError
+
 from fedlm.errors import RunError
 from fedlm.federation.disk import disk_errors, disk_fault
 from fedlm.files import read_json, read_tensors, sha256_file, sync_folder, write_atomic, write_json, write_tensors
@@ -139,7 +141,7 @@ class RunDir:
             raise RunError("there is no run here (run.json is missing)", where=str(path)) from None
         except NotADirectoryError as error:
             raise disk_fault(error, path) from None
-        except ValueError:  # no JSON, or no UTF-8
+        except (ValueError, RecursionError):  # no JSON, or no UTF-8
             raise RunError("run.json is damaged", where=str(file)) from None
         if isinstance(self._meta, dict) and self._meta.get("schema", SCHEMA) != SCHEMA:
             raise RunError(
@@ -260,7 +262,7 @@ class RunDir:
                         raise ValueError
                     record = json.loads(line)
                     record["round"]
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     torn = number
                     continue
                 yield record
@@ -370,7 +372,7 @@ class RunDir:
             return Checkpoint(tensors["model"], tensors["server"], Progress(**state))
         except FileNotFoundError:
             raise RunError("the checkpoint is incomplete (this file is missing)", where=str(file)) from None
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError):
             raise RunError("the checkpoint is corrupt (its state cannot be read)", where=str(file)) from None
 
     def _way_back(self, round_: int, rounds: list[int]) -> str:

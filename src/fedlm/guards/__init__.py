@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from fedlm.guards.base import Guard
 from fedlm.guards.blockwise import Int4, Int8
 from fedlm.guards.cast import BFloat16, Float16
-from fedlm.guards.chain import Chain, Key, update_key
+from fedlm.guards.chain import REST, Chain, Key, shared_key, update_key
 from fedlm.guards.lowrank import LowRank
 from fedlm.guards.randomk import RandomK
 from fedlm.guards.topk import TopK
-from fedlm.recipe.guards import GuardSpec
+from fedlm.recipe.guards import MASK, GuardSpec
 
 CLASSES: dict[str, type[Guard]] = {
     "bf16": BFloat16,
@@ -25,11 +25,13 @@ CLASSES: dict[str, type[Guard]] = {
 
 
 def get_chain(specs: Sequence[GuardSpec], *, feedback: bool | None = None) -> Chain | None:
-    """The chain that a recipe asks for, or None for an empty one.
+    """The chain that a recipe asks for, or None for an empty one. A mask is no part of it: it hides what the chain
+    leaves (`fedlm.guards.mask`).
 
     Args:
         feedback: whether what is lost comes back later; by default as the specs say.
     """
+    specs = [spec for spec in specs if spec.name != MASK]
     if not specs:
         return None
     if feedback is None:
@@ -37,4 +39,4 @@ def get_chain(specs: Sequence[GuardSpec], *, feedback: bool | None = None) -> Ch
     return Chain([CLASSES[spec.name](spec, unbiased=not feedback) for spec in specs], feedback=feedback)
 
 
-__all__ = ["CLASSES", "Chain", "Guard", "Key", "get_chain", "update_key"]
+__all__ = ["CLASSES", "REST", "Chain", "Guard", "Key", "get_chain", "shared_key", "update_key"]

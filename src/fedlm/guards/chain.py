@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedlm.errors import RunError, UpdateRefused
-from fedlm.guards.base import Guard, Shapes, check_range, flat, magnitude, parted, size_of
+from fedlm.guards.base import Guard, Parts, Shapes, check_range, flat, magnitude, parted, size_of
 from fedlm.messages import Tensors
 from fedlm.randomness import numpy_generator
 
@@ -24,6 +24,11 @@ REST = "values"
 def update_key(seed: int, silo: str, round_: int, dispatch: int | None = None) -> Key:
     """The key of a silo's update; a `dispatch` tells the updates of one round apart in an asynchronous federation."""
     return (seed, silo, round_) if dispatch is None else (seed, silo, round_, dispatch)
+
+
+def shared_key(seed: int, round_: int) -> Key:
+    """The key of every silo's update where these are added up before they are decoded."""
+    return (seed, "sum", round_)
 
 
 class Chain:
@@ -120,8 +125,15 @@ class Chain:
             raise UpdateRefused("the payload stands for values that are not finite (NaN or infinity)")
         return values
 
-    def _check(self, payload: Mapping[str, Tensor], layouts: list[Shapes]) -> None:
-        """Exactly these parts, of exactly these types and lengths."""
+    def parts(self, shapes: Mapping[str, torch.Size]) -> Parts:
+        """The parts of the payload for an update of these shapes, with their types and lengths.
+
+        Raises:
+            UpdateRefused: a guard does not fit numbers of these shapes.
+        """
+        return self._parts(self.layouts({name: shapes[name] for name in sorted(shapes)}))
+
+    def _parts(self, layouts: list[Shapes]) -> Parts:
         expected = {
             f"{i}.{name}": about
             for i, guard in enumerate(self.guards)
@@ -129,6 +141,11 @@ class Chain:
         }
         if rest := size_of(layouts[-1]):
             expected[REST] = (torch.float32, rest)
+        return expected
+
+    def _check(self, payload: Mapping[str, Tensor], layouts: list[Shapes]) -> None:
+        """Exactly these parts, of exactly these types and lengths."""
+        expected = self._parts(layouts)
         if payload.keys() != expected.keys():
             listed = ", ".join(repr(name[:40]) for name in sorted(payload)[:5])
             raise UpdateRefused(f"the payload has the parts {listed}, not {', '.join(map(repr, expected))}")

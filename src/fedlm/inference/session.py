@@ -20,9 +20,9 @@ from fedlm.models.adapters import attach, base_only, completed, set_tensors
 from fedlm.models.export import load_adapter
 from fedlm.models.folders import local_path
 from fedlm.models.load import load_base, load_tokenizer
-from fedlm.recipe.heads import outputs_of
 from fedlm.recipe.load import load_recipe
 from fedlm.recipe.schema import ModelSpec, Recipe
+from fedlm.recipe.tasks import TASKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -141,7 +141,7 @@ def open_chat(source: str, spec: ModelSpec | None = None, which: str | None = No
     path = local_path(source)
     if spec is None and is_run(path):
         recipe = run_recipe(path)
-        if outputs_of(recipe):
+        if TASKS[recipe.task].head != "none":
             raise RunError(
                 f"this run trained task '{recipe.task}', whose model writes no text",
                 where=str(path),

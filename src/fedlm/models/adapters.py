@@ -1,9 +1,10 @@
-"""What is trained and exchanged: LoRA, IA3, soft prompts or the full weights, named and first valued alike everywhere.
+"""What is trained and exchanged: adapters of every kind or the full weights, named and first valued alike everywhere.
 
 LoRA (Hu et al., ICLR 2022) adds (alpha / rank) B A to a weight, LoRA-SB (alpha / rank) B R A (`fedlm.models.square`);
 IA3 (Liu et al., NeurIPS 2022) scales keys, values and the feed-forward's inner activations. They come from PEFT, so
-that anything that reads PEFT reads the result. Soft prompts: `fedlm.models.soft_prompts`; heads beside all but these:
-`fedlm.models.heads`. Adapter parameters are fp32 whatever the base's dtype.
+that anything that reads PEFT reads the result. Soft prompts: `fedlm.models.soft_prompts`; a predictor of preferences:
+`fedlm.models.predictor`; heads beside all but these: `fedlm.models.heads`. Adapter parameters are fp32 whatever the
+base's dtype.
 
 A tensor's name is PEFT's name in a saved adapter without the leading 'base_model.model.', for instance
 `model.layers.0.self_attn.q_proj.lora_A.weight`; with kind 'full' it is the model's own parameter name. Each first value
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,10 @@ from fedlm.models.directions import add_terms, is_description
 from fedlm.models.folders import quiet
 from fedlm.models.heads import add_head, is_head, vocabulary
 from fedlm.models.load import load_base, resolve, unloadable
+from fedlm.models.predictor import PREDICTOR, PredictorModel
 from fedlm.models.soft_prompts import OFF, SoftPromptModel, attach_prompt
 from fedlm.models.square import insert_squares
+from fedlm.models.targets import peft_config
 from fedlm.randomness import key, torch_generator
 from fedlm.recipe.heads import outputs_of
 from fedlm.recipe.methods import FACTORS, PROMPTS
@@ -46,18 +49,15 @@ PROMPT = "prompt_encoder."
 """What the names of a soft prompt's parameters begin with."""
 _ADAPTER_PART = re.compile(r"\.(lora_A|lora_B|ia3_l)\.default(?=\.|$)")
 _SQUARE_PART = re.compile(r"\.lora_B\.([BR])$")
-_IA3_LLAMA_LIKE = (["k_proj", "v_proj", "down_proj"], ["down_proj"])
-_FEEDFORWARD_ENDS = {"down_proj", "fc2", "fc_out", "dense_4h_to_h", "wo", "w2", "c_proj"}
-"""Last linear layers of feed-forward blocks, by the names that architectures give them; IA3 scales their input."""
 
 
 def attach(model: PreTrainedModel, spec: AdapterSpec, seed: int, outputs: int = 0) -> nn.Module:
     """The model with trainable parameters as `spec` says, at their common first values.
 
     For 'lora', 'lora-sb' and 'ia3' the model is wrapped by PEFT and its outputs are still the base's (B = 0, scales =
-    1). Soft prompts wrap it too, and change its outputs from the start. For 'full' the model itself is returned with
-    fp32 weights. Those that are mapped from a file in fp32 stay mapped: pages become the process's own when they are
-    written to, and the file never changes.
+    1). Soft prompts wrap it too, and change its outputs from the start; a predictor never does. For 'full' the model
+    itself is returned with fp32 weights. Those that are mapped from a file in fp32 stay mapped: pages become the
+    process's own when they are written to, and the file never changes.
 
     Args:
         outputs: of the head (`fedlm.models.heads`); 0 for none.
@@ -68,6 +68,8 @@ def attach(model: PreTrainedModel, spec: AdapterSpec, seed: int, outputs: int = 
     """
     if spec.kind in PROMPTS:
         return attach_prompt(model, spec, seed)
+    if spec.kind == "predictor":
+        return _at_first(PredictorModel(model, spec), seed)
     if spec.kind == "full":
         unfrozen: nn.Module = _unfreeze(model)
         if outputs:
@@ -89,12 +91,17 @@ def attach(model: PreTrainedModel, spec: AdapterSpec, seed: int, outputs: int = 
         insert_squares(lora_layers(wrapped))
     if outputs:
         add_head(wrapped, outputs)
-    with torch.no_grad():
-        for name, parameter in trainable(wrapped).items():
-            parameter.data = parameter.data.to(torch.float32)
-            if not parameter.is_meta:
-                parameter.copy_(first_value(name, parameter.shape, seed))
-    return wrapped
+    return _at_first(wrapped, seed)
+
+
+@torch.no_grad()
+def _at_first(model: nn.Module, seed: int) -> nn.Module:
+    """The model with all that is trained in fp32, at its first values."""
+    for name, parameter in trainable(model).items():
+        parameter.data = parameter.data.to(torch.float32)
+        if not parameter.is_meta:
+            parameter.copy_(first_value(name, parameter.shape, seed))
+    return model
 
 
 def _check_rank(layers: dict[str, Any], rank: int) -> None:
@@ -109,13 +116,13 @@ def _check_rank(layers: dict[str, Any], rank: int) -> None:
 
 
 def first_value(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
-    """A parameter before training: A uniform in +-1/sqrt(fan in) (as PEFT: kaiming_uniform, a = sqrt 5), B and R 0,
-    IA3 1, a head 0."""
-    if ".lora_A." in name:
+    """A parameter before training: A, and a predictor's matrices, uniform in +-1/sqrt(fan in) (as PEFT and torch:
+    kaiming_uniform, a = sqrt 5), B and R 0, IA3 1, a head 0; of a predictor biases 0 and norms 1."""
+    if ".lora_A." in name or (name.startswith(PREDICTOR) and len(shape) == 2):
         bound = 1.0 / math.sqrt(shape[1])
         generator = torch_generator(seed, "adapter", name)
         return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
-    if ".lora_B." in name or ".lora_R." in name or is_head(name):
+    if ".lora_B." in name or ".lora_R." in name or is_head(name) or name.endswith(".bias"):
         return torch.zeros(shape, dtype=torch.float32)
     return torch.ones(shape, dtype=torch.float32)
 
@@ -125,105 +132,6 @@ def _unfreeze(model: PreTrainedModel) -> PreTrainedModel:
         parameter.data = parameter.data.to(torch.float32)
         parameter.requires_grad_(parameter.is_floating_point())
     return model
-
-
-def peft_config(model: PreTrainedModel, spec: AdapterSpec) -> Any:
-    """The PEFT configuration of a LoRA or IA3 spec, its targets checked against the model's modules."""
-    from peft import IA3Config, LoraConfig
-
-    linear = linear_modules(model)
-    if spec.kind == "ia3":
-        targets, feedforward = _ia3_targets(model, spec, linear)
-        return IA3Config(task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=feedforward)
-    if spec.targets == "all-linear":
-        targets = sorted({name.rsplit(".", 1)[-1] for name in linear if not _is_output(model, name)})
-        if not targets:
-            raise ModelError("'all-linear' matches no module: the model has no linear layers", where="adapter.targets")
-    else:
-        targets = sorted(set(spec.targets))
-        _check_targets(model, targets, linear)
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=spec.rank,
-        lora_alpha=spec.alpha if spec.alpha % 1 else int(spec.alpha),
-        lora_dropout=spec.dropout,
-        use_rslora=spec.rslora,
-        target_modules=targets,
-        bias="none",
-        fan_in_fan_out=any(_is_conv1d(linear[n]) for n in linear if _matches(n, targets)),
-    )
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, Conv1D)
-
-
-def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear layer (GPT-2's Conv1D included) by its full name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) or _is_conv1d(m)}
-
-
-def _matches(name: str, targets: Iterable[str]) -> bool:
-    """PEFT's rule: a target is a full name or its end after a dot."""
-    return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
-def _is_output(model: PreTrainedModel, name: str) -> bool:
-    output = model.get_output_embeddings()
-    return output is not None and model.get_submodule(name) is output
-
-
-def _check_targets(model: PreTrainedModel, targets: list[str], linear: dict[str, nn.Module]) -> None:
-    kinds = sorted({n.rsplit(".", 1)[-1] for n in linear})
-    for target in targets:
-        matched = [name for name in linear if _matches(name, [target])]
-        if not matched:
-            raise ModelError(
-                f"the target '{target}' matches no linear module of this model",
-                where="adapter.targets",
-                fix=f"linear modules here end in {', '.join(kinds)}; or write 'all-linear'",
-            )
-        others = [name for name, _ in model.named_modules() if name not in linear and _matches(name, [target])]
-        if others:
-            raise ModelError(
-                f"the target '{target}' also matches '{others[0]}', no linear layer", where="adapter.targets"
-            )
-        for name in matched:
-            if _is_output(model, name) and model.get_output_embeddings().weight is model.get_input_embeddings().weight:
-                raise ModelError(
-                    f"the target '{target}' shares its weight with the embeddings; an adapter there cannot be merged",
-                    where="adapter.targets",
-                    fix="leave it out",
-                )
-
-
-def _ia3_targets(
-    model: PreTrainedModel, spec: AdapterSpec, linear: dict[str, nn.Module]
-) -> tuple[list[str], list[str]]:
-    """Targets and, among them, the feed-forward layers whose input (not output) is scaled."""
-    if spec.targets != "all-linear":
-        targets = sorted(set(spec.targets))
-        _check_targets(model, targets, linear)
-        return targets, [t for t in targets if t.rsplit(".", 1)[-1] in _FEEDFORWARD_ENDS]
-    ends = {name.rsplit(".", 1)[-1] for name in linear}
-    if ends >= {*_IA3_LLAMA_LIKE[0], "up_proj"}:
-        return _IA3_LLAMA_LIKE
-    from peft.utils.constants import (
-        TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD,
-    )
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as TARGETS
-
-    kind = model.config.model_type
-    if kind in TARGETS and kind in FEEDFORWARD:
-        return list(TARGETS[kind]), list(FEEDFORWARD[kind])
-    raise ModelError(
-        f"there is no known choice of IA3 targets for the architecture '{kind}'",
-        where="adapter.targets",
-        fix="name them: the key and value projections and the last feed-forward layer, out of "
-        + ", ".join(sorted(ends)),
-    )
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -291,7 +199,7 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter of the adapter by stable name, whether it is trained now or not; without one, all that train."""
     named, adapted = {}, False
     for name, parameter in model.named_parameters():
-        part = _ADAPTER_PART.search(name) is not None or name.startswith(PROMPT)
+        part = _ADAPTER_PART.search(name) is not None or name.startswith((PROMPT, PREDICTOR))
         adapted = adapted or part
         if part or is_head(_stable(name)):
             named[_stable(name)] = parameter

@@ -28,16 +28,19 @@ from fedlm.models.load import load_base, load_tokenizer, resolve
 from fedlm.models.soft_prompts import LAYER, SoftPromptModel, peft_prompt_config
 from fedlm.models.square import folded, unfolded
 from fedlm.recipe.heads import labels_of, outputs_of
-from fedlm.recipe.methods import PROMPTS
+from fedlm.recipe.methods import BESIDE, PROMPTS
 from fedlm.recipe.schema import AdapterSpec, ModelSpec, Recipe
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ENCODER_WEIGHTS = "prompt_encoder.safetensors"
 """Beside PEFT's file, which has the rows of a prompt alone: the parameters that make them."""
+PREDICTOR_CONFIG = "predictor_config.json"
+"""Beside a predictor's weights, which PEFT does not know: its sizes, and the model whose states it reads."""
 
 
 def save_adapter(folder: Path, tensors: Tensors, recipe: Recipe) -> None:
-    """Write a trained adapter as PEFT does, or for kind 'full' the whole model as a folder with its tokenizer.
+    """Write a trained adapter as PEFT does, or for kind 'full' the whole model as a folder with its tokenizer; a
+    predictor, which PEFT does not know, as its tensors by name.
 
     `PeftModel.from_pretrained(base, folder)` gives fedlm's own logits; where a head was trained, `base` must come from
     `AutoModelForSequenceClassification.from_pretrained(name, num_labels=...)`, with the tokenizer's padding token. The
@@ -57,6 +60,9 @@ def save_adapter(folder: Path, tensors: Tensors, recipe: Recipe) -> None:
     check_tensors({name: p.shape for name, p in trainable(model).items()}, values)
     if recipe.adapter.kind in PROMPTS:
         _save_prompt(folder, values, recipe)
+        return
+    if recipe.adapter.kind == "predictor":
+        _save_predictor(folder, values, recipe)
         return
     tensors, adapter = joined(folded(tensors) if recipe.adapter.kind == "lora-sb" else tensors, recipe.adapter)
     with _written(folder) as temporary:
@@ -83,6 +89,15 @@ def _save_prompt(folder: Path, tensors: Tensors, recipe: Recipe) -> None:
             write_tensors(temporary / ENCODER_WEIGHTS, tensors, {"format": "pt"})
         config = _config_of(peft_prompt_config(model), recipe)
         write_atomic(temporary / "adapter_config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _save_predictor(folder: Path, tensors: Tensors, recipe: Recipe) -> None:
+    name, revision = base_name(recipe.model)
+    config = recipe.adapter.model_dump(include={"kind", "width", "layers", "heads"})
+    config |= {"base_model_name_or_path": name, "revision": revision, "task": recipe.task}
+    with _written(folder) as temporary:
+        write_tensors(temporary / ADAPTER_WEIGHTS, tensors, {"format": "pt"})
+        write_atomic(temporary / PREDICTOR_CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 
 def check_empty(folder: Path) -> None:
@@ -166,8 +181,9 @@ def save_merged(folder: Path, tensors: Tensors, recipe: Recipe, dtype: str = "fl
         ModelError: the folder holds something, cannot be written, or the tensors do not fit; or what was trained is a
             prompt.
     """
-    if recipe.adapter.kind in PROMPTS:
-        raise ModelError("a soft prompt is no change of the weights, so it cannot be merged", fix="export the adapter")
+    if recipe.adapter.kind in BESIDE:
+        what = "a predictor" if recipe.adapter.kind == "predictor" else "a soft prompt"
+        raise ModelError(f"{what} is no change of the weights, so it cannot be merged", fix="export the adapter")
     check_empty(folder)
     base = resolve(recipe.model)
     base_model = load_base(recipe.model, device="cpu").to(torch.float32)

@@ -20,7 +20,7 @@ class AlgorithmSpec(Strict):
         None,
         description="What a silo counts for in the mean: the examples it holds, their target tokens, or equal. "
         "Defaults: examples; delayed-nesterov, eager-diloco, fedasync, fedbpt, feddyn, feedsign, hetlora, scaffold, "
-        "task-arithmetic, ties: always equal.",
+        "task-arithmetic, ties, and the rules against bad silos but for norm-bound and rfa: always equal.",
     )
     mu: Annotated[float, Field(ge=0.0)] = Field(0.01, description="fedprox, fedasync: strength of the proximal term.")
     server_lr: PositiveFloat | None = Field(
@@ -82,7 +82,8 @@ class AlgorithmSpec(Strict):
     )
     recompress: PositiveInt | None = Field(
         None,
-        description="fedex-lora, flora, frlora: cut what is merged into a layer to this rank; it grows round by round.",
+        description="fedex-lora, flora, frlora, and `robust_on: product`: cut what is merged into a layer to this "
+        "rank; it grows round by round.",
     )
     svd: Literal["exact", "randomised"] = Field(
         "exact", description="flexlora: 'randomised' takes less time, with at most about 1.01 times the error."
@@ -95,6 +96,53 @@ class AlgorithmSpec(Strict):
     )
     density: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         0.2, description="ties: share of an update's values, the largest, that is kept."
+    )
+
+    byzantine: Annotated[int, Field(ge=0)] = Field(
+        1,
+        description="Rules against bad silos: f, how many of a round's silos may send anything. Fewer answers than the "
+        "rule needs for it are an error: krum, multi-krum 2f + 3, bulyan 4f + 3, centred-clipping, flame, median, rfa, "
+        "trimmed-mean 2f + 1.",
+    )
+    groups: Annotated[int, Field(ge=2)] | None = Field(
+        None,
+        description="Rules against bad silos: the round's silos are dealt to this many random groups, updates are "
+        "added up within them, and the rule sees the groups' means alone. f bad silos spoil at most f groups, so that "
+        "`byzantine` counts both.",
+    )
+    robust_on: Literal["factors", "product"] = Field(
+        "factors",
+        description="Rules against bad silos, with LoRA: whether updates are compared as A and B travel, or as the "
+        "changes of s B A, which are what acts. Then what does not fit the rank is merged beside the frozen weights.",
+    )
+    selected: PositiveInt | None = Field(
+        None, description="multi-krum: m, the updates that are averaged; default: as many as answered, less f + 2."
+    )
+    smoothing: PositiveFloat = Field(
+        1e-6, description="rfa: nu, the distance below which updates no longer count for more the nearer they are."
+    )
+    norm_bound: PositiveFloat | None = Field(
+        None, description="norm-bound: M, the largest norm of an update; default: the median of the round's norms."
+    )
+    clip_radius: PositiveFloat | None = Field(
+        None,
+        description="centred-clipping: tau, how far from the centre an update may pull; default: the median of the "
+        "round's distances from it.",
+    )
+    clip_iterations: PositiveInt = Field(1, description="centred-clipping: steps of the centre in a round.")
+    root: str | None = Field(
+        None,
+        min_length=1,
+        description="fltrust: the silo that the coordinator trusts. Its text is the root data: its update says which "
+        "way is right and how far a silo may go, and is no part of the mean.",
+    )
+    confidence: PositiveFloat = Field(
+        1.0, description="foolsgold: kappa, how sharply silos of a like history are told from the others."
+    )
+    noise: Annotated[float, Field(ge=0.0)] = Field(
+        0.001,
+        description="flame: lambda, the noise on every value as a share of the norm to which updates are clipped. Of d "
+        "values together it is lambda sqrt(d) of that norm.",
     )
 
     fragments: PositiveInt = Field(
@@ -140,6 +188,11 @@ class AlgorithmSpec(Strict):
         50,
         description="Asynchronous: server steps after which a silo's work no longer counts and it gets new.",
     )
+
+    def updates_needed(self) -> int:
+        """Updates, or means of groups, among which a rule withstands `byzantine` bad ones; 1 for any other method."""
+        withstands = ALGORITHMS[self.name].withstands
+        return 1 if withstands is None else max(1, withstands[0] * self.byzantine + withstands[1])
 
     def updates_per_step(self) -> int:
         """Updates that a server step of an asynchronous federation takes."""

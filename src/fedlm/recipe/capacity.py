@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from fedlm.errors import RecipeError, nearest
 from fedlm.recipe.methods import ALGORITHMS
@@ -32,10 +32,10 @@ def read_bytes(text: str) -> int:
     >>> read_bytes("1.5GB")
     1500000000
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB|MiB|GiB)", text)
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(MB|GB|MiB|GiB)", text)
     size = round(float(match[1]) * UNITS[match[2]]) if match else 0
     if size <= 0:
-        raise ValueError(f"'{text}' is no amount of memory: write for instance '800MB', '1.5GB' or '2GiB'")
+        raise ValueError(f"'{text[:40]}' is no amount of memory: write for instance '800MB', '1.5GB' or '2GiB'")
     return size
 
 
@@ -129,7 +129,7 @@ def parse_capacity(fields: Any) -> Capacity:
     """
     try:
         return Capacity.model_validate(fields or {})
-    except ValidationError:
+    except ValueError:  # ValidationError, and half a surrogate pair that no sentence of pydantic's can hold
         raise RecipeError("what the coordinator says that this silo can do is no such description") from None
 
 

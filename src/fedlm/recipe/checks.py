@@ -20,6 +20,7 @@ from fedlm.recipe.preference import preference_problems
 from fedlm.recipe.presets import model_problems
 from fedlm.recipe.prompting import prompting_problems
 from fedlm.recipe.reinforce import reinforce_problems
+from fedlm.recipe.robust import robust_problems
 from fedlm.recipe.selection import selection_problems
 from fedlm.recipe.start import start_problems
 from fedlm.recipe.tasks import TASKS, WRITTEN
@@ -42,6 +43,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _federation(recipe)
     yield from _method(recipe)
     yield from outer_problems(recipe)
+    yield from robust_problems(recipe)
     yield from _asynchronous(recipe)
     yield from guard_problems(recipe)
     yield from capacity_problems(recipe)
@@ -121,6 +123,9 @@ def _without_effect(recipe: Recipe) -> Iterator[Problem]:
         (adapter, ("adapter",), "encoder_hidden", adapter.kind, ("p-tuning",)),
         (adapter, ("adapter",), "encoder_layers", adapter.encoder, ("lstm",)),
         (adapter, ("adapter",), "intrinsic_dim", adapter.kind, ("prompt-projection",)),
+        (adapter, ("adapter",), "width", adapter.kind, ("predictor",)),
+        (adapter, ("adapter",), "layers", adapter.kind, ("predictor",)),
+        (adapter, ("adapter",), "heads", adapter.kind, ("predictor",)),
         (training, ("training",), "final_lr", training.schedule, ("linear", "cosine")),
     ]
     for spec, path, field, chosen, by in readers:

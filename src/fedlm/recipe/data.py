@@ -8,6 +8,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from fedlm.recipe.augment import AugmentSpec
 from fedlm.recipe.instructions import InstructionSpec
+from fedlm.recipe.redact import RedactSpec
 from fedlm.recipe.selection import SelectionSpec
 from fedlm.recipe.source import SourceSpec
 from fedlm.recipe.strict import Strict
@@ -78,6 +79,11 @@ class DataSpec(Strict):
         None, description="Rows of text become instruction and response in the silo; default: rows stay what they are."
     )
     selection: SelectionSpec | None = Field(None, description="Which training rows are trained on; default: all.")
+    redact: RedactSpec | None = Field(
+        None,
+        description="Personal data to be replaced in every row before it is split or read by a tokenizer; default: "
+        "none. A silo's own data file may say otherwise, and counts.",
+    )
     augment: AugmentSpec | None = Field(None, description="Public rows that silos train on beside their own.")
 
     @model_validator(mode="after")

@@ -28,6 +28,7 @@ _MAPPINGS: dict[str, tuple[str, ...]] = {
     "messages + chosen + rejected": ("messages", "chosen", "rejected"),
     "prompt + response + desirable": ("prompt", "response", "desirable"),
     "question + choices + answer": ("question", "choices", "answer"),
+    "question + choices + shares": ("question", "choices", "shares"),
 }
 _KINDS = {
     "messages": "messages",
@@ -37,6 +38,7 @@ _KINDS = {
     "messages + chosen + rejected": "preference",
     "prompt + response + desirable": "judged",
     "question + choices + answer": "choice",
+    "question + choices + shares": "opinion",
 }
 _ONLY_HUB = "only 'hub:' sources have it"
 
@@ -51,7 +53,7 @@ def mapping_of(columns: Columns) -> str | None:
 
 
 def kind_of(columns: Columns) -> str | None:
-    """The kind of example the columns give: 'text', 'messages', 'preference', 'judged' or 'choice'."""
+    """The kind of example the columns give: 'text', 'messages', 'preference', 'judged', 'choice' or 'opinion'."""
     mapping = mapping_of(columns)
     return _KINDS[mapping] if mapping else None
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from fedlm.errors import nearest
 from fedlm.recipe.methods import ALGORITHMS
@@ -41,7 +41,16 @@ GUARDS: dict[str, Facts] = {
     "lowrank": Facts(
         "each matrix as a product of thin ones", "Halko, Martinsson and Tropp, 2011", 0, ("rank",), same_bits=False
     ),
+    "mask": Facts(
+        "hidden from everyone, the coordinator too, in the sum over all silos (secure aggregation)",
+        "Bonawitz et al., CCS 2017; Bell et al., CCS 2020",
+        2,
+        ("bits", "bound", "max_weight", "dropouts", "corrupt", "coordinator"),
+        same_bits=False,
+    ),
 }
+
+MASK = "mask"
 
 
 class GuardSpec(Strict):
@@ -56,6 +65,26 @@ class GuardSpec(Strict):
     )
     k: PositiveInt | None = Field(None, description="topk, randk: number of values, in place of `density`.")
     rank: PositiveInt = Field(4, description="lowrank: of each matrix's sketch.")
+    bits: Annotated[int, Field(ge=8, le=24)] = Field(16, description="mask: of a value, rounded at random.")
+    bound: PositiveFloat | None = Field(
+        None,
+        description="mask: the largest magnitude of a value; larger ones are cut. Default: twice what AdamW moves in a "
+        "round of `training.steps` at the full rate, 2 x lr x steps.",
+    )
+    max_weight: PositiveInt = Field(
+        1024, description="mask: what a silo counts for at most, in examples, or in rows of max_length tokens."
+    )
+    dropouts: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.1, description="mask: share of a round's silos that may drop out."
+    )
+    corrupt: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.1, description="mask: share of a round's silos that may work together with the coordinator."
+    )
+    coordinator: Literal["honest", "malicious"] = Field(
+        "honest",
+        description="mask: 'honest' keeps to the protocol; with 'malicious' silos sign who is in the sum before any of "
+        "them helps to unmask it.",
+    )
     error_feedback: bool = Field(
         False,
         description="What this guard and those after it lose stays in the silo and is added to its next update. Only "
@@ -103,6 +132,7 @@ def guard_problems(recipe: Recipe) -> Iterator[tuple[Path, str]]:
                 ("guards", i, "name"),
                 f"'{spec.name}' not with '{name}': its first round sends sketches, of which no part can be left out",
             )
+    yield from _masks(recipe)
     feedback = bool(recipe.guards) and recipe.guards[0].error_feedback
     if feedback and method.no_feedback:
         yield ("guards", 0, "error_feedback"), f"not with '{name}': {method.no_feedback}"
@@ -129,11 +159,51 @@ def guard_problems(recipe: Recipe) -> Iterator[tuple[Path, str]]:
             )
 
 
+def mask_of(recipe: Recipe) -> GuardSpec | None:
+    """The mask, which is the last guard, or None."""
+    return next((spec for spec in recipe.guards if spec.name == MASK), None)
+
+
+def mask_bound(recipe: Recipe) -> float | None:
+    """The largest magnitude under the mask; None where it does not follow from the recipe."""
+    spec, training = mask_of(recipe), recipe.training
+    if spec is None or spec.bound is not None:
+        return None if spec is None else spec.bound
+    moves = training.optimizer == "adamw" and training.steps is not None
+    return 2 * training.lr * training.steps if moves and training.steps is not None else None
+
+
+def _masks(recipe: Recipe) -> Iterator[tuple[Path, str]]:
+    """What cannot be told from a sum over silos, and what would show a single one."""
+    spec = mask_of(recipe)
+    if spec is None:
+        return
+    place = recipe.guards.index(spec)
+    here: Path = ("guards", place)
+    name, method = recipe.federation.algorithm.name, ALGORITHMS[recipe.federation.algorithm.name]
+    if reason := method.no_masks:
+        yield (*here, "name"), f"not with '{name}': {reason}"
+    if spec.error_feedback:
+        yield (*here, "error_feedback"), "not under a mask: what rounding to its bits loses is right on average already"
+    for before in recipe.guards[:place]:
+        if before.name != "randk":
+            yield (*here, "name"), f"not after '{before.name}', which every silo does otherwise: only after 'randk'"
+    if mask_bound(recipe) is None:
+        yield (*here, "bound"), "give it: without AdamW and `training.steps` nothing says how far a value moves"
+    for field in ("rank", "layers", "targets", "memory"):
+        if any(field in capacity.given for capacity in recipe.federation.capacity.all):
+            yield ("federation", "capacity"), f"`{field}` not under masks: a sum needs the same tensors from every silo"
+    if recipe.federation.oversample > 0:
+        yield ("federation", "oversample"), "not under masks: who is in the sum is settled before the training"
+    if recipe.federation.sample != "all" and isinstance(recipe.federation.sample, int) and recipe.federation.sample < 3:
+        yield ("federation", "sample"), "a sum over fewer than 3 silos hides none of them"
+
+
 def _chain(specs: Sequence[GuardSpec], path: Path) -> Iterator[tuple[Path, str]]:
     """Each guard's options, and their order."""
     for i, spec in enumerate(specs):
         facts = GUARDS[spec.name]
-        for field in ("block", "density", "k", "rank"):
+        for field in (f for f in GuardSpec.model_fields if f not in ("name", "error_feedback")):
             if field not in facts.options and getattr(spec, field) != GuardSpec.model_fields[field].default:
                 owners = ", ".join(sorted(n for n, other in GUARDS.items() if field in other.options))
                 yield (*path, i, field), f"has no effect with '{spec.name}' (it belongs to {owners})"

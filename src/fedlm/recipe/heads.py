@@ -1,11 +1,11 @@
-"""Heads in a recipe: tasks that put a linear layer on top of the model, in place of the next token."""
+"""Heads in a recipe: tasks that put a linear layer, or a predictor, on top of the model in place of the next token."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from fedlm.recipe.data_checks import all_sources, changed
 from fedlm.recipe.expressions import is_template
@@ -37,6 +37,16 @@ class RewardSpec(Strict):
     )
 
 
+class GroupPreferenceSpec(Strict):
+    """Of `task: group-preference`."""
+
+    context: PositiveInt = Field(
+        8,
+        description="Rows of a group from which its other rows are predicted: so many where they are measured, and "
+        "drawn from 1 to so many for each step of training.",
+    )
+
+
 def labels_of(recipe: Recipe) -> list[str]:
     """The classes that a run tells apart; empty for tasks without."""
     if TASKS[recipe.task].head != "labels":
@@ -50,17 +60,19 @@ def labels_of(recipe: Recipe) -> list[str]:
 
 
 def outputs_of(recipe: Recipe) -> int:
-    """Numbers that the run's head gives for a text; 0 without a head."""
-    return {"none": 0, "labels": len(labels_of(recipe)), "score": 1}[TASKS[recipe.task].head]
+    """Numbers that the run's linear head gives for a text; 0 without one."""
+    return {"none": 0, "labels": len(labels_of(recipe)), "score": 1, "predictor": 0}[TASKS[recipe.task].head]
 
 
 def head_problems(recipe: Recipe) -> Iterator[tuple[Path, str]]:
     """What a head cannot be combined with, and settings of heads that the task does not have."""
     task, algorithm = recipe.task, recipe.federation.algorithm
-    for name, spec in (("classify", recipe.classify), ("reward", recipe.reward)):
+    for name in ("classify", "reward", "group_preference"):
+        spec = getattr(recipe, name)
         for field in type(spec).model_fields:
-            if task != name and changed(spec, field):
+            if task != name.replace("_", "-") and changed(spec, field):
                 yield (name, field), f"has no effect with task '{task}'"
+    yield from _predictor(recipe)
     if TASKS[task].head == "none":
         return
     if not ALGORITHMS[algorithm.name].heads:
@@ -70,7 +82,7 @@ def head_problems(recipe: Recipe) -> Iterator[tuple[Path, str]]:
             f"'{algorithm.name}' is a rule for the parameters of an adapter by their kind, and task '{task}' trains a "
             f"head beside it, which is of none (methods that treat all tensors alike: {able})",
         )
-    if recipe.adapter.kind in PROMPTS:
+    if recipe.adapter.kind in PROMPTS and TASKS[task].head != "predictor":
         yield ("adapter", "kind"), f"a '{recipe.adapter.kind}' prompt has no head beside it: train lora, ia3 or full"
     if algorithm.weights == "tokens":
         yield (
@@ -85,6 +97,38 @@ def head_problems(recipe: Recipe) -> Iterator[tuple[Path, str]]:
         )
     if TASKS[task].head == "labels":
         yield from _labels(recipe)
+
+
+def _predictor(recipe: Recipe) -> Iterator[tuple[Path, str]]:
+    """The adapter 'predictor' belongs to its task, and the task to it."""
+    task, adapter, training = recipe.task, recipe.adapter, recipe.training
+    if (adapter.kind == "predictor") != (TASKS[task].head == "predictor"):
+        able = ", ".join(name for name, facts in TASKS.items() if facts.head == "predictor")
+        yield (
+            ("adapter", "kind"),
+            f"task '{task}' trains a predictor on the frozen model: set it to predictor"
+            if adapter.kind != "predictor"
+            else f"a predictor gives preferences and no text, which is no use to task '{task}' (it belongs to {able})",
+        )
+    if adapter.kind != "predictor":
+        return
+    if adapter.width % adapter.heads:
+        yield ("adapter", "heads"), f"{adapter.heads} heads cannot share a width of {adapter.width}"
+    for field in ("compile", "gradient_checkpointing"):
+        if changed(training, field):
+            yield ("training", field), "has no effect: the language model is frozen, and read once"
+    if training.batch_size <= recipe.group_preference.context:
+        yield (
+            ("training", "batch_size"),
+            f"a step's {training.batch_size} rows hold its context and what is predicted from it: take more than "
+            f"group_preference.context ({recipe.group_preference.context})",
+        )
+    most = recipe.evaluation.max_examples
+    if most is not None and most <= recipe.group_preference.context:
+        yield (
+            ("evaluation", "max_examples"),
+            f"a row is predicted from {recipe.group_preference.context} others (group_preference.context): take more",
+        )
 
 
 def _labels(recipe: Recipe) -> Iterator[tuple[Path, str]]:

@@ -23,6 +23,9 @@ from fedlm.recipe.yamltree import Tree, parse_value, parse_yaml
 
 M = TypeVar("M", bound=BaseModel)
 
+MOST_FAULTS = 50
+"""Faults that are explained; looking for the nearest names of a hundred thousand unknown fields takes minutes."""
+
 
 class InvalidRecipeError(RecipeError):
     """One or several faults of a recipe, each a line 'file:line: field: reason'."""
@@ -51,7 +54,7 @@ def complete(tree: Tree, folder: Path) -> Recipe:
     """The recipe of parsed data in a folder, with what it inherits of the run that it starts from; raises as
     `load_recipe`."""
     if (text := wanted(tree)) is not None:
-        run = _run_folder(text, folder)
+        run = _run_folder(text, folder, "start.run")
         check_finished(run, tree.place(("start", "run")))
         inherit(tree, load_recipe(run / "recipe.yaml"), str(run))
     return from_folder(build_recipe(tree), folder)
@@ -95,8 +98,8 @@ def load_yaml(path: str | Path, schema: type[M], *, what: str, example: str) -> 
 
 
 def from_folder(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with the local paths of its model and its start, written relative to the recipe's folder, made
-    absolute.
+    """The recipe with the local paths of its model, its start and its reward model, written relative to the recipe's
+    folder, made absolute.
 
     A run directory can then be used from any working directory. Names of known models and 'scheme:' sources stay.
     """
@@ -113,18 +116,22 @@ def from_folder(recipe: Recipe, folder: Path) -> Recipe:
             reason = (fault.strerror if isinstance(fault, OSError) else str(fault)) or type(fault).__name__
             raise RecipeError(f"this path cannot be used: {reason}", where=f"model.{field}", fix="correct it") from None
     recipe = recipe.model_copy(update={"model": spec.model_copy(update=changed)}) if changed else recipe
-    if recipe.start is None:
-        return recipe
-    run = str(_run_folder(recipe.start.run, folder))
-    return recipe.model_copy(update={"start": recipe.start.model_copy(update={"run": run})})
+    if recipe.start is not None:
+        run = str(_run_folder(recipe.start.run, folder, "start.run"))
+        recipe = recipe.model_copy(update={"start": recipe.start.model_copy(update={"run": run})})
+    if recipe.reinforce.reward.run is not None:
+        run = str(_run_folder(recipe.reinforce.reward.run, folder, "reinforce.reward.run"))
+        reward = recipe.reinforce.reward.model_copy(update={"run": run})
+        recipe = recipe.model_copy(update={"reinforce": recipe.reinforce.model_copy(update={"reward": reward})})
+    return recipe
 
 
-def _run_folder(text: str, folder: Path) -> Path:
+def _run_folder(text: str, folder: Path, where: str) -> Path:
     """The run that a recipe in this folder names, absolute."""
     try:
         return (folder / Path(text).expanduser()).resolve()
     except (OSError, RuntimeError, ValueError) as fault:  # as for a model's path
-        raise RecipeError(f"this path cannot be used: {fault}", where="start.run", fix="correct it") from None
+        raise RecipeError(f"this path cannot be used: {fault}", where=where, fix="correct it") from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -148,8 +155,13 @@ def _dump(data: Any, readable: bool) -> str:
 
 def recipe_hash(recipe: Recipe) -> str:
     """Hex SHA-256 of the resolved recipe; independent of comments, order and defaults left out."""
-    text = json.dumps(recipe.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return digest_of(recipe.model_dump(mode="json"))
+
+
+def digest_of(data: dict[str, Any]) -> str:
+    """Hex SHA-256 of a recipe's data as they are: `recipe_hash` where they are complete."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def diff_recipes(a: Recipe, b: Recipe) -> list[str]:
@@ -243,7 +255,8 @@ def set_value(tree: Tree, override: str) -> None:
 def _explain(error: ValidationError, tree: Tree, schema: type[BaseModel] = Recipe) -> Iterator[str]:
     """Each fault once, in the order of the file. A union's several complaints about one value become one."""
     reasons: dict[Dotted, list[str]] = {}
-    for fault in error.errors(include_url=False):
+    faults = error.errors(include_url=False)
+    for fault in faults[:MOST_FAULTS]:
         kind, loc, context = fault["type"], fault["loc"], fault.get("ctx", {})
         if kind == "impossible":
             for below, reason in context["problems"]:
@@ -255,6 +268,8 @@ def _explain(error: ValidationError, tree: Tree, schema: type[BaseModel] = Recip
         name = ".".join(map(str, path))
         reason = _joined(list(dict.fromkeys(told)))
         yield f"{tree.place(path)}: {name}: {reason}" if name else f"{tree.place(path)}: {reason}"
+    if len(faults) > MOST_FAULTS:
+        yield f"{tree.place(())}: there are {len(faults) - MOST_FAULTS} faults more"
 
 
 def _line(place: str) -> int:

@@ -8,7 +8,9 @@ SOFT = ("prompt", "p-tuning", "prefix")
 """Kinds of adapter that are a trained prompt, whose parameters are averaged by name."""
 PROMPTS = (*SOFT, "prompt-projection")
 """Kinds of adapter that are tokens before the text."""
-KINDS = ("lora", "ia3", "full", *SOFT)
+KINDS = ("lora", "ia3", "full", *SOFT, "predictor")
+BESIDE = (*PROMPTS, "predictor")
+"""Kinds of adapter that change no weight of the model."""
 FACTORS = ("lora", "lora-sb")
 """Kinds of adapter that have LoRA factors A and B."""
 
@@ -71,6 +73,23 @@ class Method:
     """It treats every trained tensor alike, whatever its name: a head beside the adapter is one of them."""
     no_continue: str = ""
     """Why it cannot go on with the adapter of another run; empty where it can."""
+    withstands: tuple[int, int] | None = None
+    """(a, b): a rule against bad silos that withstands f of them, `byzantine`, among at least a f + b."""
+    no_product: str = ""
+    """Why such a rule cannot work on the products of LoRA's factors, `robust_on: product`; empty where it can."""
+
+    @property
+    def no_masks(self) -> str:
+        """Why updates cannot be hidden in their sum; empty where they can."""
+        if self.asynchronous:
+            return "silos answer one by one, and there is no sum over a round to hide in"
+        if not self.linear:
+            return "its server must see each silo's update"
+        if self.needs_feedback:
+            return f"what masks round away does not come back, and {self.needs_feedback}"
+        if self.setup_rounds:
+            return "its first round sends sketches, of other sizes than anything later"
+        return self.no_guards and f"its updates stand no rounding: {self.no_guards}"
 
 
 _ADAPTIVE = ("server_momentum", "beta2", "tau")
@@ -90,6 +109,9 @@ _FEW = "an update is a few numbers that have no smaller form"
 _DRIFT = "without it what the silos keep and the server's sum of it drift apart"
 _TURNED = "a round's factors are written in a basis that no other round has"
 _NO_STATE = "a silo begins anew before it is known which of its updates count, so it keeps nothing"
+
+_ON = ("robust_on", "recompress")
+_ROBUST = ("byzantine", "groups", *_ON)
 
 _STALENESS = ("staleness", "staleness_a", "staleness_b", "max_staleness")
 _FRAGMENTS = ("fragments", "pattern", "overlap", "mixing")
@@ -323,6 +345,102 @@ ALGORITHMS: dict[str, Method] = {
         options=("density",),
         plain_broadcast=True,
         heads=True,
+    ),
+    "krum": Method(
+        "Blanchard et al., NeurIPS 2017",
+        linear=False,
+        equal_weights=True,
+        options=_ROBUST,
+        plain_broadcast=True,
+        heads=True,
+        withstands=(2, 3),
+    ),
+    "multi-krum": Method(
+        "Blanchard et al., NeurIPS 2017",
+        linear=False,
+        equal_weights=True,
+        options=(*_ROBUST, "selected"),
+        plain_broadcast=True,
+        heads=True,
+        withstands=(2, 3),
+    ),
+    "median": Method(
+        "Yin et al., ICML 2018",
+        linear=False,
+        equal_weights=True,
+        options=_ROBUST,
+        plain_broadcast=True,
+        heads=True,
+        withstands=(2, 1),
+    ),
+    "trimmed-mean": Method(
+        "Yin et al., ICML 2018",
+        linear=False,
+        equal_weights=True,
+        options=_ROBUST,
+        plain_broadcast=True,
+        heads=True,
+        withstands=(2, 1),
+    ),
+    "bulyan": Method(
+        "El Mhamdi et al., ICML 2018",
+        linear=False,
+        equal_weights=True,
+        options=_ROBUST,
+        plain_broadcast=True,
+        heads=True,
+        withstands=(4, 3),
+    ),
+    "rfa": Method(
+        "Pillutla et al., IEEE TSP 2022",
+        linear=False,
+        options=(*_ROBUST, "smoothing"),
+        plain_broadcast=True,
+        heads=True,
+        withstands=(2, 1),
+    ),
+    "norm-bound": Method(
+        "Sun et al., 2019",
+        linear=False,
+        options=("groups", *_ON, "norm_bound"),
+        plain_broadcast=True,
+        heads=True,
+    ),
+    "centred-clipping": Method(
+        "Karimireddy et al., ICML 2021",
+        linear=False,
+        equal_weights=True,
+        options=("byzantine", "groups", "robust_on", "clip_radius", "clip_iterations"),
+        plain_broadcast=True,
+        heads=True,
+        withstands=(2, 1),
+        no_product="its centre, the last round's mean, would be a dense matrix for every layer",
+    ),
+    "fltrust": Method(
+        "Cao et al., NDSS 2021",
+        linear=False,
+        equal_weights=True,
+        options=(*_ON, "root"),
+        plain_broadcast=True,
+        heads=True,
+    ),
+    "foolsgold": Method(
+        "Fung et al., RAID 2020",
+        linear=False,
+        equal_weights=True,
+        options=("robust_on", "confidence"),
+        plain_broadcast=True,
+        heads=True,
+        no_product="a silo's history, the sum of its updates, would be a dense matrix for every layer",
+    ),
+    "flame": Method(
+        "after Nguyen et al., USENIX Security 2022",
+        linear=False,
+        equal_weights=True,
+        options=("byzantine", *_ON, "noise"),
+        plain_broadcast=True,
+        heads=True,
+        withstands=(2, 1),
     ),
     "fedit": Method("Zhang et al., ICASSP 2024", linear=True, partial=True, adapters=("lora",), plain_broadcast=True),
     "ffa-lora": Method("Sun et al., ICLR 2024", linear=True, partial=True, adapters=("lora",), plain_broadcast=True),

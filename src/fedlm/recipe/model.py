@@ -43,11 +43,13 @@ class ModelSpec(Strict):
 class AdapterSpec(Strict):
     """What is trained and exchanged."""
 
-    kind: Literal["lora", "lora-sb", "ia3", "full", "prompt", "p-tuning", "prefix", "prompt-projection"] = Field(
+    kind: Literal[
+        "lora", "lora-sb", "ia3", "full", "prompt", "p-tuning", "prefix", "prompt-projection", "predictor"
+    ] = Field(
         "lora",
         description="'lora-sb': B R A with fixed A, B and a trained square R, for the algorithm fed-sb. 'prompt', "
         "'p-tuning', 'prefix': vectors before the text. 'prompt-projection': such vectors along few random directions, "
-        "for fedbpt.",
+        "for fedbpt. 'predictor': a small transformer over the frozen model's states, for task group-preference.",
     )
     rank: PositiveInt = 8
     alpha: PositiveFloat = 16.0
@@ -72,6 +74,9 @@ class AdapterSpec(Strict):
     )
     encoder_layers: PositiveInt = Field(2, description="p-tuning: layers of the LSTM.")
     intrinsic_dim: PositiveInt = Field(500, description="prompt-projection: d, the numbers that are searched.")
+    width: PositiveInt = Field(128, description="predictor: its inner width.")
+    layers: PositiveInt = Field(6, description="predictor: its layers.")
+    heads: PositiveInt = Field(4, description="predictor: attention heads of a layer.")
 
     def scale(self, rank: int) -> float:
         """What multiplies B A of LoRA factors of this rank."""

@@ -66,17 +66,20 @@ _FACTS = """\
 What can be combined with an algorithm; anything else is an error that says why. *Adapters* are the values of
 `adapter.kind`. *Ranks*: silos may have LoRA factors of different ranks. *Part*: silos may train some layers or modules.
 *Personal*: each silo has, and is measured with, a model of its own. *State*: the silo keeps tensors between rounds.
-*Guards* compress what goes up; *way down* are guards of `federation.downlink`.
+*Guards* compress what goes up; *masks*: the guard `mask` can hide updates in their sum; *way down* are guards of
+`federation.downlink`.
 """
 
 
 def _algorithms() -> str:
-    heads = ("`federation.algorithm.name`", "adapters", "ranks", "part", "personal", "state", "guards", "way down")
-    lines = ["## Algorithms", "", _FACTS, f"| {' | '.join((*heads, 'options', 'paper'))} |", "|---" * 10 + "|"]
+    heads = ["`federation.algorithm.name`", "adapters", "ranks", "part", "personal", "state"]
+    heads += ["guards", "masks", "way down", "options", "paper"]
+    lines = ["## Algorithms", "", _FACTS, f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, m in ALGORITHMS.items():
         facts = (m.mixed_ranks, m.partial, m.personal, m.silo_state)
         down = m.plain_broadcast and not m.asynchronous
-        cells = [f"`{name}`", ", ".join(m.adapters), *map(_yes, facts), _compressed(m), _yes(down)]
+        cells = [f"`{name}`", ", ".join(m.adapters), *map(_yes, facts), _compressed(m)]
+        cells += [_yes(not m.no_masks), _yes(down)]
         options = [*m.options, *(("server_lr",) if m.server_rate else ())]
         lines.append(f"| {' | '.join([*cells, ', '.join(f'`{o}`' for o in options), m.paper])} |")
     return "\n".join([*lines, ""])

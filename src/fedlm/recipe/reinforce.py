@@ -28,7 +28,7 @@ class RewardSource(Strict):
         "words in common with the row's answer; 'number': 1 if the last number in the text is the one in the row's "
         "answer; 'model': what a reward model says.",
     )
-    run: str | None = Field(None, description="With 'model': the run directory of a task 'reward'.")
+    run: str | None = Field(None, description="With 'model': a run of task 'reward'; starts from the recipe's folder.")
 
 
 class ReinforceSpec(Strict):

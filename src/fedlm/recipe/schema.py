@@ -18,7 +18,7 @@ from fedlm.recipe.capacity import CapacitySpec
 from fedlm.recipe.checks import problems
 from fedlm.recipe.data import DataSpec, PartitionSpec, SiloSpec, SplitSpec
 from fedlm.recipe.guards import DownlinkSpec, GuardSpec
-from fedlm.recipe.heads import ClassifySpec, RewardSpec
+from fedlm.recipe.heads import ClassifySpec, GroupPreferenceSpec, RewardSpec
 from fedlm.recipe.model import AdapterSpec, ModelSpec
 from fedlm.recipe.preference import PreferenceSpec
 from fedlm.recipe.presets import with_seed
@@ -130,6 +130,7 @@ class Recipe(Strict):
     evaluation: EvaluationSpec = EvaluationSpec()
     classify: ClassifySpec = ClassifySpec()
     reward: RewardSpec = RewardSpec()
+    group_preference: GroupPreferenceSpec = GroupPreferenceSpec()
     search: SearchSpec | None = None
     in_context: InContextSpec | None = None
     trackers: list[Literal["tensorboard", "mlflow"]] = Field(default_factory=list)

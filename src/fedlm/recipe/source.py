@@ -14,7 +14,8 @@ class Columns(Strict):
     """How a row becomes an example. Each value is a column name (dots reach into nested records, with a number into
     lists) or, where it holds braces, a template such as '{text:.400}\\n\\nTopic?' whose fields are column names. Give
     exactly one of `messages`, `text`, `prompt`+`response`, `prompt`+`chosen`+`rejected`,
-    `messages`+`chosen`+`rejected`, `prompt`+`response`+`desirable`, `question`+`choices`+`answer`."""
+    `messages`+`chosen`+`rejected`, `prompt`+`response`+`desirable`, `question`+`choices`+`answer`,
+    `question`+`choices`+`shares`."""
 
     messages: str | None = Field(
         None, description="A list of {role, content}, of ShareGPT's {from, value}, or of pairs {question, answer}."
@@ -33,6 +34,11 @@ class Columns(Strict):
         None,
         description="Index from 0 into the choices, letter A.., or the text of the right choice. Where the column "
         "`choices` holds records {text: [...], label: [...]}, one of these labels.",
+    )
+    shares: str | None = Field(
+        None,
+        description="A column with a list of numbers: how much of a group takes each of the choices, as shares or as "
+        "counts.",
     )
     system: str | None = Field(
         None,

@@ -26,8 +26,9 @@ class TaskFacts:
     sequences: int = 1
     selects: bool = False
     """Its rows are instruction and response, which `data.selection` judges."""
-    head: Literal["none", "labels", "score"] = "none"
-    """What it puts on top of the model in place of the next token: a logit for each label, or one number."""
+    head: Literal["none", "labels", "score", "predictor"] = "none"
+    """What it puts on top of the model in place of the next token: a logit for each label, one number, or (the adapter
+    of that kind) a predictor of preferences."""
 
 
 TASKS: dict[str, TaskFacts] = {
@@ -55,6 +56,14 @@ TASKS: dict[str, TaskFacts] = {
         figures=("reward_accuracy", "reward_margin"),
         sequences=2,
         head="score",
+    ),
+    "group-preference": TaskFacts(
+        ("preference", "opinion", "choice"),
+        template=True,
+        loss="squared error per answer",
+        likelihood=False,
+        figures=("accuracy", "alignment"),
+        head="predictor",
     ),
     "selector": TaskFacts(
         ("preference", "choice"),
@@ -99,6 +108,7 @@ FIGURES: dict[str, Figure] = {
     "chosen_logp": Figure("log p chosen"),
     "rejected_logp": Figure("log p rejected", higher=False),
     "accuracy": Figure("accuracy", proportion=True),
+    "alignment": Figure("alignment score", unit=True),
     "consistency": Figure("pairs judged alike in both orders", proportion=True),
     "label_f1": Figure("F1 of a label", unit=True),
     "macro_f1": Figure("macro F1", unit=True),

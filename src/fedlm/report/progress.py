@@ -164,6 +164,7 @@ class Progress:
         self._tallies: dict[str, Tally] = {}
         self._current = ""
         self._arms: int | None = None
+        self._notes: set[str] = set()
         self._spinner = Spinner("dots")
 
     def __enter__(self) -> Progress:
@@ -187,6 +188,13 @@ class Progress:
 
     def __call__(self, event: Event) -> None:
         """Take in one event; safe from any thread. Prints outside the lock, which the refresh thread takes too."""
+        if event.get("kind") == "note":
+            with self._lock:
+                told = event["text"] in self._notes
+                self._notes.add(event["text"])
+            if not told:
+                self.warn(event["text"])
+            return
         with self._lock:
             arm = str(event.get("arm", ""))
             if is_number(event.get("arms")):

@@ -77,11 +77,13 @@ def federation_sentence(facts: RunFacts) -> str:
         sentence += f" in {plural(rounds, 'round')}{of}"
     elif planned:
         sentence += f" in {plural(planned, 'round')}"
-    guards = " and then ".join(f"`{guard.get('name')}`" for guard in recipe.get("guards") or [])
+    names = [guard.get("name") for guard in recipe.get("guards") or []]
+    guards = " and then ".join(f"`{name}`" for name in names if name != "mask")
+    hidden = ", each hidden in the sum of all (secure aggregation)" if "mask" in names else ""
     if start := (facts.run.get("start") or {}).get("run"):
         sentence += f", from where the run {start} had ended,"
     compressed = f", compressed by {guards} on the way up" if guards else ""
-    return f"{sentence} of {how}. They exchanged model updates{compressed}, never text."
+    return f"{sentence} of {how}. They exchanged model updates{compressed}{hidden}, never text."
 
 
 def verdict(facts: RunFacts) -> str:

@@ -36,6 +36,8 @@ class TokenSet(Sequence[Example]):
     """By name, a number for each example."""
     left_out: int = 0
     """Examples that a selection of rows did without."""
+    states: NDArray[np.float32] | None = None
+    """[sequences, width], see `Example`."""
 
     def __len__(self) -> int:
         return (len(self.offsets) - 1) // self.width
@@ -46,9 +48,11 @@ class TokenSet(Sequence[Example]):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index = int(index) % len(self)
-        ends = self.offsets[index * self.width : (index + 1) * self.width + 1].tolist()
+        first, last = index * self.width, (index + 1) * self.width
+        ends = self.offsets[first : last + 1].tolist()
         sequences = tuple(Encoded(self.ids[start:end], self.loss[start:end]) for start, end in pairwise(ends))
-        return Example(sequences, {name: float(values[index]) for name, values in self.facts.items()})
+        facts = {name: float(values[index]) for name, values in self.facts.items()}
+        return Example(sequences, facts, None if self.states is None else self.states[first:last])
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))

@@ -21,6 +21,7 @@ from fedlm.recipe.load import load_recipe
 from fedlm.recipe.schema import Recipe
 from fedlm.recipe.tasks import TASKS
 from fedlm.training.scores import scores_of
+from fedlm.training.sequences import Encoded
 from fedlm.training.tasks.reward import conversation
 
 Messages = Sequence[dict[str, str]]
@@ -62,18 +63,24 @@ def score_texts(
     """
     config: Any = model.config
     limit = int(config.max_position_embeddings)
-    found = []
-    for i, messages in enumerate(conversations):
-        where = f"conversation {i}"
-        if not messages or messages[-1]["role"] != "assistant":
-            raise DataError("only what the assistant says last has a reward", where=where)
-        found.append(conversation(tokenizer, list(messages[:-1]), messages[-1]["content"], limit, where))
+    found = [read(tokenizer, messages, limit, f"conversation {i}") for i, messages in enumerate(conversations)]
     scores = scores_of(model, found, batch_tokens, packing=packing)
     if scores.shape[1] != 1:
         raise ModelError(f"a reward model gives one number, and this head gives {scores.shape[1]}")
     if not np.isfinite(scores).all():
         raise ModelError("the reward model gives a reward that is not finite", fix="train it again with a lower rate")
     return scores[:, 0]
+
+
+def read(tokenizer: Any, messages: Messages, limit: int, where: str) -> Encoded:
+    """A conversation that ends with what the assistant says, in tokens.
+
+    Raises:
+        DataError: it does not, the chat template refuses it, or it has more than `limit` tokens; names `where`.
+    """
+    if not messages or messages[-1]["role"] != "assistant":
+        raise DataError("only what the assistant says last can be judged", where=where)
+    return conversation(tokenizer, list(messages[:-1]), messages[-1]["content"], limit, where)
 
 
 def load_reward(run: Path, *, device: str | None = None) -> RewardModel:

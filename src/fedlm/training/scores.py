@@ -1,4 +1,5 @@
-"""What a model says of whole sequences: a head's outputs on each one's last token, or the logits of a few tokens."""
+"""What a model says of whole sequences: a head's outputs on each one's last token, the logits of a few tokens, or the
+mean of its states."""
 
 from __future__ import annotations
 
@@ -42,7 +43,10 @@ def sequence_scores(model: nn.Module, sequences: Sequence[Encoded], *, packing: 
     head = head_of(model)
     with precision(model):
         hidden = _packed(model, sequences) if packing else _padded(model, sequences)
-    return linear(hidden.float(), head.weight.float())
+    if head.weight.dtype != torch.float32:
+        return linear(hidden.float(), head.weight.float())
+    scores: Tensor = head(hidden.float())  # as a module, so that who watches layers sees it
+    return scores
 
 
 def _packed(model: nn.Module, sequences: Sequence[Encoded]) -> Tensor:
@@ -130,3 +134,33 @@ def choices_of(
         return choice_logits(model, run, tokens, packing=packing)
 
     return _measured(model, sequences, batch_tokens, len(tokens), packing, ask)
+
+
+@torch.no_grad()
+def mean_states(model: nn.Module, sequences: Sequence[Sequence[int]], batch_tokens: int) -> NDArray[np.float64]:
+    """The mean of each sequence's last hidden states [sequences, width], in evaluation mode; 0 of an empty one.
+
+    Args:
+        sequences: token ids.
+        batch_tokens: tokens per forward pass.
+    """
+    device, training, inner = model_device(model), model.training, causal_model(model)
+    found = np.zeros((len(sequences), inner.get_output_embeddings().weight.shape[1]))
+    real = [i for i, ids in enumerate(sequences) if len(ids)]
+    model.eval()
+    try:
+        with precision(model):
+            for run in by_tokens([len(sequences[i]) for i in real], batch_tokens):
+                rows = [real[i] for i in run]
+                longest = max(len(sequences[i]) for i in rows)
+                whole, mask = (torch.zeros(len(rows), longest, dtype=torch.long) for _ in range(2))
+                for row, i in enumerate(rows):
+                    n = len(sequences[i])
+                    whole[row, :n], mask[row, :n] = torch.tensor(np.asarray(sequences[i], np.int64)), 1
+                # The body gives no logits, and keeps no layer's states but the last's.
+                out = inner.base_model(input_ids=whole.to(device), attention_mask=mask.to(device), use_cache=False)
+                states = out.last_hidden_state.double().cpu()
+                found[rows] = ((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).numpy()
+    finally:
+        model.train(training)
+    return found

@@ -46,6 +46,8 @@ class Example:
     sequences: tuple[Encoded, ...]
     facts: Mapping[str, float] = field(default_factory=dict)
     """Numbers about it that its task knows beforehand, such as a label."""
+    states: NDArray[np.float32] | None = None
+    """[sequences, width]: the frozen model's mean state of each sequence, for tasks that read no more of it."""
 
     def __len__(self) -> int:
         return sum(len(s) for s in self.sequences)

@@ -120,6 +120,7 @@ def coordinator(network: Path) -> Kit:
     return read_kit(network / "coordinator")
 
 
+@pytest.mark.slow
 def test_a_silos_key_is_made_at_the_silo_and_stays_there(network: Path, tmp_path: Path) -> None:
     assert not private_keys(network / "hospital-a.invitation.yaml")
     kit, site = coordinator(network), tmp_path / "site"

@@ -112,7 +112,7 @@ def bench(
     recipe = load_recipe(file, overrides)
     with Interrupt():
         data = load_data(recipe, file.parent)
-        base = Base(file, tuple(overrides), recipe, len(data.names))
+        base = Base(file, tuple(overrides), recipe, len(data.names), data.names[0])
         states = _plan(base, rows, settings, must)
         _check_directory(out, data.fingerprint, resume)
         with disk_errors(out):

@@ -8,6 +8,7 @@ trainings have the same silos; the seed of a training decides first values, batc
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from fedlm.comparison.bench.rows import Row
 from fedlm.federation.sampling import wanted
 from fedlm.recipe.load import load_recipe, recipe_hash
 from fedlm.recipe.methods import FACTORS
-from fedlm.recipe.schema import Recipe, TrainingSpec
+from fedlm.recipe.schema import AlgorithmSpec, Recipe, TrainingSpec
 
 TUNING, REPORTING = "validation", "test"
 """Rows that the two kinds of training are measured on."""
@@ -30,6 +31,8 @@ class Base:
     overrides: tuple[str, ...]
     recipe: Recipe
     silos: int
+    first: str = "silo-0"
+    """The name of the first silo, which the others are measured by where a method trusts one."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def changes(base: Base, row: Row, lr: float, seed: int, role: str) -> list[str]:
     weights = recipe.federation.algorithm.weights
     algorithm = row.method if weights is None or facts.equal_weights else f"{row.method}, weights: {weights}"
     found = [f"federation.algorithm={{name: {algorithm}}}", *_adapter(base, row)]
-    found += [*_ranks(base, row), *_training(recipe.training, row)]
+    found += [*_ranks(base, row), *_training(recipe.training, row), *_bad_silos(base, row)]
     found += [f"federation.rounds={_rounds(base, row)}", *row.change]
     if row.server_lr is not None:
         found.append(f"federation.algorithm.server_lr={lr!r}")
@@ -118,6 +121,18 @@ def _ranks(base: Base, row: Row) -> list[str]:
     if row.ranks:
         dealt = ", ".join(f"{{rank: {max(1, round(share * rank))}}}" for share in row.ranks)
         found.append(f"federation.capacity={{dealt: [{dealt}]}}")
+    return found
+
+
+def _bad_silos(base: Base, row: Row) -> list[str]:
+    """As many bad silos as the default, or as the recipe's silos are enough for; and a trusted one."""
+    found = []
+    if row.facts.withstands is not None:
+        times, more = row.facts.withstands
+        most = max(0, (wanted(base.recipe.federation, base.silos) - more) // times)
+        found.append(f"federation.algorithm.byzantine={min(most, AlgorithmSpec().byzantine)}")
+    if "root" in row.facts.options:
+        found.append(f"federation.algorithm.root={json.dumps(base.first)}")
     return found
 
 

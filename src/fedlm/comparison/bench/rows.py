@@ -49,6 +49,7 @@ GROUPS = {
     "optimiser": "Rules for any adapter",
     "personal": "A model for every silo",
     "merge": "Merging once or in closed form",
+    "robust": "Against bad silos",
     "mixed": "Silos of different ranks",
     "compression": "Fewer bytes",
     "asynchronous": "Without waiting for the slowest",
@@ -134,6 +135,8 @@ def group_of(method: str) -> str:
         return "personal"
     if method in _MERGES:
         return "merge"
+    if "robust_on" in facts.options:
+        return "robust"
     if "lora" not in facts.adapters and "lora-sb" not in facts.adapters:
         return "zeroth" if facts.zeroth_order else "full"
     if facts.zeroth_order:

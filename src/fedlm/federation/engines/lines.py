@@ -73,7 +73,7 @@ class Lines:
                 raise ClosedError
             try:
                 # Reading alone waits: a timeout on the socket itself would also cut long sends short.
-                if timeout is not None and not _readable(self._socket, timeout):
+                if timeout is not None and not readable(self._socket, timeout):
                     return None
                 chunk = self._socket.recv(65536)
             except (OSError, ValueError) as error:  # ValueError: closed on this side, by another thread
@@ -86,7 +86,8 @@ class Lines:
         self._socket.close()
 
 
-def _readable(connection: socket.socket, timeout: float) -> bool:
+def readable(connection: socket.socket, timeout: float) -> bool:
+    """Whether there is something to read, or the other side is gone, within `timeout` seconds."""
     poll = select.poll()
     poll.register(connection, select.POLLIN | select.POLLHUP)
     return bool(poll.poll(timeout * 1000))
@@ -96,8 +97,8 @@ def spooled(spool: Path, name: str) -> Path:
     """A file of the spool by its bare name.
 
     Raises:
-        ValueError: the name reaches outside the spool.
+        ValueError: the name reaches outside the spool, or is none.
     """
-    if not name or name != Path(name).name or name.startswith("."):
+    if not name or name != Path(name).name or name.startswith(".") or not name.isprintable() or len(name) > 200:
         raise ValueError("not a bare file name")
     return spool / name

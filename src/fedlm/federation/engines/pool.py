@@ -7,7 +7,6 @@ import os
 import queue
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ import fedlm.errors
 from fedlm.errors import FedlmError, RunError
 from fedlm.federation.disk import disk_errors
 from fedlm.federation.engines.lines import ClosedError, Lines, spooled
+from fedlm.federation.engines.nursery import Process, start_worker
 from fedlm.federation.engines.wire import request_message
 from fedlm.messages import Event, Failure, FailureKind, Request
 from fedlm.recipe.schema import Recipe
@@ -94,7 +94,7 @@ class Worker:
 
     def __init__(self, setup: Setup, index: int) -> None:
         self._setup, self._index = setup, index
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Process | None = None
         self._lines: Lines | None = None
         self._current: Job | None = None
         self._lock = threading.Lock()
@@ -113,25 +113,9 @@ class Worker:
     def spawn(self) -> None:
         setup = self._setup
         ours, theirs = socket.socketpair()
-        threads = str(setup.recipe.federation.threads)
-        with disk_errors(self._log), self._log.open("ab") as output:
-            # A session of its own: Ctrl-C reaches the coordinator alone, which then stops the workers in order.
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "fedlm.federation.engines.worker", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env={
-                    **os.environ,
-                    "OMP_NUM_THREADS": threads,
-                    "MKL_NUM_THREADS": threads,
-                    "TOKENIZERS_PARALLELISM": "false",
-                    **own_gpu(self._index),
-                },
-                start_new_session=True,
-            )
-        theirs.close()
+        with theirs, disk_errors(self._log), self._log.open("ab") as output:
+            threads = setup.recipe.federation.threads
+            self._process = start_worker(theirs, output, own_gpu(self._index), threads)
         lines = Lines(ours)
         with self._lock:
             self._lines = lines

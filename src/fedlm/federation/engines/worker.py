@@ -58,8 +58,9 @@ class Inbox:
             self._requests.put(None)
 
 
-def main() -> None:
-    lines = Lines(socket.socket(fileno=int(sys.argv[1])))
+def work(connection: int) -> None:
+    """Be a worker on one end of a socket pair, given by its file descriptor, until the other end closes."""
+    lines = Lines(socket.socket(fileno=connection))
     start = lines.receive()
     assert start is not None
     # Without its engine nothing here is worth finishing; stored states are written atomically.
@@ -102,8 +103,8 @@ def answer_requests(lines: Lines, inbox: Inbox, spool: Path, handle: Handle) -> 
     Raises:
         ClosedError: it is gone, and an answer could not be sent.
     """
+    from fedlm.federation.engines.lazy import checked_tensors
     from fedlm.federation.silo.door import classify
-    from fedlm.files import read_tensors
 
     broadcast: tuple[str, Tensors] = ("", {})
     while (message := inbox.next()) is not None:
@@ -119,7 +120,7 @@ def answer_requests(lines: Lines, inbox: Inbox, spool: Path, handle: Handle) -> 
         try:
             # Silos of one round receive the same tensors: the file is read once.
             if name is not None and name != broadcast[0]:
-                broadcast = (name, read_tensors(spooled(spool, name)))
+                broadcast = (name, checked_tensors(spooled(spool, name)))
             request = parse_request(message, broadcast[1] if name is not None else {})
         except FileNotFoundError:
             answer = Failure(
@@ -149,4 +150,4 @@ def answer_requests(lines: Lines, inbox: Inbox, spool: Path, handle: Handle) -> 
 
 
 if __name__ == "__main__":
-    main()
+    work(int(sys.argv[1]))

@@ -75,7 +75,7 @@ def load(folder: Path, run: str) -> Agreement | None:
         return Agreement(**body)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise RunError(
             "what this silo agreed to for this run is damaged or cannot be read",
             where=str(file),

@@ -16,34 +16,33 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 import fedlm
 from fedlm.algorithms.base import Place
-from fedlm.errors import DataError, FedlmError, RunError, UpdateRefused
+from fedlm.errors import FedlmError, UpdateRefused
 from fedlm.federation.clock import seconds_per_step
 from fedlm.federation.disk import disk_errors
+from fedlm.federation.identities import Identity, simulated
 from fedlm.federation.memory import peak_rss
-from fedlm.federation.records import LEFT_OUT, PLANNED
 from fedlm.federation.silo.augmented import centres
-from fedlm.federation.silo.instructions import instructed
+from fedlm.federation.silo.masked import MASKS, Masked
+from fedlm.federation.silo.masked import VERBS as MASK_VERBS
+from fedlm.federation.silo.measured import held_out, measured
 from fedlm.federation.silo.received import Received, UnsyncedError
 from fedlm.federation.silo.reference import Reference
-from fedlm.federation.silo.selected import centroids, round_tokens
-from fedlm.federation.silo.session import SiloSession, TimeBudget
-from fedlm.federation.silo.state import StateStore, Trained, request_digest, request_key
+from fedlm.federation.silo.refusals import RefusedError, StoppedError
+from fedlm.federation.silo.selected import centroids
+from fedlm.federation.silo.session import TimeBudget
+from fedlm.federation.silo.state import StateStore, request_digest, request_key
+from fedlm.federation.silo.trained import keeps_state, train_round
 from fedlm.federation.silo.workbench import POOLED, Workbench
-from fedlm.guards import get_chain, update_key
+from fedlm.guards import get_chain
 from fedlm.messages import Failure, FailureKind, Fields, Observe, Reply, Request, Tensors
 from fedlm.recipe.capacity import Capacity, lesser, parse_capacity
+from fedlm.recipe.guards import mask_of
 from fedlm.recipe.methods import ALGORITHMS
-from fedlm.recipe.tasks import TASKS
-from fedlm.training.batches import steps_per_round
-from fedlm.training.encode import TokenSet
-from fedlm.training.flops import rates
 from fedlm.training.plan import Plan, parse_plan
 
 log = logging.getLogger("fedlm.silo")
@@ -52,6 +51,7 @@ PROTOCOL = 1
 """Version of requests and replies; a silo refuses another one at `hello`."""
 
 VERBS = frozenset({"hello", "train", "evaluate", "profile", "pairs", "score", "answer"})
+"""What an owner allows or not; the verbs of secure aggregation go with `train`."""
 
 
 PRIVATE = ("micro_batch_size", "gradient_checkpointing", "dtype", "quantise", "processes", "shards")
@@ -68,10 +68,6 @@ class Limits:
     """What the run's recipe says of it."""
 
 
-class StoppedError(Exception):
-    """The coordinator no longer waits for this reply."""
-
-
 class Silo:
     """One participant: its private rows, its private state, and the verbs its owner allows.
 
@@ -82,6 +78,8 @@ class Silo:
         observe: receives progress events without text.
         should_stop: asked between steps or batches; True abandons the request without storing anything.
         limits: of a silo that is none of a simulation.
+        identity: by which it signs its keys of secure aggregation; in a simulation one that follows from the seed.
+        cohort: silos that a sum must be over before this one helps to unmask it.
     """
 
     def __init__(
@@ -95,13 +93,16 @@ class Silo:
         should_stop: Callable[[], bool] | None = None,
         reason: Callable[[FedlmError], str] = FedlmError.sentence,
         limits: Limits | None = None,
+        identity: Identity | None = None,
+        cohort: int = 3,
     ) -> None:
+        self._identity, self._cohort = identity, cohort
         self.name, self.bench, self._reason, self._limits = name, bench, reason, limits
         self._store = StateStore(state_root, name)
         down = get_chain(bench.recipe.federation.downlink.guards, feedback=True)
         self._received = Received(state_root / name, down, bench.recipe.seed)
         self._allow = allow
-        self._observe = observe
+        self._observe = quiet(observe) if observe is not None and mask_of(bench.recipe) is not None else observe
         self._should_stop = should_stop or (lambda: False)
 
     def handle(self, request: Request) -> Reply | Failure:
@@ -114,8 +115,9 @@ class Silo:
             "pairs": self._pairs,
             "score": self._score,
             "answer": self._answer,
+            **dict.fromkeys(MASK_VERBS, self._masks),
         }
-        if request.verb not in verbs or request.verb not in self._allow:
+        if request.verb not in verbs or ("train" if request.verb in MASK_VERBS else request.verb) not in self._allow:
             allowed = ", ".join(sorted(self._allow))
             return self._failure(
                 FailureKind.REFUSED, f"the verb '{request.verb}' is not allowed here (allowed: {allowed})"
@@ -130,12 +132,13 @@ class Silo:
             self._observe({"kind": "silo_started", "round": request.round, "silo": self.name, "verb": request.verb})
         try:
             with self.bench.lock:
-                whole = self._received.complete(request)
-                own = replace(whole, tensors=self.bench.begin_from(whole.tensors))
-                tensors, fields = verbs[request.verb](own)
+                if request.verb not in MASK_VERBS:
+                    request = self._received.complete(request)
+                    request = replace(request, tensors=self.bench.begin_from(request.tensors))
+                tensors, fields = verbs[request.verb](request)
         except StoppedError:
             return self._failure(FailureKind.TIMED_OUT, "stopped: the coordinator no longer waits for this reply")
-        except _RefusedError as error:
+        except RefusedError as error:
             return self._failure(FailureKind.REFUSED, str(error))
         except UnsyncedError as error:
             return self._failure(FailureKind.UNSYNCED, str(error))
@@ -158,6 +161,8 @@ class Silo:
             fields["card"] = {"rows": {r: len(getattr(data, r)) for r in ("train", "validation", "test")}, "labels": {}}
         else:
             fields["card"] = self.bench.data.card(self.name)
+        if mask_of(self.bench.recipe) is not None:
+            fields["card"] = coarse(fields["card"])
         capacity = parse_capacity(request.fields.get("capacity"))
         if self._limits is not None:
             capacity = lesser(capacity, self._limits.owner)
@@ -169,134 +174,70 @@ class Silo:
         """What this silo does of the round, as the request says it.
 
         Raises:
-            _RefusedError: it is no plan, or more than the silo said at `hello` that it does.
+            RefusedError: it is no plan, or more than the silo said at `hello` that it does.
         """
         try:
             asked = parse_plan(request.fields.get("plan"), self.bench.recipe)
         except UpdateRefused as error:
-            raise _RefusedError(error.what) from None
+            raise RefusedError(error.what) from None
         if self._limits is None:
             return asked
         own = self.bench.plan(lesser(self._limits.run, self._limits.owner))
         if request.verb == "evaluate" and "plan" not in request.fields:
             return own
         if not asked.within(own):
-            raise _RefusedError(f"asked for {asked.fields()}, and this silo does no more than {own.fields()}")
+            raise RefusedError(f"asked for {asked.fields()}, and this silo does no more than {own.fields()}")
         return replace(asked, **{name: getattr(own, name) for name in PRIVATE})
 
     def _train(self, request: Request) -> tuple[Tensors, Fields]:
+        if mask_of(self.bench.recipe) is None:
+            return self._trained(request)
+        masked = self._masked()
+        masked.accept(request)
+        update, fields = self._trained(replace(request, fields={k: v for k, v in request.fields.items() if k != MASKS}))
+        return masked.send(request, update, fields)
+
+    def _masks(self, request: Request) -> tuple[Tensors, Fields]:
+        """What secure aggregation asks before and after a round's training."""
+        return self._masked().answer(request)
+
+    def _masked(self) -> Masked:
+        recipe = self.bench.recipe
+        identity = self._identity or simulated(recipe.seed, self.name)
+        return Masked(self.name, recipe, self._store.folder, identity, self._cohort)
+
+    def _trained(self, request: Request) -> tuple[Tensors, Fields]:
+        """The update, trained or kept, as its guards leave it, and what was counted."""
         key, digest = request_key(request), request_digest(request)
         held = self._store.load(request.run, request.round)
         if held is not None and held.digest == digest:
             return held.reply, {**held.fields, "repeated": True}
         if held is not None and held.key == key:
-            raise _RefusedError(f"round {request.round} was already answered for other content under the same attempt")
+            raise RefusedError(f"round {request.round} was already answered for other content under the same attempt")
         accepted = int(request.fields["accepted"])
         before = self._store.load(request.run, accepted) if accepted >= 0 else None
-        if accepted >= 0 and before is None and self._keeps_state:
-            raise _RefusedError(f"this silo no longer holds its state of round {accepted}")
+        if accepted >= 0 and before is None and keeps_state(self.bench):
+            raise RefusedError(f"this silo no longer holds its state of round {accepted}")
 
-        trained = self._train_round(request, before, key, digest)
+        plan = self._plan(request)
+        self.bench.load(plan.model(self.bench.recipe.model))
+        trained = train_round(
+            self.bench,
+            self._place(request, plan),
+            plan,
+            request,
+            digest,
+            before,
+            self._store.folder,
+            reference=self._reference(request),
+            budget=self._budget(plan),
+            observe=self._observe,
+            should_stop=self._should_stop,
+        )
         with disk_errors(self._store.folder, "silo's state"):
             self._store.save(request.run, request.round, trained)
         self._store.keep_only(request.run, {accepted, request.round})
         return trained.reply, trained.fields
-
-    @property
-    def _keeps_state(self) -> bool:
-        """Whether a round's training depends on what this silo kept of an earlier one."""
-        recipe, chain = self.bench.recipe, self.bench.chain
-        feedback = chain is not None and chain.feedback
-        return recipe.training.keeps or feedback or ALGORITHMS[recipe.federation.algorithm.name].silo_state
-
-    def _train_round(self, request: Request, before: Trained | None, key: str, digest: str) -> Trained:
-        recipe, bench, plan = self.bench.recipe, self.bench, self._plan(request)
-        bench.load(plan.model(recipe.model))
-        started = time.monotonic()
-        place = self._place(request, plan)
-        moments = before.optimizer if before and recipe.training.keeps else {}
-        rows = round_tokens(bench, place, request.fields.get("chosen"))
-        session = SiloSession(
-            bench,
-            place,
-            moments,
-            self._observe,
-            self._should_stop,
-            plan,
-            self._budget(plan),
-            tokens=rows,
-            reference=self._reference(request),
-        )
-        rule = bench.algorithm.local(request.tensors, before.rule if before else {}, place)
-        outcome = rule.run(session)
-        if self._should_stop():
-            raise StoppedError
-        result, tokens = outcome.result, session.tokens
-        fields: Fields = {
-            "examples": result.examples,
-            "tokens": result.tokens,
-            "target_tokens": result.target_tokens,
-            "steps": result.steps,
-            "loss": result.loss,
-            "loss_count": result.loss_count,
-            "figures": {name: list(pair) for name, pair in result.figures.items()},
-            "losses": result.losses,
-            "seconds": time.monotonic() - started,
-            "tokens_per_second": result.tokens / result.seconds if result.seconds > 0 else 0.0,
-            "rows": len(tokens),
-            "row_targets": int(tokens.loss.sum()),
-            "peak_rss": peak_rss(),
-            "dropped": tokens.dropped,
-            "cut": tokens.cut,
-            **outcome.fields,
-        }
-        fields |= self._rates(fields["tokens_per_second"], tokens, plan)
-        if recipe.data.selection is not None:
-            fields[LEFT_OUT] = tokens.left_out
-        planned = steps_per_round(session.recipe.training, len(tokens))
-        if plan.seconds is not None and result.steps < planned:
-            fields[PLANNED] = planned
-        accepted = int(request.fields["accepted"])
-        sent, lost = self._guarded(outcome.update, place, before.guard if before else {}, accepted)
-        return Trained(key, digest, outcome.state, session.optimizer, lost, sent, fields)
-
-    def _rates(self, tokens_per_second: float, tokens: TokenSet, plan: Plan) -> Fields:
-        """Model FLOPs, of training whose operations are countable: gradients of a likelihood, over numbers that are
-        stored as such."""
-        recipe = self.bench.recipe
-        counted = TASKS[recipe.task].likelihood and recipe.adapter.kind in ("lora", "ia3", "full")
-        zeroth = ALGORITHMS[recipe.federation.algorithm.name].zeroth_order
-        if not counted or zeroth or plan.model(recipe.model).quantise or not tokens_per_second:
-            return {}
-        return rates(self.bench.model, np.diff(tokens.offsets), tokens_per_second, plan.processes or plan.shards or 1)
-
-    def _guarded(self, update: Tensors, place: Place, errors: Tensors, accepted: int) -> tuple[Tensors, Tensors]:
-        """The update as it leaves the silo, and what it loses by that, for the next round.
-
-        Args:
-            errors: what was lost until the round `accepted`, the last one that counts.
-
-        Raises:
-            RunError: the state of the round before lacks what that round has lost, or it is damaged.
-        """
-        chain = self.bench.chain
-        if chain is None:
-            return update, {}
-        key = update_key(place.seed, place.silo, place.round, place.dispatch)
-        recipe = self.bench.recipe
-        setup = ALGORITHMS[recipe.federation.algorithm.name].setup_rounds
-        if not chain.feedback or place.round < setup:  # what a setup round sends is sent once: nothing follows it
-            return chain.encode(update, key), {}
-        if accepted >= setup and not errors:
-            raise RunError(
-                "the error feedback of the round before is missing from this silo's state",
-                where=str(self._store.folder),
-                fix="restore the silo's state, or start a new run",
-            )
-        try:
-            return chain.encode_with_feedback(update, errors, key)
-        except RunError as error:
-            raise RunError(error.what, where=str(self._store.folder), fix=error.fix) from None
 
     def _reference(self, request: Request) -> Reference | None:
         """The policy at the start of the stage; None where full training has overwritten it."""
@@ -320,44 +261,16 @@ class Silo:
         return Place(self.name, request.round, rounds, recipe.seed, plan.rank, dispatch=dispatch, silos=silos)
 
     def _evaluate(self, request: Request) -> tuple[Tensors, Fields]:
-        from fedlm.evaluation import measure
-
-        role = request.fields["role"]
-        if role not in ("validation", "test"):
-            raise DataError("only the roles 'validation' and 'test' can be evaluated", where=f"role '{role}'")
-        recipe, bench = self.bench.recipe, self.bench
-        data = bench.silo_data(self.name)
-        rows, own = getattr(data, role), request.fields.get("rows_of", "own") == "own"
-        if not own:
-            rows = self._others(role, len(rows))
-        started = time.monotonic()
+        rows = held_out(self.bench, self.name, request)
         if len(rows) == 0:
             return {}, {"examples": 0, "seconds": 0.0, "peak_rss": peak_rss()}
         plan = self._plan(request)
-        bench.load(plan.model(recipe.model))
-        if recipe.data.instructions is not None:
-            rows, _ = bench.rows(self.name, role) if own else instructed(bench, rows)
-        if request.fields.get("plain"):  # the adapter's own terms, whatever the algorithm
-            bench.put(request.tensors, whole=True)
-        else:
-            bench.put(bench.algorithm.measured(request.tensors, self._kept(request), self._place(request, plan)))
-        reference = self._reference(request)
-        with self._stoppable():
-            counts: dict[str, Any] = measure(
-                bench.model,
-                bench.tokenizer,
-                rows,
-                data.kind if recipe.data.instructions is None else "messages",
-                bench.task,
-                plan.evaluation(recipe.evaluation, recipe.training),
-                max_length=recipe.training.max_length,
-                items=bool(request.fields.get("items", False)),
-                packing=recipe.training.packing,
-                skip=recipe.data.malformed == "skip",
-                reference=reference.inside if reference else None,
-                reference_logps=reference.logps if reference else None,
-            )
-        return {}, {**counts, "seconds": time.monotonic() - started, "peak_rss": peak_rss()}
+        self.bench.load(plan.model(self.bench.recipe.model))
+        kept = {} if request.fields.get("plain") else self._kept(request)
+        reference, place = self._reference(request), self._place(request, plan)
+        return {}, measured(
+            self.bench, place, plan, request, rows, kept, reference=reference, stoppable=self._stoppable()
+        )
 
     def _profile(self, request: Request) -> tuple[Tensors, Fields]:
         """Where groups of this silo's rows lie in the model's states, to choose among rows, its own or public ones."""
@@ -388,29 +301,18 @@ class Silo:
         with self._stoppable():
             return answer(self.bench, self.name, request)
 
-    def _others(self, role: str, limit: int) -> Any:
-        """Rows of the other silos, no more than this one has.
-
-        Raises:
-            _RefusedError: this process holds none: it is a silo's own, not a simulation of many.
-        """
-        rows = self.bench.data.others(self.name, role, limit, self.bench.recipe.seed)
-        if limit and not len(rows):
-            raise _RefusedError("no other silo's rows are here: only a simulation can measure a silo's model on them")
-        return rows
-
     def _kept(self, request: Request) -> Tensors:
         """The private state of this silo's last round that counts, where its model is part of that.
 
         Raises:
-            _RefusedError: the silo no longer holds it.
+            RefusedError: the silo no longer holds it.
         """
         accepted = int(request.fields.get("accepted", -1))
         if accepted < 0 or not ALGORITHMS[self.bench.recipe.federation.algorithm.name].personal:
             return {}
         held = self._store.load(request.run, accepted)
         if held is None:
-            raise _RefusedError(f"this silo no longer holds its state of round {accepted}")
+            raise RefusedError(f"this silo no longer holds its state of round {accepted}")
         return held.rule
 
     @contextlib.contextmanager
@@ -431,8 +333,16 @@ class Silo:
         return Failure(self.name, kind, reason)
 
 
-class _RefusedError(Exception):
-    """The request cannot be answered as it stands."""
+def coarse(card: Fields) -> Fields:
+    """A data card that says of the training rows how many there are at most, in powers of two, and nothing of labels:
+    a silo's weight is hidden under the mask, and this would tell it."""
+    rows = int(card["rows"]["train"])
+    return {**card, "rows": {**card["rows"], "train": 1 << (rows - 1).bit_length() if rows else 0}, "labels": {}}
+
+
+def quiet(observe: Observe) -> Observe:
+    """Progress without figures of the training, which masks hide."""
+    return lambda event: observe({k: v for k, v in event.items() if k not in ("loss", "tokens_per_second")})
 
 
 def classify(error: Exception) -> tuple[FailureKind, str]:

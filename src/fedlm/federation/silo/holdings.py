@@ -21,6 +21,7 @@ from fedlm.errors import FedlmError, RecipeError
 from fedlm.federation.silo.policy import Forbidden
 from fedlm.recipe.data_checks import all_sources, data_problems
 from fedlm.recipe.load import load_yaml
+from fedlm.recipe.redact import RedactSpec
 from fedlm.recipe.schema import DataSpec, Recipe, SiloSpec, SourceSpec
 from fedlm.recipe.strict import Strict
 
@@ -47,6 +48,12 @@ class Holdings(Strict):
         None,
         description="With `sources`: the folder of public rows, where files that a recipe names in data.augment are "
         "looked for. Without it this silo takes no public rows.",
+    )
+
+    redact: RedactSpec | None = Field(
+        None,
+        description="Personal data to be replaced in every row, in place of what a recipe says (data.redact); with "
+        "`kinds: []` nothing is.",
     )
 
     @model_validator(mode="after")
@@ -80,9 +87,10 @@ class OwnText:
             Forbidden: the text does not fit what is to be learnt, or the recipe deals nothing to this silo, or it names
                 files that the owner has not offered.
         """
+        redact = recipe.data.redact if self.spec.redact is None else self.spec.redact
         if self.spec.share_of_recipe:
             self._check_share(recipe, name)
-            return recipe
+            return recipe.model_copy(update={"data": recipe.data.model_copy(update={"redact": redact})})
         own = {
             "silos": [{"name": name, "sources": [s.model_dump(mode="json") for s in self.spec.sources]}],
             "split": recipe.data.split.model_dump(mode="json"),
@@ -91,6 +99,7 @@ class OwnText:
             "instructions": recipe.data.instructions and recipe.data.instructions.model_dump(mode="json"),
             "selection": recipe.data.selection and recipe.data.selection.model_dump(mode="json"),
             "augment": self._augment(recipe),
+            "redact": redact and redact.model_dump(mode="json"),
         }
         try:
             return Recipe.model_validate({**recipe.model_dump(mode="json"), "data": own})
@@ -117,6 +126,9 @@ class OwnText:
             ) from error
         if name not in data.names:
             raise Forbidden(_no_share(data.names))
+        if data.redacted:  # for the owner alone: the counts are nobody else's
+            told = ", ".join(f"{count} {kind}" for kind, count in sorted(data.redacted.items()))
+            log.info("personal data replaced in the text of '%s': %s", name, told)
         return data
 
     def _augment(self, recipe: Recipe) -> dict[str, Any] | None:

@@ -32,9 +32,8 @@ from fedlm.files import cache_dir, read_json, write_json
 from fedlm.models.chat import render
 from fedlm.randomness import torch_generator
 from fedlm.recipe.instructions import InstructionExample, InstructionSpec
-from fedlm.training.attention import causal_model
-from fedlm.training.forward import by_tokens, model_device, precision
 from fedlm.training.generation import Draw, generate
+from fedlm.training.scores import mean_states
 
 if TYPE_CHECKING:
     from fedlm.federation.silo.workbench import Workbench
@@ -171,19 +170,7 @@ def embeddings(
 ) -> NDArray[np.float64]:
     """The mean of each text's last hidden states [texts, width]."""
     ids = [list(tokenizer.encode(text, add_special_tokens=True))[:max_length] for text in texts]
-    device, found = model_device(model), []
-    with precision(model):
-        for run in by_tokens([len(sequence) for sequence in ids], batch_tokens):
-            longest = max(len(ids[i]) for i in run)
-            whole = torch.zeros(len(run), longest, dtype=torch.long)
-            mask = torch.zeros(len(run), longest, dtype=torch.long)
-            for row, i in enumerate(run):
-                whole[row, : len(ids[i])], mask[row, : len(ids[i])] = torch.tensor(ids[i]), 1
-            body = causal_model(model).base_model  # without the logits, and keeping no layer's states but the last's
-            out = body(input_ids=whole.to(device), attention_mask=mask.to(device), use_cache=False)
-            states = out.last_hidden_state.double().cpu()
-            found.append((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
-    return torch.cat(found).numpy()
+    return mean_states(model, ids, batch_tokens)
 
 
 def most_alike(texts: NDArray[np.float64], pool: NDArray[np.float64], count: int) -> list[list[int]]:

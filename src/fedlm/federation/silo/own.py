@@ -12,20 +12,25 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import fedlm
-from fedlm.errors import FedlmError
+from fedlm.errors import FedlmError, RecipeError
 from fedlm.federation.api import MAY_CHANGE
-from fedlm.federation.silo import agreements
+from fedlm.federation.identities import Identity
+from fedlm.federation.silo import agreements, auditlog
 from fedlm.federation.silo.agreements import RUN, Agreement
+from fedlm.federation.silo.audited import audited
+from fedlm.federation.silo.auditlog import AuditLog
 from fedlm.federation.silo.door import PROTOCOL, Limits, Silo, classify
 from fedlm.federation.silo.holdings import load_holdings
+from fedlm.federation.silo.hours import local_day
 from fedlm.federation.silo.policy import (
     Forbidden,
-    Policy,
     check_counting,
+    check_hours,
     check_recipe,
     check_request,
     check_rows,
@@ -33,12 +38,14 @@ from fedlm.federation.silo.policy import (
     load_policy,
     local_model,
 )
+from fedlm.federation.silo.spent import Spent, check_bytes
 from fedlm.federation.silo.workbench import Workbench
 from fedlm.messages import Failure, FailureKind, Fields, Observe, Reply, Request
 from fedlm.recipe.capacity import Capacity, lesser, parse_capacity
-from fedlm.recipe.load import InvalidRecipeError, build_recipe, diff_recipes
+from fedlm.recipe.guards import mask_of
+from fedlm.recipe.load import InvalidRecipeError, build_recipe, diff_recipes, digest_of
 from fedlm.recipe.schema import Recipe
-from fedlm.recipe.yamltree import Tree
+from fedlm.recipe.yamltree import Tree, check_plain
 
 log = logging.getLogger("fedlm.silo")
 
@@ -61,8 +68,10 @@ class OwnSilo:
         name: its name in the network; requests to other names are refused.
         state_root: folder of private states and agreements; only the subfolder of this name is used.
         data_file: describes the silo's text (see `Holdings`).
-        policy_file: what the owner allows; None for the defaults of `Policy`.
+        policy_file: what the owner allows.
         observe: receives progress events without text.
+        identity: by which it signs its keys of secure aggregation, and what it knows of others'; without one it takes
+            no part in that.
 
     Raises:
         RecipeError: the data file or the policy cannot be read or asks for something impossible.
@@ -73,14 +82,16 @@ class OwnSilo:
         name: str,
         state_root: Path,
         data_file: Path,
-        policy_file: Path | None = None,
+        policy_file: Path,
         observe: Observe | None = None,
+        identity: Identity | None = None,
     ) -> None:
-        self.name = name
-        self.policy = Policy() if policy_file is None else load_policy(policy_file)
+        self.name, self._identity = name, identity
+        self.policy = load_policy(policy_file)
         self._text = load_holdings(data_file)
         self._states = state_root
         self._observe = observe
+        self._spent, self._log = Spent(self._folder), AuditLog(self._folder / auditlog.FILE)
         self._lock = threading.RLock()
         self._runs: OrderedDict[str, tuple[Agreement, Workbench]] = OrderedDict()
         self._standing: Workbench | None = None
@@ -95,41 +106,73 @@ class OwnSilo:
             observe: receives this request's progress events, in place of the silo's own observer.
             should_stop: asked between optimiser steps; True abandons the request without storing anything.
         """
+        answer, line = self._answer(request, observe, should_stop)
+        try:
+            self._log.append(audited(request, answer, line, self._digest_of(request)))
+        except FedlmError as error:  # what is not written down does not leave
+            return self._refuse(request, FailureKind.ERROR, outside(error))
+        return answer
+
+    def _answer(
+        self, request: Request, observe: Observe | None, should_stop: Callable[[], bool] | None
+    ) -> tuple[Reply | Failure, str | None]:
+        """The answer, and the line of the policy that refused it, where one did."""
         try:
             if request.silo != self.name:
                 raise Forbidden("the request names another silo")
             check_verb(self.policy, request.verb)
             if not RUN.fullmatch(request.run):
                 raise Forbidden("the run has no proper name")
+            check_hours(self.policy, now())
             if request.verb == "hello":
                 check_versions(request.fields)
             with self._lock:
                 if should_stop is not None and should_stop():
-                    return Failure(self.name, FailureKind.TIMED_OUT, "stopped before it began: nobody waits for it")
+                    reason = "stopped before it began: nobody waits for it"
+                    return Failure(self.name, FailureKind.TIMED_OUT, reason), None
                 if request.verb == "hello":
-                    return self._hello(request)
+                    return self._leaving(request, self._hello(request)), None
                 bench, capacity = self._agreed(request.run)
                 check_request(self.policy, bench.recipe, request)
                 if self._counts(request.run) != (request.verb == "pairs"):
                     raise Forbidden("this is not what this silo has agreed to for this run")
+                self._spent.train(self.policy, request, local_day(self.policy.timezone, now()))
                 if request.verb != "pairs":
                     self._set_up(bench)
                 answer = self._door(bench, capacity, observe, should_stop).handle(request)
-                return answer if isinstance(answer, Reply) else self._refuse(request, answer.kind, answer.reason)
+                if isinstance(answer, Failure):
+                    answer = self._refuse(request, answer.kind, answer.reason)
+                return self._leaving(request, answer), None
         except _MismatchError as mismatch:
-            return self._refuse(request, FailureKind.VERSION_MISMATCH, str(mismatch))
+            return self._refuse(request, FailureKind.VERSION_MISMATCH, str(mismatch)), None
         except Forbidden as refusal:
-            return self._refuse(request, FailureKind.REFUSED, str(refusal))
+            return self._refuse(request, FailureKind.REFUSED, str(refusal)), refusal.line
         except FedlmError as error:
-            return self._refuse(request, FailureKind.ERROR, outside(error))
+            return self._refuse(request, FailureKind.ERROR, outside(error)), None
         except Exception as error:
-            return self._refuse(request, *classify(error))
+            return self._refuse(request, *classify(error)), None
+
+    def _leaving(self, request: Request, answer: Reply | Failure) -> Reply | Failure:
+        """The answer, if so much may leave. Raises Forbidden."""
+        if isinstance(answer, Reply):
+            self._spent.leave(self.policy, request, answer)
+        return answer
+
+    def _digest_of(self, request: Request) -> str | None:
+        """Of the recipe that a request is about, as `recipe_hash` makes it of one that was sent complete."""
+        if request.verb == "hello":
+            sent = request.fields.get("recipe")
+            return digest_of(sent) if isinstance(sent, dict) else None
+        held = self._runs.get(request.run)
+        return None if held is None else digest_of(held[0].recipe)
 
     # ---------------------------------------------------------------- agreeing
 
     def _hello(self, request: Request) -> Reply | Failure:
         """Agree to a run, or to an agreed one again, and answer with versions, counts and the model's fingerprint."""
         recipe = parse_recipe(request.fields.get("recipe"))
+        if self._identity is None and mask_of(recipe) is not None:
+            raise Forbidden("this silo has no certificate to sign its keys with, and this run's updates are masked")
         counting = request.fields.get("purpose") == COUNTING
         (check_counting if counting else check_recipe)(self.policy, recipe)
         known = agreements.load(self._folder, request.run)
@@ -195,6 +238,7 @@ class OwnSilo:
         from fedlm.models.fingerprint import fingerprint
 
         spec = local_model(self.policy, recipe.model)
+        check_bytes(self.policy, recipe.model_copy(update={"model": spec}))
         ours = fingerprint(spec)
         if model is not None:
             check_fingerprint(model, ours)
@@ -264,6 +308,8 @@ class OwnSilo:
             should_stop=should_stop,
             reason=outside,
             limits=Limits(self.policy.capacity, capacity),
+            identity=self._identity,
+            cohort=max(3, self.policy.min_cohort),
         )
 
     @property
@@ -273,6 +319,11 @@ class OwnSilo:
     def _refuse(self, request: Request, kind: FailureKind, reason: str) -> Failure:
         log.warning("%s: '%s' of run %s: %s: %s", self.name, request.verb[:40], request.run[:200], kind.value, reason)
         return Failure(self.name, kind, reason)
+
+
+def now() -> datetime:
+    """This moment."""
+    return datetime.now(UTC)
 
 
 class _MismatchError(Exception):
@@ -334,6 +385,10 @@ def parse_recipe(data: Any) -> Recipe:
     """
     if not isinstance(data, dict):
         raise Forbidden("the greeting holds no recipe")
+    try:
+        check_plain(data, "the recipe")
+    except RecipeError as error:
+        raise Forbidden(error.sentence()) from None
     try:
         return build_recipe(Tree(data))
     except InvalidRecipeError as error:

@@ -31,6 +31,12 @@ HELD = 50_000_000
 MOST_SYMBOLS = 1 << 16
 """No vocabulary is larger: a request for more would only cost time."""
 
+LONGEST_SYMBOL = 1024
+"""Letters: each merge may double them, so that a few dozen numbers would ask for more memory than there is."""
+
+MOST_CELLS = 1 << 30
+"""Of one answer: all lines of the largest vocabulary that a coordinator trains."""
+
 MOST = 2**31 - 1
 """Of one pair in one silo; counts travel as int32."""
 
@@ -70,6 +76,8 @@ class PairTable:
         for left, right in merges[len(self.merges) :].tolist():
             if not 0 <= min(left, right) <= max(left, right) < len(self.known):
                 raise DataError("a request for pairs merges symbols that there are not")
+            if len(self.known.strings[left]) + len(self.known.strings[right]) > LONGEST_SYMBOL:
+                raise DataError(f"a request for pairs merges symbols into one of more than {LONGEST_SYMBOL} letters")
             self._merge(left, right, self.known.add(left, right))
             self.merges = np.concatenate([self.merges, np.array([[left, right]], np.int32)])
 
@@ -134,6 +142,8 @@ class PairTables:
         for ids in lines.values():
             if len(ids) and not 0 <= ids.min() <= ids.max() < len(table.known):
                 raise DataError("a request for pairs names a line that there is not")
+        if sum(map(len, lines.values())) * len(table.known) > MOST_CELLS:
+            raise DataError("a request for pairs asks for more lines than there is room for")
         read = {"rows": table.row, "columns": table.column}
         empty = np.zeros((0, len(table.known)), np.int32)
         found = {name: [read[name](i) for i in ids.tolist()] for name, ids in lines.items()}
@@ -161,7 +171,7 @@ def texts_of(rows: Iterable[dict[str, Any]], kind: str) -> Iterator[str]:
     for row in rows:
         if kind == "messages":
             yield from (message["content"] for message in row["messages"])
-        elif kind == "choice":
+        elif kind in ("choice", "opinion"):
             yield from (row["question"], *row["choices"])
         elif kind == "preference":
             yield from (row["prompt"], row["chosen"], row["rejected"])

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from fedlm.data.packages import is_package
 from fedlm.errors import RecipeError, nearest
+from fedlm.federation.silo.hours import checked_hours, checked_zone, next_opening
+from fedlm.federation.silo.masked import VERBS as MASK_VERBS
 from fedlm.messages import Request
 from fedlm.models.catalogue import CATALOGUE
+from fedlm.privacy.secagg.graph import MOST
 from fedlm.recipe.capacity import Capacity
 from fedlm.recipe.load import load_yaml
-from fedlm.recipe.methods import ALGORITHMS, FACTORS, PROMPTS
+from fedlm.recipe.methods import ALGORITHMS, BESIDE, FACTORS
 from fedlm.recipe.presets import is_preset
 from fedlm.recipe.schema import ModelSpec, Recipe
 from fedlm.recipe.strict import Strict
@@ -34,14 +38,32 @@ PINNED = "pinned"
 
 
 class Forbidden(Exception):
-    """The silo's owner does not allow this; the text says what, and what is allowed. It is sent to the coordinator."""
+    """The silo's owner does not allow this; the text says what, and what is allowed. It is sent to the coordinator.
+
+    Attributes:
+        line: the name of the policy's line that says so; None where it is no line's doing.
+    """
+
+    def __init__(self, reason: str, line: str | None = None) -> None:
+        self.line = line
+        super().__init__(reason)
 
 
-AdapterKind = Literal["lora", "lora-sb", "ia3", "full", "prompt", "p-tuning", "prefix", "prompt-projection"]
+AdapterKind = Literal[
+    "lora", "lora-sb", "ia3", "full", "prompt", "p-tuning", "prefix", "prompt-projection", "predictor"
+]
+
+
+class PrivacyRules(Strict):
+    """What a recipe must do to protect updates and rows. No recipe of this version can satisfy any of it."""
+
+    require_masks: bool = Field(False, description="Updates leave only under masks that cancel in the sum.")
+    max_epsilon: PositiveFloat | None = Field(None, description="Largest epsilon of differential privacy.")
+    per: Literal["month", "year", "run"] = Field("run", description="What `max_epsilon` is for.")
 
 
 class Policy(Strict):
-    """What a coordinator may ask of this silo. Without a policy file these defaults hold."""
+    """What a coordinator may ask of this silo. These defaults hold for what the owner's file leaves out."""
 
     allow: list[Literal["hello", "train", "evaluate", "profile", "pairs", "score", "answer"]] = Field(
         default_factory=lambda: ["hello", "train", "evaluate"],  # type: ignore[arg-type]
@@ -52,7 +74,7 @@ class Policy(Strict):
     tasks: list[str] | None = Field(None, description="What may be learnt; default: all.")
     algorithms: list[str] | None = Field(None, description="How updates may be made; default: all.")
     adapters: list[AdapterKind] = Field(
-        default_factory=lambda: ["lora", "lora-sb", "ia3", *PROMPTS],  # type: ignore[arg-type]
+        default_factory=lambda: ["lora", "lora-sb", "ia3", *BESIDE],  # type: ignore[arg-type]
         description="What may be trained and sent. 'full' sends as many numbers as the model has, and must be listed.",
     )
     any_pinned_model: bool = Field(
@@ -74,9 +96,35 @@ class Policy(Strict):
         description="What this machine can do, in the words of a recipe's `federation.capacity`. Where a run asks for "
         "more, and its algorithm can use less, the silo does less instead of refusing.",
     )
+    max_bytes_per_round: PositiveInt | None = Field(
+        None,
+        description="Most bytes that may leave in one round of a run, all answers together: judged from shapes where "
+        "they are known beforehand, and counted in what is about to leave.",
+    )
+    max_rounds_per_day: PositiveInt | None = Field(
+        None, description="Trainings of all runs together in one day of `timezone`; a repeated request counts once."
+    )
+    quiet_hours: list[Annotated[str, AfterValidator(checked_hours)]] = Field(
+        default_factory=list,
+        description="When nothing is answered, such as '07:00-19:00 Mon-Fri' (without days: every day; an end before "
+        "the start is on the next day).",
+    )
+    timezone: Annotated[str, AfterValidator(checked_zone)] = Field(
+        "UTC", description="Whose clock and days `quiet_hours`, `max_rounds_per_day` and `privacy.per` mean."
+    )
+    min_cohort: PositiveInt = Field(
+        1, description="Let an update be read only in a sum with those of so many silos; needs masks if above 1."
+    )
+    privacy: PrivacyRules = Field(PrivacyRules(), description="What a recipe must do to protect single rows.")
     min_rows: PositiveInt = Field(1, description="Take part only with at least this many training rows.")
     share_labels: bool = Field(False, description="Let the data card count rows by label, not by role alone.")
     per_item_scores: bool = Field(False, description="Let measurements be sent for each held-out row, not in sum.")
+
+    @model_validator(mode="after")
+    def _opens(self) -> Policy:
+        if self.quiet_hours and next_opening(self.quiet_hours, self.timezone, datetime.now(UTC)) is None:
+            raise ValueError("quiet_hours: these leave no minute of the week in which anything is answered")
+        return self
 
     @field_validator("tasks")
     @classmethod
@@ -114,10 +162,69 @@ def example() -> str:
 
 
 def check_verb(policy: Policy, verb: str) -> None:
-    """Forbidden unless the owner allows this verb."""
+    """Forbidden unless the owner allows this verb. Those of secure aggregation go with `train`."""
+    if verb in MASK_VERBS:
+        verb = "train"
     if verb not in policy.allow:
         allowed = ", ".join(policy.allow) or "none"
-        raise Forbidden(f"the verb '{verb[:40]}' is not allowed here (allowed: {allowed})")
+        raise Forbidden(f"the verb '{verb[:40]}' is not allowed here (allowed: {allowed})", "allow")
+
+
+def check_hours(policy: Policy, now: datetime) -> None:
+    """Forbidden in the owner's quiet hours; says when they end.
+
+    Args:
+        now: aware.
+    """
+    opens = next_opening(policy.quiet_hours, policy.timezone, now)
+    if opens is None or opens > now:
+        when = "" if opens is None else f"; it answers again at {opens:%Y-%m-%d %H:%M} {policy.timezone}"
+        raise Forbidden(f"this silo's policy has quiet hours now (quiet_hours){when}", "quiet_hours")
+
+
+def check_privacy(policy: Policy, recipe: Recipe) -> None:
+    """Forbidden unless the recipe protects updates as the owner asks.
+
+    The three functions below say what a recipe does; a way to protect updates is made known there.
+    """
+    if policy.privacy.require_masks and not masked(recipe):
+        raise Forbidden(
+            "this silo's policy lets an update leave only under masks (privacy.require_masks), and the recipe has no "
+            "guard 'mask'",
+            "privacy.require_masks",
+        )
+    if cohort(recipe) < policy.min_cohort:
+        raise Forbidden(
+            f"this silo's policy lets an update be read only in a sum of {policy.min_cohort} silos (min_cohort), and "
+            "the recipe has no guard 'mask': the coordinator would read each by itself",
+            "min_cohort",
+        )
+    limit, spent = policy.privacy.max_epsilon, epsilon(recipe)
+    if limit is not None and (spent is None or spent > limit):
+        what = "does not bound it" if spent is None else f"spends {spent:g}"
+        raise Forbidden(
+            f"this silo's policy allows an epsilon of {limit:g} per {policy.privacy.per} (privacy.max_epsilon), and "
+            f"the recipe {what}",
+            "privacy.max_epsilon",
+        )
+
+
+def masked(recipe: Recipe) -> bool:
+    """Whether the coordinator sees sums of updates alone."""
+    return any(guard.name == "mask" for guard in recipe.guards)
+
+
+def cohort(recipe: Recipe) -> int:
+    """Of how many silos' updates the coordinator sees sums at least, as far as the recipe says; how many they are in a
+    round the silo sees before it masks anything, and does not take part in a smaller sum."""
+    if not masked(recipe):
+        return 1
+    return recipe.federation.sample if isinstance(recipe.federation.sample, int) else MOST
+
+
+def epsilon(recipe: Recipe) -> float | None:  # noqa: ARG001 - no recipe bounds it yet
+    """The epsilon that a run of this recipe spends at most; None where nothing bounds it."""
+    return None
 
 
 def check_recipe(policy: Policy, recipe: Recipe) -> None:
@@ -138,6 +245,7 @@ def check_recipe(policy: Policy, recipe: Recipe) -> None:
             "the reward model is a run on the coordinator's disk, and rewards are given here: use a reward that can be "
             "checked (reinforce.reward.kind: answer, f1 or number)"
         )
+    check_privacy(policy, recipe)
     if recipe.search is not None:
         check_verb(policy, "score")
     if recipe.in_context is not None:
@@ -149,6 +257,7 @@ def check_counting(policy: Policy, recipe: Recipe) -> None:
     """Forbidden unless the owner allows a tokenizer to be trained for this recipe, whose model is not used."""
     check_verb(policy, "pairs")
     _among("task", recipe.task, policy.tasks, "tasks")
+    check_privacy(policy, recipe)
 
 
 def check_rows(policy: Policy, recipe: Recipe, rows: int, sequences: int | None) -> None:
@@ -160,7 +269,9 @@ def check_rows(policy: Policy, recipe: Recipe, rows: int, sequences: int | None)
     """
     if rows < policy.min_rows:
         # not how many there are: the owner may not want that known
-        raise Forbidden(f"this silo holds fewer training rows than its policy asks for (min_rows: {policy.min_rows})")
+        raise Forbidden(
+            f"this silo holds fewer training rows than its policy asks for (min_rows: {policy.min_rows})", "min_rows"
+        )
     if sequences:
         steps = steps_per_round(recipe.training, sequences)
         _at_most("steps per round", steps, policy.max_steps_per_round, "max_steps_per_round")
@@ -168,12 +279,14 @@ def check_rows(policy: Policy, recipe: Recipe, rows: int, sequences: int | None)
 
 def check_request(policy: Policy, recipe: Recipe, request: Request) -> None:
     """Forbidden unless this request stays within the policy and within the run that the silo has agreed to."""
-    first = 0 if request.verb == "train" else -1
+    first = 0 if request.verb in ("train", *MASK_VERBS) else -1
     if not first <= request.round < recipe.federation.rounds:
         raise Forbidden(f"the run has {recipe.federation.rounds} rounds, there is no round {request.round}")
     _at_most("rounds", request.round + 1, policy.max_rounds, "max_rounds")
     if request.verb == "evaluate" and request.fields.get("items") and not policy.per_item_scores:
-        raise Forbidden("this silo's policy does not allow scores of single rows (per_item_scores: false)")
+        raise Forbidden(
+            "this silo's policy does not allow scores of single rows (per_item_scores: false)", "per_item_scores"
+        )
     if request.verb == "evaluate" and request.fields.get("rows_of", "own") != "own":
         raise Forbidden("this silo measures models on its own rows alone")
 
@@ -192,11 +305,12 @@ def local_model(policy: Policy, spec: ModelSpec) -> ModelSpec:
     elif not _is_pinned(spec.source):
         raise Forbidden(
             f"the model '{_name(spec.source)}' lies on the coordinator's disk; this silo loads it only if its policy "
-            "says where it lies here (models)"
+            "says where it lies here (models)",
+            "models",
         )
     elif folder is None and not policy.any_pinned_model:
         allowed = ", ".join(policy.models) or "none"
-        raise Forbidden(f"this silo's policy does not allow the model '{spec.source}' (models: {allowed})")
+        raise Forbidden(f"this silo's policy does not allow the model '{spec.source}' (models: {allowed})", "models")
     if spec.tokenizer is not None:
         changes |= _local_tokenizer(policy, spec.tokenizer)
     if spec.chat_template not in (None, "chatml"):
@@ -204,7 +318,8 @@ def local_model(policy: Policy, spec: ModelSpec) -> ModelSpec:
         if file is None:
             raise Forbidden(
                 f"the chat template '{_name(spec.chat_template)}' is a file; this silo's policy does not supply it "
-                "(chat_templates)"
+                "(chat_templates)",
+                "chat_templates",
             )
         changes["chat_template"] = file
     return spec.model_copy(update=changes)
@@ -222,10 +337,11 @@ def _local_tokenizer(policy: Policy, tokenizer: str) -> dict[str, str | None]:
     if not _is_pinned(tokenizer):
         raise Forbidden(
             f"the tokenizer '{_name(tokenizer)}' lies on the coordinator's disk; this silo uses it only if its policy "
-            "says where it lies here (models)"
+            "says where it lies here (models)",
+            "models",
         )
     if folder is None and not policy.any_pinned_model:
-        raise Forbidden(f"this silo's policy does not allow the tokenizer of '{tokenizer}' (models)")
+        raise Forbidden(f"this silo's policy does not allow the tokenizer of '{tokenizer}' (models)", "models")
     return {}
 
 
@@ -250,12 +366,12 @@ def _name(text: str | None) -> str:
 def _among(what: str, value: str, allowed: Sequence[str] | None, field: str) -> None:
     if allowed is not None and value not in allowed:
         listed = ", ".join(allowed) or "none"
-        raise Forbidden(f"this silo's policy does not allow the {what} '{value}' ({field}: {listed})")
+        raise Forbidden(f"this silo's policy does not allow the {what} '{value}' ({field}: {listed})", field)
 
 
 def _at_most(what: str, value: int, most: int | None, field: str) -> None:
     if most is not None and value > most:
-        raise Forbidden(f"this silo's policy does not allow {value} {what} ({field}: {most})")
+        raise Forbidden(f"this silo's policy does not allow {value} {what} ({field}: {most})", field)
 
 
 def _items(policy: Policy) -> list[tuple[str, str]]:

@@ -1,7 +1,8 @@
 """The policy at the start of the stage, and what it gives a silo's answers: computed once, kept beside its state.
 
-A file `<state>/reference/<reference>-<sequences>.safetensors` holds the log-probabilities of one list of sequences
-under one reference; both parts of its name are hashes, so another base, start, template or row makes another file.
+A file `<state>/reference/<what>-<reference>-<sequences>.safetensors` holds what one list of sequences has under one
+reference: their log-probabilities (`logps`), or their mean states (`states`), which are the base's own. The last parts
+of its name are hashes, so another base, start, template or row makes another file.
 Which reference a run has is written into `<state>/<run>/reference.json` at its first use. A run that is resumed with
 another is an error: its loss would silently mean something else.
 """
@@ -9,11 +10,11 @@ another is an error: its loss would silently mean something else.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -53,14 +54,40 @@ class Reference:
         """
         from fedlm.training.forward import sequence_nll
 
+        bench = self._bench
+        limit, packing = bench.recipe.evaluation.batch_tokens, bench.recipe.training.packing
+
+        def ask() -> NDArray[Any]:
+            with self.inside():
+                return -sequence_nll(bench.model, sequences, limit, packing=packing)[0]
+
+        return self._remembered("logps", sequences, ask)
+
+    def states(self, sequences: Sequence[Encoded]) -> NDArray[np.float32]:
+        """The mean of the base's last hidden states over each sequence [sequences, width]; adapters must not change it.
+
+        Raises:
+            RunError: as `logps`.
+        """
+        from fedlm.training.scores import mean_states
+
+        bench = self._bench
+
+        def ask() -> NDArray[Any]:
+            ids = [sequence.ids.tolist() for sequence in sequences]
+            return mean_states(bench.model, ids, bench.recipe.evaluation.batch_tokens).astype(np.float32)
+
+        return self._remembered("states", sequences, ask)
+
+    def _remembered(self, what: str, sequences: Sequence[Encoded], ask: Callable[[], NDArray[Any]]) -> NDArray[Any]:
+        """What is asked of these sequences, one row each, from the file that keeps it."""
         reference = reference_hash(self._bench)
         self._hold_to(reference)
-        name = f"{reference[:16]}-{sequences_hash(sequences)[:32]}.safetensors"
-        file = self._folder / "reference" / name
+        file = self._folder / "reference" / f"{what}-{reference[:16]}-{sequences_hash(sequences)[:32]}.safetensors"
         if file.exists():
             try:
-                kept = read_tensors(file)["logps"].numpy()
-                if kept.shape != (len(sequences),):
+                kept: NDArray[Any] = read_tensors(file)[what].numpy()
+                if len(kept) != len(sequences):
                     raise ValueError("other sequences")
             except Exception as error:
                 raise RunError(
@@ -68,20 +95,16 @@ class Reference:
                     where=str(file),
                     fix="remove the file: it is computed again",
                 ) from error
-            return np.asarray(kept, np.float64)
-        recipe = self._bench.recipe
-        with self.inside():
-            sums, _ = sequence_nll(
-                self._bench.model, sequences, recipe.evaluation.batch_tokens, packing=recipe.training.packing
-            )
+            return kept
+        found = ask()
         with disk_errors(file, "silo's state"):
             file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_tensors(file, {"logps": torch.from_numpy(-sums)})
+            write_tensors(file, {what: torch.from_numpy(found)})
             file.chmod(0o600)
-        return -sums
+        return found
 
     def beside(self, tokens: TokenSet) -> TokenSet:
-        """Examples with what the reference gives each of their sequences, as facts.
+        """Examples with what their task needs of each of their sequences: log-probabilities as facts, or states.
 
         Raises:
             RunError: see `logps`.
@@ -89,7 +112,10 @@ class Reference:
         from fedlm.training.objective import sequences_of
         from fedlm.training.tasks.base import REFERENCE
 
-        found = self.logps(sequences_of(list(tokens))).astype(np.float32).reshape(len(tokens), tokens.width)
+        sequences = sequences_of(list(tokens))
+        if self._bench.task.embeds:
+            return replace(tokens, states=self.states(sequences))
+        found = self.logps(sequences).astype(np.float32).reshape(len(tokens), tokens.width)
         added = {f"{REFERENCE}{i}": np.ascontiguousarray(found[:, i]) for i in range(tokens.width)}
         return replace(tokens, facts={**tokens.facts, **added})
 

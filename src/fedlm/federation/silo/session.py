@@ -84,8 +84,8 @@ class SiloSession:
         self.optimizer: Tensors = {}
         self.tokens: TokenSet = bench.training_tokens(place.silo) if tokens is None else tokens
         self._reference = reference
-        if bench.task.compares:
-            assert reference is not None, "the task's loss compares with a reference"
+        if bench.task.compares or bench.task.embeds:
+            assert reference is not None, "the task compares with a reference, or learns from its states"
             self.tokens = reference.beside(self.tokens)
         self.recipe: Recipe = plan.recipe(bench.recipe, len(self.tokens))
         self.model: Module = bench.model

@@ -80,10 +80,11 @@ class StateStore:
                 for name in handle.keys():  # noqa: SIM118 - not a mapping
                     prefix = name.split("/", 1)[0] + "/"
                     parts[prefix][name.removeprefix(prefix)] = handle.get_tensor(name)
+            key, digest, fields = str(note["key"]), str(note["digest"]), dict(note["fields"])
         except Exception as error:
             raise RunError("the silo's stored state is corrupt", where=str(file)) from error
         rule, optimizer, guard, reply = parts.values()
-        return Trained(note["key"], note["digest"], rule, optimizer, guard, reply, note["fields"])
+        return Trained(key, digest, rule, optimizer, guard, reply, fields)
 
     def save(self, run: str, round_: int, trained: Trained) -> None:
         """Store a round's state and reply, readable by the owner only."""

@@ -12,7 +12,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import Parameter
 
-from fedlm.errors import DataError
+from fedlm.federation.silo.first_values import FirstValues
 from fedlm.federation.start import looks_back, parted
 from fedlm.messages import Tensors
 from fedlm.models.deltas import is_delta
@@ -82,7 +81,7 @@ class Workbench:
         """What was put on the model last."""
         self.described: dict[str, NDArray[np.float64]] = {}
         """By silo, the base's mean states of its questions [rows, width], while it learns in context."""
-        self._aside: dict[tuple[str, str | None], tuple[Any, _FirstValues]] = {}
+        self._aside: dict[tuple[str, str | None], tuple[Any, FirstValues]] = {}
         """Models in other types of weights than the one that stands here, for simulated silos that have those."""
 
     def load(self, spec: ModelSpec | None = None) -> None:
@@ -117,7 +116,7 @@ class Workbench:
 
         self.model: Any = attach(load_base(spec), self.recipe.adapter, self.recipe.seed, outputs_of(self.recipe))
         check_length(self.model, self.recipe.training.max_length)
-        self._first = _FirstValues(trainable(self.model), self.recipe.seed, self.model)
+        self._first = FirstValues(trainable(self.model), self.recipe.seed, self.model)
         self._weights = (spec.dtype, spec.quantise)
 
     @property
@@ -223,7 +222,7 @@ class Workbench:
             check_length(other.model, ours.training.max_length)
             self.tokenizer, self.model = other.tokenizer, other.model
             other._forget()
-            self._first = _FirstValues(adapter_parameters(self.model), ours.seed, self.model)
+            self._first = FirstValues(adapter_parameters(self.model), ours.seed, self.model)
             self._weights = (ours.model.dtype, ours.model.quantise)
             self._ready = True
             return True
@@ -362,22 +361,9 @@ class Workbench:
     def silo_data(self, name: str) -> SiloData:
         return self.data.pooled() if name == POOLED else self.data.silo(name)
 
-    def rows(self, name: str, role: str) -> tuple[Any, int]:
-        """A silo's rows of a role as the task meets them, and how many gave none: text has become instructions where
-        the recipe says so, once for all silos' rows wherever they are trained on. The model must stand here.
-
-        Raises:
-            DataError: see `fedlm.federation.silo.instructions`.
-        """
-        if self.recipe.data.instructions is None:
-            return getattr(self.silo_data(name), role), 0
-        from datasets import concatenate_datasets
-
-        from fedlm.federation.silo.instructions import instructed
-
-        holders = self.data.names if name == POOLED else [name]
-        found = [instructed(self, getattr(self.data.silo(holder), role)) for holder in holders]
-        return concatenate_datasets([rows for rows, _ in found]), sum(lost for _, lost in found)
+    def holders(self, name: str) -> list[str]:
+        """The silos whose rows these are."""
+        return self.data.names if name == POOLED else [name]
 
     @cached_property
     def public(self) -> tuple[TokenSet, list[str]]:
@@ -395,28 +381,9 @@ class Workbench:
         if name in self._tokens:
             self._tokens.move_to_end(name)
             return self._tokens[name]
-        from fedlm.training.encode import encode_all
-        from fedlm.training.stored import stored_tokens
+        from fedlm.federation.silo.encoded import encoded
 
-        rows, lost = self.rows(name, "train")
-        if lost and not len(rows):
-            raise DataError(
-                f"none of the silo's {lost} texts became an instruction that can be used",
-                where=f"silo '{name}'",
-                fix="give better examples in data.instructions.pool, or use a larger model",
-            )
-        length = self.recipe.training.max_length
-        skip = self.recipe.data.malformed == "skip"
-        if self.task.stored:
-            tokens = stored_tokens(rows, self.task, self.tokenizer, length, skip=skip)
-        else:
-            tokens = encode_all(rows, self.task, self.tokenizer, length, skip=skip, silo=name)
-        if lost:
-            tokens = replace(tokens, dropped=tokens.dropped + lost)
-        if (selection := self.recipe.data.selection) is not None and selection.method == "feddqc":
-            from fedlm.federation.silo.selected import scored
-
-            tokens = scored(self, tokens, selection)
+        tokens = encoded(self, name)
         self._tokens[name] = tokens
         while len(self._tokens) > 1 and (
             len(self._tokens) > SETS_HELD or sum(t.held for t in self._tokens.values()) > TOKENS_HELD
@@ -427,44 +394,3 @@ class Workbench:
 
 def _same(one: Tensors, other: Tensors) -> bool:
     return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
-
-
-class _FirstValues:
-    """The adapter's shared first values, drawn when they are first needed."""
-
-    def __init__(self, parameters: Mapping[str, Parameter], seed: int, model: Any) -> None:
-        from fedlm.models.soft_prompts import SoftPromptModel, first_values
-
-        self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
-        self._seed = seed
-        self._drawn: Tensors = first_values(model, seed) if isinstance(model, SoftPromptModel) else {}
-
-    def filled(self, tensors: Tensors, start: Tensors) -> Tensors:
-        """These tensors and, under every other name of the adapter, its first value: at the layer's rank.
-
-        Args:
-            start: first values that stand in for the drawn ones, cut to a smaller rank where the layer has one; and
-                deltas, which are added as they are.
-        """
-        from fedlm.models.adapters import first_value
-
-        whole = {**tensors, **{name: tensor for name, tensor in start.items() if is_delta(name)}}
-        for name, shape in self._shapes.items():
-            if name in whole:
-                continue
-            other = tensors.get(
-                name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else name.replace("_B.", "_A.")
-            )
-            if other is not None and other.ndim == 2 and ".lora_" in name:
-                rank = other.shape[1] if ".lora_A." in name else other.shape[0]
-                shape = torch.Size((rank, shape[1]) if ".lora_A." in name else (shape[0], rank))
-            if name in start:
-                value = start[name]
-                smaller = ".lora_" in name and value.ndim == 2
-                whole[name] = value[: shape[0], : shape[1]].contiguous() if smaller else value
-                continue
-            held = self._drawn.get(name)
-            if held is None or held.shape != shape:
-                held = self._drawn[name] = first_value(name, shape, self._seed)
-            whole[name] = held
-        return whole

@@ -6,6 +6,7 @@ from fedlm.errors import RecipeError, nearest
 from fedlm.recipe.schema import Recipe
 from fedlm.training.tasks.base import Task
 from fedlm.training.tasks.classify import Classify
+from fedlm.training.tasks.group_preference import GroupPreference
 from fedlm.training.tasks.instruct import Instruct
 from fedlm.training.tasks.preference import Preference
 from fedlm.training.tasks.pretrain import Pretrain
@@ -15,6 +16,7 @@ from fedlm.training.tasks.selector import Selector
 
 CLASSES: dict[str, type[Task]] = {
     "classify": Classify,
+    "group-preference": GroupPreference,
     "instruct": Instruct,
     "preference": Preference,
     "pretrain": Pretrain,

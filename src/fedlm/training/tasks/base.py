@@ -37,6 +37,8 @@ class Held:
     """Inside, the model is the one that the run began with."""
     reference_logps: Callable[[Sequence[Encoded]], NDArray[np.float64]] | None = None
     """Log-probability of each sequence's targets under that model, remembered."""
+    states: Callable[[Sequence[Encoded]], NDArray[np.float32]] | None = None
+    """The frozen model's mean state of each sequence [sequences, width], remembered."""
 
 
 @dataclass
@@ -59,6 +61,8 @@ class Task:
     name = ""
     width = 1
     """Sequences of an example."""
+    embeds = False
+    """It learns from the frozen model's mean state of each sequence (`Example.states`), and reads no more of it."""
     stored = False
     """Rows may be too many for memory and are encoded into files (see `fedlm.training.stored`). The examples must then
     depend on the row, the tokenizer and `max_length` alone, and `together` is not asked."""

@@ -32,12 +32,12 @@ from fedlm.errors import NetworkError, RunError
 from fedlm.federation.disk import disk_errors
 from fedlm.federation.engines.flare.checks import sign
 from fedlm.federation.engines.flare.kit import Kit, read_kit, socket_path
-from fedlm.federation.engines.lazy import FileTensors
+from fedlm.federation.engines.lazy import FileTensors, checked_tensors
 from fedlm.federation.engines.lines import ClosedError, Lines, Message, spooled
 from fedlm.federation.engines.wire import parse_reply, write_spool
 from fedlm.federation.figures import LARGEST
-from fedlm.files import read_tensors
 from fedlm.messages import Event, Failure, FailureKind, Fields, Observe, Reply, Request, Stop, Tensors
+from fedlm.privacy.secagg.identity import CertificateDirectory, Directory
 from fedlm.recipe.schema import Recipe
 
 log = logging.getLogger("fedlm.federation")
@@ -104,6 +104,11 @@ class FlareEngine:
         self._lines: Lines | None = None
         self._lines, self._names = self._connect()
         threading.Thread(target=self._listen, name="fedlm-network", daemon=True).start()
+
+    @property
+    def directory(self) -> Directory:
+        """What this party knows of the silos' identities: the root that their certificates are issued by."""
+        return CertificateDirectory(self._kit.root_certificate.read_bytes())
 
     def silos(self) -> Sequence[str]:
         return self._names
@@ -246,7 +251,7 @@ class FlareEngine:
                 if path.stat().st_size > LARGE:
                     answer = parse_reply(message, job.request, FileTensors(path))
                 else:
-                    answer = parse_reply(message, job.request, read_tensors(path))
+                    answer = parse_reply(message, job.request, checked_tensors(path))
                     path.unlink()
             except Exception:  # whatever the library makes of bytes that a silo chose
                 answer = Failure(job.request.silo, FailureKind.BAD_UPDATE, "the update is no safetensors file")

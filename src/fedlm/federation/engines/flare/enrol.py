@@ -14,15 +14,13 @@ import json
 import shutil
 import tempfile
 import zipfile
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
 from fedlm import __version__
-from fedlm.errors import NetworkError
+from fedlm.errors import NetworkError, RecipeError
 from fedlm.federation.engines.flare.checks import fingerprint, same_fingerprint
 from fedlm.federation.engines.flare.consortium import silo
 from fedlm.federation.engines.flare.kit import (
@@ -43,6 +41,7 @@ from fedlm.federation.engines.flare.provision import (
     write_yaml,
 )
 from fedlm.federation.engines.flare.tools import nvflare, take_startup
+from fedlm.recipe.yamltree import parse_yaml
 
 PENDING = "pending"
 """In a kit that waits for its certificate: the private key, the request and the invitation."""
@@ -220,8 +219,8 @@ def _invited(invitation: Path, kit: Path) -> Kit:
     """The kit that an invitation is for. Raises NetworkError: damaged, or of another format."""
     fix = "ask the coordinator for it again"
     try:
-        data = YAML(typ="safe", pure=True).load(invitation.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        data = parse_yaml(invitation.read_text(encoding="utf-8"), str(invitation)).data
+    except (OSError, UnicodeDecodeError, RecipeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no invitation"
         raise NetworkError(f"cannot be read: {reason}", where=str(invitation), fix=fix) from None
     if not isinstance(data, dict) or "root" not in data or not same_fingerprint(str(data["root"]), str(data["root"])):
@@ -246,7 +245,7 @@ def _zip_json(path: Path, member_name: str) -> dict[str, Any]:
             data = json.loads(archive.read(member_name))
     except OSError as error:
         raise NetworkError(f"cannot be read: {error.strerror or error}", where=str(path), fix=fix) from None
-    except (KeyError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError):
+    except (KeyError, ValueError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError):
         what = member_name.removesuffix(".json")
         raise NetworkError(f"this is not a {what} zip, or it is damaged", where=str(path), fix=fix) from None
     if not isinstance(data, dict):

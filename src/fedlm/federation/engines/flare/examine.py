@@ -222,9 +222,8 @@ def _silo(kit: Kit) -> Iterator[Found]:
     try:
         status = status_of(kit)
     except NotRunningError:
-        fix = (
-            f"fedlm silo start {kit.path} --data DATA.yaml; if that runs, see {kit.logs}: the coordinator may refuse it"
-        )
+        start = f"fedlm silo start {kit.path} --data DATA.yaml --policy POLICY.yaml"
+        fix = f"{start}; if that runs, see {kit.logs}: the coordinator may refuse it"
         yield Found("relay", "note", "not registered with the coordinator from here", fix)
         return
     if status.get("connected"):

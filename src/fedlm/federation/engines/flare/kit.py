@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
-from fedlm.errors import NetworkError
+from fedlm.errors import NetworkError, RecipeError
+from fedlm.recipe.yamltree import parse_yaml
 
 FORMAT = 1
 """Version of the kit's layout; a kit of another one is refused."""
@@ -126,11 +126,9 @@ def read_kit(path: Path | str, kind: Kind | None = None) -> Kit:
         reason = error.strerror if isinstance(error, OSError) else "not text"
         raise NetworkError(f"kit.yaml cannot be read: {reason}", where=str(folder), fix=fix) from None
     try:
-        data = YAML(typ="safe", pure=True).load(text)
-    except YAMLError:
-        data = None
-    if not isinstance(data, dict):
-        raise NetworkError("kit.yaml is damaged", where=str(file), fix="make the kit again")
+        data = parse_yaml(text, str(file)).data
+    except RecipeError:
+        raise NetworkError("kit.yaml is damaged", where=str(file), fix="make the kit again") from None
     kit = parse_kit(folder, data)
     if kind is not None and kit.kind != kind:
         raise NetworkError(

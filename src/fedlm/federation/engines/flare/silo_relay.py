@@ -34,7 +34,7 @@ from typing import Any
 import psutil
 
 import fedlm
-from fedlm.federation.engines.flare.asked import MAX_RETRIES, Asked, checked
+from fedlm.federation.engines.flare.asked import LONGEST_WORD, MAX_RETRIES, Asked, checked
 from fedlm.federation.engines.flare.envelope import INLINE, PROTOCOL, BadMessageError, Header, pack, unpack
 from fedlm.federation.engines.flare.parts import Incoming, TransferError, digest_of, read_part
 from fedlm.federation.engines.lines import ClosedError, Lines, Message, spooled
@@ -104,6 +104,8 @@ class SiloRelay:
 
     def _ask(self, header: Header, body: memoryview) -> bytes:
         identity, request = str(header["id"]), header["request"]
+        if len(identity) > LONGEST_WORD:
+            raise ValueError("a long name")
         wanted, patience = header["tensors"], float(header["patience"])
         if not isinstance(request, dict) or request["silo"] != self.name:
             return self._refusal("the request names another silo")

@@ -52,12 +52,19 @@ def run_silo(
     """Run a silo's side until SIGTERM or Ctrl-C: the relay, and the worker that owns text and model.
 
     Raises:
-        NetworkError: something is wrong with the kit, the kit runs already, or a process does not stay up.
+        NetworkError: there is no policy, and what nobody has allowed is refused; something is wrong with the kit, the
+            kit runs already, or a process does not stay up.
         MissingExtra: NVFlare is not installed.
     """
     for file in (data, policy):
         if file is not None and not file.is_file():
             raise NetworkError("there is no such file", where=str(file), fix="correct --data or --policy")
+    if policy is None:
+        raise NetworkError(
+            "this silo has no policy, and without its owner's word nothing may be asked of it",
+            where="--policy",
+            fix="write one with `fedlm silo policy --example > policy.yaml`, and give --policy policy.yaml",
+        )
     with only_one(kit):
         warn(check_ready(kit))
         write_settings(kit, json_logs)
@@ -86,10 +93,10 @@ def relay(kit: Kit) -> Child:
     return Child("relay", _SERVER if server else _CLIENT, arguments, kit.logs / "relay.out", environment)
 
 
-def worker(kit: Kit, data: Path, policy: Path | None) -> Child:
+def worker(kit: Kit, data: Path, policy: Path) -> Child:
     """The process that owns a silo's text and model; it prints to the supervisor's own output."""
-    arguments = ["--kit", str(kit.path), "--data", str(data.absolute())]
-    return Child("worker", _WORKER, arguments + (["--policy", str(policy.absolute())] if policy else []))
+    arguments = ["--kit", str(kit.path), "--data", str(data.absolute()), "--policy", str(policy.absolute())]
+    return Child("worker", _WORKER, arguments)
 
 
 def check_ready(kit: Kit) -> list[str]:

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import fedlm
 from fedlm import logs
@@ -26,6 +27,9 @@ from fedlm.federation.engines.flare.kit import Kit, read_kit, socket_path
 from fedlm.federation.engines.lines import ClosedError, Lines, Message
 from fedlm.federation.engines.worker import Handle, Inbox, answer_requests
 from fedlm.messages import Failure, Observe, Reply, Request
+
+if TYPE_CHECKING:
+    from fedlm.federation.identities import Identity
 
 log = logging.getLogger("fedlm.silo")
 
@@ -89,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="A silo's worker; `fedlm silo start` runs it.")
     parser.add_argument("--kit", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--policy", type=Path)
+    parser.add_argument("--policy", type=Path, required=True)
     options = parser.parse_args(arguments)
     try:
         logs.configure(logs.wanted())
@@ -105,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def owner(kit: Kit, data: Path, policy: Path | None) -> Handle:
+def owner(kit: Kit, data: Path, policy: Path) -> Handle:
     """What answers a silo's requests: its owner's text and policy.
 
     Raises:
@@ -113,12 +117,37 @@ def owner(kit: Kit, data: Path, policy: Path | None) -> Handle:
     """
     from fedlm.federation.silo.own import OwnSilo
 
-    silo = OwnSilo(kit.name, kit.state, data, policy)
+    silo = OwnSilo(kit.name, kit.state, data, policy, identity=identity_of(kit))
 
     def handle(request: Request, observe: Observe, should_stop: Callable[[], bool]) -> Reply | Failure:
         return silo.handle(request, observe=quiet(observe), should_stop=should_stop)
 
     return handle
+
+
+def identity_of(kit: Kit) -> Identity:
+    """This silo's certificate, and the root that the others' must be issued by.
+
+    Raises:
+        NetworkError: the kit's files cannot be read.
+    """
+    from cryptography.hazmat.primitives.asymmetric import ec, rsa
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    from fedlm.federation.identities import Identity
+    from fedlm.privacy.secagg.identity import CertificateDirectory, CertificateSigner
+
+    try:
+        key = load_pem_private_key(kit.key.read_bytes(), None)
+        assert isinstance(key, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey)
+        signer = CertificateSigner(kit.certificate.read_bytes(), key)
+        return Identity(signer, CertificateDirectory(kit.root_certificate.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise NetworkError(
+            f"the kit's certificate or key cannot be read ({type(error).__name__})",
+            where=str(kit.startup),
+            fix="make the kit again with `fedlm network join`",
+        ) from None
 
 
 def quiet(observe: Observe) -> Observe:

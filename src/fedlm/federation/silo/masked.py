@@ -1,0 +1,165 @@
+"""A silo's part in secure aggregation, at its door: the verbs `keys`, `shares`, `consistency` and `unmask`, and what
+`train` sends under a mask.
+
+What a silo has given out must never be forgotten, so its state is on disk before a reply leaves: one file for each run,
+`<root>/<silo>/<run>/masks.json`, with secrets in it (0600). The update itself stays in the silo's state as every reply
+does; what leaves is the masked vector and no figure of the round.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from fedlm.errors import AggregationRefused
+from fedlm.federation.disk import disk_errors
+from fedlm.federation.identities import Identity
+from fedlm.federation.silo.refusals import RefusedError
+from fedlm.files import sync_folder
+from fedlm.guards import REST
+from fedlm.guards.mask import encoding, hidden, weight_under
+from fedlm.messages import Fields, Request, Tensors
+from fedlm.privacy import secagg
+from fedlm.privacy.secagg.message import from_fields
+from fedlm.privacy.secagg.state import from_bytes, to_bytes
+from fedlm.recipe.guards import mask_of
+from fedlm.recipe.schema import Recipe
+
+VERBS = ("keys", "shares", "consistency", "unmask")
+"""Of the protocol alone; whoever may ask a silo to train under masks may ask these."""
+
+MASKS = "masks"
+"""Field of `train` with the protocol's message."""
+
+
+class Masked:
+    """One silo.
+
+    Args:
+        name: the silo's.
+        recipe: of the run.
+        folder: its private folder.
+        identity: its own, and what it knows of the others'.
+        minimum: silos that a sum must be over.
+    """
+
+    def __init__(self, name: str, recipe: Recipe, folder: Path, identity: Identity, minimum: int = 3) -> None:
+        spec = mask_of(recipe)
+        if spec is None:
+            raise RefusedError("this run's updates are not masked")
+        self._recipe, self._spec, self._folder = recipe, spec, folder
+        risk = secagg.Risk(spec.dropouts, spec.corrupt, malicious=spec.coordinator == "malicious")
+        policy = secagg.Policy(risk, minimum)
+        self._silo = secagg.Silo(name, identity.signer, identity.directory, policy)
+
+    def answer(self, request: Request) -> tuple[Tensors, Fields]:
+        """One of `VERBS`.
+
+        Raises:
+            RefusedError: the protocol forbids an answer.
+        """
+        message = received(request)
+        try:
+            if request.verb == "keys":
+                self._agrees(message)
+                state, answer = self._silo.keys(self._load(request.run), message)
+            else:
+                phase = getattr(self._silo, request.verb)
+                state, answer = phase(self._state(request), message)
+        except AggregationRefused as refusal:
+            raise RefusedError(refusal.sentence()) from None
+        self._save(request.run, state)
+        return sent(answer)
+
+    def accept(self, request: Request) -> None:
+        """What of `train` can be refused before there is anything to mask.
+
+        Raises:
+            RefusedError: the protocol forbids an answer.
+        """
+        state = self._state(request)
+        try:
+            self._save(request.run, self._silo.accept(state, self._message(request)))
+        except AggregationRefused as refusal:
+            raise RefusedError(refusal.sentence()) from None
+
+    def send(self, request: Request, update: Tensors, fields: Fields) -> tuple[Tensors, Fields]:
+        """What leaves of a round.
+
+        Args:
+            update: what the guards before the mask left: one vector.
+            fields: what was counted; stays here but for the weight and the loss, which are masked.
+
+        Raises:
+            RefusedError: the protocol forbids an answer.
+        """
+        state = self._state(request)
+        how = encoding(self._recipe, len(state.parameters.silos))
+        weight = weight_under(self._recipe, self._spec, fields)
+        words, _ = hidden(
+            update[REST], float(fields["loss"]), weight, how, (request.silo, request.round), self._recipe.seed
+        )
+        try:
+            state, answer = self._silo.train(state, self._message(request), words)
+        except AggregationRefused as refusal:
+            raise RefusedError(refusal.sentence()) from None
+        self._save(request.run, state)
+        return sent(answer)
+
+    def _agrees(self, message: secagg.Message) -> None:
+        """Raises RefusedError: what would be added up is not what this run's recipe says."""
+        silos = message.fields.get("silos")
+        how = encoding(self._recipe, len(silos) if isinstance(silos, list) else 1)
+        wanted = {"ring_bits": how.ring_bits, "agreed": how.fields, "malicious": self._spec.coordinator == "malicious"}
+        for name, value in wanted.items():
+            if message.fields.get(name) != value:
+                raise RefusedError(f"secure aggregation with another '{name}' than this run's recipe has")
+
+    def _message(self, request: Request) -> secagg.Message:
+        try:
+            return from_fields(request.fields[MASKS])
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise RefusedError("this run's updates are masked, and the request says not with whom") from None
+
+    def _state(self, request: Request) -> secagg.State:
+        state = self._load(request.run)
+        if state is None:
+            raise RefusedError("this silo has given no keys in this run")
+        return state
+
+    def _load(self, run: str) -> secagg.State | None:
+        file = self._file(run)
+        if not file.exists():
+            return None
+        with disk_errors(file, "silo's state"):
+            return from_bytes(file.read_bytes())
+
+    def _save(self, run: str, state: secagg.State) -> None:
+        file = self._file(run)
+        with disk_errors(file, "silo's state"):
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            file.parent.mkdir(mode=0o700, exist_ok=True)
+            temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+            temporary.unlink(missing_ok=True)
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as handle:
+                handle.write(to_bytes(state))
+                handle.flush()
+                os.fsync(handle.fileno())
+            temporary.replace(file)
+            sync_folder(file.parent)
+
+    def _file(self, run: str) -> Path:
+        return self._folder / run / "masks.json"
+
+
+def received(request: Request) -> secagg.Message:
+    """A request of the protocol's own verbs as the protocol has it."""
+    return secagg.Message({name: tensor.numpy() for name, tensor in request.tensors.items()}, request.fields)
+
+
+def sent(answer: secagg.Message) -> tuple[Tensors, Fields]:
+    """A message of the protocol as what travels."""
+    return {name: torch.from_numpy(array) for name, array in answer.arrays.items()}, answer.fields
