@@ -56,6 +56,19 @@ def test_a_line_is_one_json_object(tmp_path: Path) -> None:
     assert file.stat().st_mode & 0o777 == 0o600
 
 
+def test_a_line_that_cannot_be_written_quotes_no_error_either(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    logs.configure(False)
+    with (tmp_path / "closed").open("w") as stream:
+        monkeypatch.setattr(logging.getLogger().handlers[-1], "stream", stream)
+    try:
+        raise ValueError("words of a patient")
+    except ValueError:
+        logging.getLogger("fedlm.test").error("something failed")
+    assert capsys.readouterr().err == "a log line of fedlm.test was lost: ValueError\n"
+
+
 def test_an_exceptions_message_stays_out(tmp_path: Path) -> None:
     for as_json in (True, False):
         file = tmp_path / f"log-{as_json}"

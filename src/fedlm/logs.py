@@ -14,9 +14,10 @@ import os
 import sys
 import time
 import traceback
+from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fedlm.errors import RunError
 
@@ -64,7 +65,7 @@ def configure(json_lines: bool, file: Path | None = None, *, level: int = loggin
     os.environ[VARIABLE] = "json" if json_lines else "text"
     handler: logging.Handler
     try:
-        handler = _PrivateFile(file, maxBytes=LARGEST_FILE, backupCount=OLD_FILES) if file else logging.StreamHandler()
+        handler = _PrivateFile(file, maxBytes=LARGEST_FILE, backupCount=OLD_FILES) if file else _Stream()
     except OSError as error:
         raise RunError(
             f"the log cannot be written: {error.strerror}", where=str(file), fix="give permission, or make its folder"
@@ -125,7 +126,20 @@ class PlainLines(logging.Formatter):
         return "".join(c if c.isprintable() else " " for c in line.encode(errors="backslashreplace").decode())
 
 
-class _PrivateFile(logging.handlers.RotatingFileHandler):
+class _Terse(logging.Handler):
+    """Where a line cannot be written (full disk, closed stream), logging itself would print the traceback of every
+    error at hand, and these quote what a library was given."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        with suppress(OSError, ValueError, AttributeError):  # no stream is left to tell it on
+            sys.stderr.write(f"a log line of {record.name} was lost: {type(sys.exc_info()[1]).__name__}\n")
+
+
+class _Stream(_Terse, logging.StreamHandler[TextIO]):
+    """Standard error."""
+
+
+class _PrivateFile(_Terse, logging.handlers.RotatingFileHandler):
     """A rotating log whose files only their owner can read."""
 
     def _open(self) -> TextIOWrapper:

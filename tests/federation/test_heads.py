@@ -95,6 +95,8 @@ OPTIONS = {
     "fedasync": ["federation.rounds=4", "training.lr=1e-3"],
     "fltrust": ["data.partition={kind: iid, silos: 3}", "federation.algorithm.root=silo-0000"],
     "rfa": ["data.partition={kind: iid, silos: 3}"],  # of two silos the heavier one is all of it
+    "krum": ["training.lr=3e-3"],  # it keeps one silo's update of three, and few rows are learnt by heart
+    "multi-krum": ["training.lr=3e-3"],
     "flame": ["federation.algorithm.noise=0"],
 }
 
