@@ -130,7 +130,7 @@ class _Terse(logging.Handler):
     """Where a line cannot be written (full disk, closed stream), logging itself would print the traceback of every
     error at hand, and these quote what a library was given."""
 
-    def handleError(self, record: logging.LogRecord) -> None:
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
         with suppress(OSError, ValueError, AttributeError):  # no stream is left to tell it on
             sys.stderr.write(f"a log line of {record.name} was lost: {type(sys.exc_info()[1]).__name__}\n")
 

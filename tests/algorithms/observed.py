@@ -80,7 +80,7 @@ class Observed:
                 self.broadcasts[request.round] = request.tensors
                 self.trained.setdefault(request.round, {})[request.silo] = effective(self.bench.model)
                 self.updates.setdefault(request.round, {})[request.silo] = answer.tensors
-                self.weights.setdefault(request.round, {})[request.silo] = float(answer.fields["rows"])
+                self.weights.setdefault(request.round, {})[request.silo] = float(answer.fields.get("rows", 1))
             if request.verb == "evaluate":
                 self.loaded.setdefault(request.round, {})[request.silo] = effective(self.bench.model)
                 self.tensors[request.round] = request.tensors

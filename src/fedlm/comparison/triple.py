@@ -93,6 +93,12 @@ def compare(
             where="guards",
             fix="compare without the mask: --set 'guards=[]'",
         )
+    if recipe.privacy is not None:
+        raise RunError(
+            "a comparison measures silos' rows, and under `privacy` no figure of them leaves",
+            where="privacy",
+            fix="compare without it: --set privacy=null",
+        )
     seeds = list(dict.fromkeys(seeds or [recipe.seed]))
     _check_directory(recipe, run_dir, resume, force)
     if observe and (note := slow_type(recipe.model)):

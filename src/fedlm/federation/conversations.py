@@ -15,6 +15,7 @@ from fedlm.evaluation import summarise
 from fedlm.federation.enrolment import Enrolment
 from fedlm.federation.figures import check_counts, check_training
 from fedlm.federation.folding import FoldResult, Verdict, fold_in_order
+from fedlm.federation.noise import SumNoise
 from fedlm.federation.records import LEFT_OUT, Traffic, failure_lines, reasons, silo_line
 from fedlm.federation.rundir import RunDir
 from fedlm.federation.sampling import quorum, sample
@@ -23,6 +24,7 @@ from fedlm.federation.updates import check_update, largest_weight
 from fedlm.federation.versions import Downlink
 from fedlm.guards import get_chain, update_key
 from fedlm.messages import Engine, Event, Failure, FailureKind, Fields, Observe, Reply, Request, Tensors
+from fedlm.recipe.privacy import withheld
 from fedlm.recipe.schema import Recipe
 from fedlm.training.plan import Plan, whole
 
@@ -51,6 +53,8 @@ class Conversations:
         self.downlink = Downlink(recipe, self.rank) if self.spec.downlink.send == "changed" else None
         self.enrolled = Enrolment(recipe, run_dir, self)
         self.role = "validation"
+        self.noise: SumNoise | None = None
+        """Where noise protects silos: it says how large an update may be."""
         self.chosen: dict[str, list[int]] = {}
         """By silo, its groups of rows that stand for all silos' rows, or its centres that public rows lie near, where
         the recipe asks for either."""
@@ -104,12 +108,14 @@ class Conversations:
                     yield answer
                     del answer
 
+        # Noise is added to the plain sum, whatever the algorithm does with updates one by one.
+        folding = self.algorithm if self.noise is None else Algorithm(self.algorithm.spec, self.algorithm.adapter)
         # Closing stops the silos that are no longer waited for.
         with closing(arrivals()) as arriving:
-            result = fold_in_order(self.algorithm, accumulator, sampled, arriving, self.dir.spool, check, enough=want)
+            result = fold_in_order(folding, accumulator, sampled, arriving, self.dir.spool, check, enough=want)
         for failure in result.failures:
             self.failed(number, failure)
-        if number == 0:
+        if number == 0 and not withheld(self.recipe):
             self._tell_lost_rows(result)
             self._tell_repeated(result)
         return result
@@ -130,6 +136,8 @@ class Conversations:
         most = largest_weight(self.recipe, self.enrolled.training_rows[reply.silo] + more)
         dtypes = self.algorithm.update_dtypes
         check_update(reply.silo, reply.tensors, expected, weight, max_weight=most, dtypes=dtypes)
+        if self.noise is not None:
+            self.noise.check(reply.silo, reply.tensors)
         return Verdict(weight, place)
 
     def check_guards(self, parameters: Tensors) -> None:
@@ -178,7 +186,7 @@ class Conversations:
         Raises:
             UpdateRefused: the reply's figures cannot be written down.
         """
-        check_training(reply)
+        check_training(reply, self.recipe)
         place = self._place(reply)
         expected = self.shapes(parameters, place)
         if self.plan(reply.silo).partial and not any(".lora_" in name for name in expected):

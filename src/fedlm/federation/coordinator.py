@@ -33,6 +33,7 @@ from fedlm.federation.folding import FoldResult
 from fedlm.federation.interrupt import Interrupt
 from fedlm.federation.masked import train_masked
 from fedlm.federation.memory import MemorySampler
+from fedlm.federation.noise import SumNoise
 from fedlm.federation.records import (
     RunResult,
     Traffic,
@@ -125,6 +126,8 @@ class Federation:
         self.algorithm = get_algorithm(self.spec.algorithm, recipe.adapter)
         self.personal = ALGORITHMS[self.spec.algorithm.name].personal
         self.masks = mask_of(recipe) is not None
+        self.noise: SumNoise | None = None
+        """Where noise protects silos."""
         self.flight: Flight | None = None
         """What is under way in an asynchronous federation."""
         self.names = sorted(engine.silos() if silos is None else silos)
@@ -141,6 +144,8 @@ class Federation:
             {"kind": "run_started", "rounds": self.spec.rounds, "silos": self.names, "run_dir": str(self.dir.path)}
         )
         self.silos.enrolled.greet()
+        if self.recipe.privacy is not None and self.recipe.privacy.unit == "silo":
+            self.noise = self.silos.noise = SumNoise(self.recipe, self.dir, self.names)
         choose_rows(self.silos)
         choose_centres(self.silos)
         if isinstance(self.algorithm, FedBuff):
@@ -182,22 +187,26 @@ class Federation:
 
         # 1 and 2. Sample, exchange, fold. (In an asynchronous federation silos are at work across rounds.)
         self.silos.enrolled.greet_again()
-        accumulator = Accumulator() if self.masks else self.algorithm.accumulator(self.dir.spool)
+        summed = self.masks or self.noise is not None
+        accumulator = Accumulator() if summed else self.algorithm.accumulator(self.dir.spool)
         if self.flight is None:
             folded = self.collect(state, number, accumulator, traffic)
         else:
             folded = self.flight.collect(number, state.parameters, accumulator, traffic)
+        figures: Fields = dict(folded.figures)
+        if self.noise is not None:
+            figures |= self.noise.add(accumulator, number, state.parameters)
 
         # 3. Server step: the folded updates become the next global model.
         stepping = time.monotonic()
         parameters, server = self.algorithm.server_step(
             state.parameters, accumulator, state.server, Step(number, len(self.silos.enrolled.trainers))
         )
-        figures: Fields = {"server_seconds": time.monotonic() - stepping, **folded.figures}
+        figures["server_seconds"] = time.monotonic() - stepping
         if self.silos.downlink is not None:  # what silos will load is the model from here on
             parameters = self.silos.downlink.rounded(state.parameters, parameters, number)
         before = (state.parameters, state.server)
-        if not self.masks:  # a sum does not tell what each silo's update would have been
+        if not summed:  # a sum does not tell what each silo's update would have been, and noise shall not
             figures["aggregation"] = self.algorithm.measure(before, accumulator, (parameters, server), number)
         del accumulator
 

@@ -9,6 +9,7 @@ from fedlm.errors import UpdateRefused
 from fedlm.federation.records import LEFT_OUT, LINE, PLANNED, RATES
 from fedlm.federation.updates import largest_tokens
 from fedlm.messages import Fields, Reply
+from fedlm.recipe.privacy import withheld
 from fedlm.recipe.schema import Recipe
 from fedlm.recipe.tasks import TASKS, WRITTEN, figure_of
 
@@ -39,8 +40,11 @@ def require_numbers(silo: str, fields: Mapping[str, Any], names: Iterable[str]) 
             raise UpdateRefused(f"the reply's {name[:80]!r} is {str(value)[:40]}", where=silo)
 
 
-def check_training(reply: Reply) -> None:
+def check_training(reply: Reply, recipe: Recipe) -> None:
     """Refuse a reply to `train` whose figures cannot be written down. Raises UpdateRefused."""
+    if withheld(recipe):
+        require_numbers(reply.silo, reply.fields, ["steps"])
+        return
     check_figures(reply.silo, reply.fields.get("figures"), LARGEST)
     given = [name for name in (*RATES, LEFT_OUT, PLANNED) if name in reply.fields]
     fields = {**reply.fields}

@@ -37,6 +37,7 @@ from fedlm.privacy import secagg
 from fedlm.privacy.secagg.identity import Directory
 from fedlm.privacy.secagg.message import to_fields
 from fedlm.recipe.guards import mask_of
+from fedlm.recipe.privacy import withheld
 
 if TYPE_CHECKING:
     from fedlm.federation.conversations import Conversations
@@ -159,7 +160,7 @@ def train_masked(
     accumulator.add_mean(update, float(weights), len(total.survivors))
     result = FoldResult(list(sampled), list(total.survivors), [failures[name] for name in sorted(failures)])
     result.fields = {name: dict(bytes_of[name]) for name in total.survivors}
-    result.loss = loss
+    result.loss = None if withheld(recipe) else loss
     if total.liars:
         result.figures["wrong_shares"] = total.liars
     for failure in result.failures:

@@ -49,7 +49,7 @@ def training_loss(folded: FoldResult) -> float | None:
     if folded.loss is not None:
         return folded.loss
     fields = [folded.fields[name] for name in folded.replied]
-    count = sum(f["loss_count"] for f in fields)
+    count = sum(f.get("loss_count", 0) for f in fields)  # silos may keep it to themselves
     return sum(f["loss"] * f["loss_count"] for f in fields) / count if count else None
 
 

@@ -22,6 +22,7 @@ the RDP accountant gets half of it.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -51,8 +52,9 @@ if TYPE_CHECKING:
 ORDERS: tuple[float, ...] = (*(1 + x / 10 for x in range(1, 100)), *range(11, 64), 128, 256, 512, 1024, 2048)
 """Rényi orders: those of `dp-accounting`, with one more at the upper end for small epsilons."""
 
-COARSE_ABOVE = 20.0
-"""Epsilon above which privacy losses are rounded up to 1e-3 instead of 1e-4."""
+INTERVALS = ((1.0, 1e-4), (20.0, 5e-4), (math.inf, 1e-3))
+"""Up to which epsilon privacy losses are rounded up to which step: arrays of millions of them, and seconds, where
+epsilon is large, would buy its fifth digit."""
 
 
 @dataclass(frozen=True)
@@ -160,10 +162,9 @@ def pld_epsilon(mechanisms: Sequence[Mechanism], delta: float) -> float:
         precision = sum(mechanism.count / noise_multiplier(mechanism) ** 2 for mechanism in mechanisms)
         moves = 2 if adjacency == "replace" else 1
         return float(dp_accounting.get_epsilon_gaussian(precision**-0.5 / moves, delta))
-    # A step of 1e-4 in the privacy loss makes arrays of millions where epsilon is large and nobody needs its fourth
-    # digit.
-    coarse = not _refusals(mechanisms, not_in_rdp) and rdp_epsilon(mechanisms, delta) > COARSE_ABOVE
-    accountant = dp_accounting.pld.PLDAccountant(_neighbours(adjacency), 1e-3 if coarse else 1e-4)
+    about = 0.0 if _refusals(mechanisms, not_in_rdp) else rdp_epsilon(mechanisms, delta)
+    interval = next(step for most, step in INTERVALS if about <= most)
+    accountant = dp_accounting.pld.PLDAccountant(_neighbours(adjacency), interval)
     for mechanism in mechanisms:
         accountant.compose(_event(mechanism, half=False), mechanism.count)
     return float(accountant.get_epsilon(delta))

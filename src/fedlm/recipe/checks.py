@@ -18,6 +18,7 @@ from fedlm.recipe.methods import ALGORITHMS, FACTORS, PROMPTS
 from fedlm.recipe.outer import outer_problems
 from fedlm.recipe.preference import preference_problems
 from fedlm.recipe.presets import model_problems
+from fedlm.recipe.privacy import privacy_problems
 from fedlm.recipe.prompting import prompting_problems
 from fedlm.recipe.reinforce import reinforce_problems
 from fedlm.recipe.robust import robust_problems
@@ -51,6 +52,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     yield from selection_problems(recipe)
     yield from prompting_problems(recipe)
     yield from augment_problems(recipe)
+    yield from privacy_problems(recipe)
     yield from _without_effect(recipe)
 
 

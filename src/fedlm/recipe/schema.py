@@ -22,6 +22,7 @@ from fedlm.recipe.heads import ClassifySpec, GroupPreferenceSpec, RewardSpec
 from fedlm.recipe.model import AdapterSpec, ModelSpec
 from fedlm.recipe.preference import PreferenceSpec
 from fedlm.recipe.presets import with_seed
+from fedlm.recipe.privacy import PrivacySpec
 from fedlm.recipe.prompting import InContextSpec, SearchSpec, untrained
 from fedlm.recipe.reinforce import ReinforceSpec
 from fedlm.recipe.source import Columns, SourceSpec
@@ -127,6 +128,7 @@ class Recipe(Strict):
     guards: list[GuardSpec] = Field(
         default_factory=list, description="What happens to an update before it leaves its silo, in this order."
     )
+    privacy: PrivacySpec | None = None
     evaluation: EvaluationSpec = EvaluationSpec()
     classify: ClassifySpec = ClassifySpec()
     reward: RewardSpec = RewardSpec()

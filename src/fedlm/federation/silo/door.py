@@ -30,6 +30,7 @@ from fedlm.federation.silo.augmented import centres
 from fedlm.federation.silo.masked import MASKS, Masked
 from fedlm.federation.silo.masked import VERBS as MASK_VERBS
 from fedlm.federation.silo.measured import held_out, measured
+from fedlm.federation.silo.private import PrivateRound
 from fedlm.federation.silo.received import Received, UnsyncedError
 from fedlm.federation.silo.reference import Reference
 from fedlm.federation.silo.refusals import RefusedError, StoppedError
@@ -40,9 +41,12 @@ from fedlm.federation.silo.trained import keeps_state, train_round
 from fedlm.federation.silo.workbench import POOLED, Workbench
 from fedlm.guards import get_chain
 from fedlm.messages import Failure, FailureKind, Fields, Observe, Reply, Request, Tensors
+from fedlm.privacy.calibration import check_budget
 from fedlm.recipe.capacity import Capacity, lesser, parse_capacity
 from fedlm.recipe.guards import mask_of
 from fedlm.recipe.methods import ALGORITHMS
+from fedlm.recipe.privacy import withheld
+from fedlm.recipe.schema import Recipe
 from fedlm.training.plan import Plan, parse_plan
 
 log = logging.getLogger("fedlm.silo")
@@ -102,7 +106,8 @@ class Silo:
         down = get_chain(bench.recipe.federation.downlink.guards, feedback=True)
         self._received = Received(state_root / name, down, bench.recipe.seed)
         self._allow = allow
-        self._observe = quiet(observe) if observe is not None and mask_of(bench.recipe) is not None else observe
+        hidden = mask_of(bench.recipe) is not None or withheld(bench.recipe)
+        self._observe = quiet(observe) if observe is not None and hidden else observe
         self._should_stop = should_stop or (lambda: False)
 
     def handle(self, request: Request) -> Reply | Failure:
@@ -122,6 +127,8 @@ class Silo:
             return self._failure(
                 FailureKind.REFUSED, f"the verb '{request.verb}' is not allowed here (allowed: {allowed})"
             )
+        if reason := without_noise(self.bench.recipe, request.verb):
+            return self._failure(FailureKind.REFUSED, reason)
         if request.silo != self.name:
             return self._failure(FailureKind.REFUSED, "the request names another silo")
         if request.verb == "hello" and request.fields.get("protocol", PROTOCOL) != PROTOCOL:
@@ -163,6 +170,10 @@ class Silo:
             fields["card"] = self.bench.data.card(self.name)
         if mask_of(self.bench.recipe) is not None:
             fields["card"] = coarse(fields["card"])
+        if withheld(self.bench.recipe):
+            fields["card"] = sparse(fields["card"], self.bench.recipe)
+        if (private := self.bench.recipe.privacy) is not None and private.unit == "example":
+            check_budget(private.epsilon, private.delta, max(1, int(fields["card"]["rows"]["train"])))
         capacity = parse_capacity(request.fields.get("capacity"))
         if self._limits is not None:
             capacity = lesser(capacity, self._limits.owner)
@@ -191,7 +202,8 @@ class Silo:
 
     def _train(self, request: Request) -> tuple[Tensors, Fields]:
         if mask_of(self.bench.recipe) is None:
-            return self._trained(request)
+            update, fields = self._trained(request)
+            return update, told(fields, self.bench.recipe)
         masked = self._masked()
         masked.accept(request)
         update, fields = self._trained(replace(request, fields={k: v for k, v in request.fields.items() if k != MASKS}))
@@ -210,7 +222,10 @@ class Silo:
         """The update, trained or kept, as its guards leave it, and what was counted."""
         key, digest = request_key(request), request_digest(request)
         held = self._store.load(request.run, request.round)
+        private = self._private(request, digest)
         if held is not None and held.digest == digest:
+            if private is not None:
+                private.charge(held.reply, int(held.fields["rows"]))
             return held.reply, {**held.fields, "repeated": True}
         if held is not None and held.key == key:
             raise RefusedError(f"round {request.round} was already answered for other content under the same attempt")
@@ -231,12 +246,15 @@ class Silo:
             self._store.folder,
             reference=self._reference(request),
             budget=self._budget(plan),
+            private=private,
             observe=self._observe,
             should_stop=self._should_stop,
         )
         with disk_errors(self._store.folder, "silo's state"):
             self._store.save(request.run, request.round, trained)
         self._store.keep_only(request.run, {accepted, request.round})
+        if private is not None:  # what is stored may leave once it is paid for
+            private.charge(trained.reply, int(trained.fields["rows"]))
         return trained.reply, trained.fields
 
     def _reference(self, request: Request) -> Reference | None:
@@ -244,6 +262,13 @@ class Silo:
         if self.bench.recipe.adapter.kind == "full":
             return None
         return Reference(self.bench, self._store.folder, request.run)
+
+    def _private(self, request: Request, digest: str) -> PrivateRound | None:
+        """Where the recipe protects examples."""
+        recipe = self.bench.recipe
+        if recipe.privacy is None or recipe.privacy.unit != "example":
+            return None
+        return PrivateRound(recipe, request, self._store.folder, digest, simulated=self._limits is None)
 
     def _budget(self, plan: Plan) -> TimeBudget | None:
         """The time for a round's steps: on the recipe's virtual clock in a simulation, on the real one else."""
@@ -338,6 +363,37 @@ def coarse(card: Fields) -> Fields:
     a silo's weight is hidden under the mask, and this would tell it."""
     rows = int(card["rows"]["train"])
     return {**card, "rows": {**card["rows"], "train": 1 << (rows - 1).bit_length() if rows else 0}, "labels": {}}
+
+
+def sparse(card: Fields, recipe: Recipe) -> Fields:
+    """A data card without figures of rows that noise does not cover: none of labels and of what is held out, and of
+    training rows their number only where examples are protected, not their silo."""
+    train = int(card["rows"]["train"])
+    if recipe.privacy is not None and recipe.privacy.unit == "silo":
+        train = min(1, train)
+    return {**card, "rows": {"train": train, "validation": 0, "test": 0}, "labels": {}}
+
+
+PUBLIC = ("steps", "rank", "rows", "repeated")
+"""What a reply to `train` says beside an update under a guarantee. The recipe and the card say the same."""
+
+
+def told(fields: Fields, recipe: Recipe) -> Fields:
+    """The fields of a reply to `train` that may leave."""
+    if not withheld(recipe):
+        return fields
+    assert recipe.privacy is not None
+    names = PUBLIC if recipe.privacy.unit == "example" else [name for name in PUBLIC if name != "rows"]
+    return {name: fields[name] for name in names if name in fields}
+
+
+def without_noise(recipe: Recipe, verb: str) -> str:
+    """Why a verb would tell of rows what no noise covers; empty where it does not."""
+    if recipe.privacy is None or verb in ("hello", "train", *MASK_VERBS):
+        return ""
+    if verb == "evaluate":
+        return "this run's recipe lets no figure leave (privacy.figures: withheld)" if withheld(recipe) else ""
+    return f"the answer to '{verb}' has no noise, and this run's recipe asks for privacy"
 
 
 def quiet(observe: Observe) -> Observe:

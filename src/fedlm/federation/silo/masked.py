@@ -25,6 +25,7 @@ from fedlm.privacy import secagg
 from fedlm.privacy.secagg.message import from_fields
 from fedlm.privacy.secagg.state import from_bytes, to_bytes
 from fedlm.recipe.guards import mask_of
+from fedlm.recipe.privacy import withheld
 from fedlm.recipe.schema import Recipe
 
 VERBS = ("keys", "shares", "consistency", "unmask")
@@ -98,9 +99,8 @@ class Masked:
         state = self._state(request)
         how = encoding(self._recipe, len(state.parameters.silos))
         weight = weight_under(self._recipe, self._spec, fields)
-        words, _ = hidden(
-            update[REST], float(fields["loss"]), weight, how, (request.silo, request.round), self._recipe.seed
-        )
+        loss = 0.0 if withheld(self._recipe) else float(fields["loss"])
+        words, _ = hidden(update[REST], loss, weight, how, (request.silo, request.round), self._recipe.seed)
         try:
             state, answer = self._silo.train(state, self._message(request), words)
         except AggregationRefused as refusal:

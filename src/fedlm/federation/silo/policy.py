@@ -222,9 +222,10 @@ def cohort(recipe: Recipe) -> int:
     return recipe.federation.sample if isinstance(recipe.federation.sample, int) else MOST
 
 
-def epsilon(recipe: Recipe) -> float | None:  # noqa: ARG001 - no recipe bounds it yet
-    """The epsilon that a run of this recipe spends at most; None where nothing bounds it."""
-    return None
+def epsilon(recipe: Recipe) -> float | None:
+    """The epsilon that a run of this recipe spends at most, by noise of this silo's own; None where nothing that the
+    silo can see to bounds it: noise of the coordinator's is no matter of this policy."""
+    return recipe.privacy.epsilon if recipe.privacy is not None and recipe.privacy.unit == "example" else None
 
 
 def check_recipe(policy: Policy, recipe: Recipe) -> None:

@@ -19,6 +19,7 @@ from fedlm.recipe.tasks import TASKS
 from fedlm.training.plan import Plan
 
 if TYPE_CHECKING:
+    from fedlm.federation.silo.private import PrivateRound
     from fedlm.federation.silo.reference import Reference
     from fedlm.federation.silo.workbench import Workbench
     from fedlm.training.encode import TokenSet
@@ -58,7 +59,7 @@ class TimeBudget:
 
 
 class SiloSession:
-    """One silo's round on the workbench.
+    """One silo's round on the workbench; with `private`, a rule trains once, by noised gradients, and measures nothing.
 
     Attributes:
         optimizer: what is kept between rounds (moments, what the spike guard remembers), of all trainings of this
@@ -77,9 +78,10 @@ class SiloSession:
         *,
         reference: Reference | None = None,
         tokens: TokenSet | None = None,
+        private: PrivateRound | None = None,
     ) -> None:
         self.place, self._bench, self._observe, self._should_stop = place, bench, observe, should_stop
-        self._plan, self._budget = plan, budget
+        self._plan, self._budget, self._private = plan, budget, private
         self._moments = optimizer
         self.optimizer: Tensors = {}
         self.tokens: TokenSet = bench.training_tokens(place.silo) if tokens is None else tokens
@@ -128,6 +130,9 @@ class SiloSession:
         """The local loop in one process, with a team, or with weights in shards."""
         from fedlm.training.loop import train
 
+        if self._private is not None:
+            trainer = self._private.trainer(len(self.tokens))
+            return partial(trainer, rule=rule, objective=self.objective(purpose))
         if self._plan.shards is None:
             team = self._bench.team(self._plan.processes or 1, chosen)
             return partial(train, rule=rule, objective=self.objective(purpose), team=team)
@@ -160,6 +165,8 @@ class SiloSession:
         from fedlm.training.forward import sequence_nll
         from fedlm.training.objective import mean_loss, sequences_of
 
+        if self._private is not None:
+            raise TrainingError("a loss over rows has no noise, and this run's training is private")
         self.put(tensors)
         chosen = list(range(len(self.tokens)))
         if rows is not None and rows < len(chosen):

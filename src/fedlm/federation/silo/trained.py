@@ -23,6 +23,7 @@ from fedlm.federation.silo.state import Trained, request_key
 from fedlm.guards import REST, shared_key, update_key
 from fedlm.guards.base import flat
 from fedlm.messages import Fields, Observe, Request, Tensors
+from fedlm.privacy.clipping import clip
 from fedlm.recipe.guards import mask_of
 from fedlm.recipe.methods import ALGORITHMS
 from fedlm.recipe.tasks import TASKS
@@ -31,6 +32,7 @@ from fedlm.training.flops import rates
 
 if TYPE_CHECKING:
     from fedlm.algorithms.base import Place
+    from fedlm.federation.silo.private import PrivateRound
     from fedlm.federation.silo.reference import Reference
     from fedlm.federation.silo.workbench import Workbench
     from fedlm.training.encode import TokenSet
@@ -48,6 +50,7 @@ def train_round(
     *,
     reference: Reference | None,
     budget: TimeBudget | None,
+    private: PrivateRound | None,
     observe: Observe | None,
     should_stop: Callable[[], bool],
 ) -> Trained:
@@ -58,6 +61,7 @@ def train_round(
         before: this silo's state of the last round that counts.
         folder: where its states are kept; named in errors.
         budget: time for the round's steps; None without a limit.
+        private: examples are protected in this round, by noise of the silo's own.
 
     Raises:
         StoppedError: nobody waits for it any longer.
@@ -66,7 +70,9 @@ def train_round(
     recipe, started = bench.recipe, time.monotonic()
     moments = before.optimizer if before and recipe.training.keeps else {}
     rows = round_tokens(bench, place, request.fields.get("chosen"))
-    session = SiloSession(bench, place, moments, observe, should_stop, plan, budget, tokens=rows, reference=reference)
+    session = SiloSession(
+        bench, place, moments, observe, should_stop, plan, budget, tokens=rows, reference=reference, private=private
+    )
     rule = bench.algorithm.local(request.tensors, before.rule if before else {}, place)
     outcome = rule.run(session)
     if should_stop():
@@ -97,7 +103,10 @@ def train_round(
     if plan.seconds is not None and result.steps < planned:
         fields[PLANNED] = planned
     accepted = int(request.fields["accepted"])
-    sent, lost = _guarded(bench, outcome.update, place, before.guard if before else {}, accepted, folder)
+    update = outcome.update
+    if recipe.privacy is not None and recipe.privacy.unit == "silo":
+        update = clip(update, recipe.privacy.clip).tensors
+    sent, lost = _guarded(bench, update, place, before.guard if before else {}, accepted, folder)
     return Trained(request_key(request), digest, outcome.state, session.optimizer, lost, sent, fields)
 
 

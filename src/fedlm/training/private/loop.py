@@ -40,6 +40,10 @@ Noise = Callable[[torch.Size, float], Tensor]
 """Shape and deviation to independent draws from the normal distribution, on the CPU. It must be the silo's secret."""
 
 
+PrivateTrainer = Callable[..., "PrivateResult"]
+"""`train_private` with its mechanism, draws and noise."""
+
+
 @dataclass(frozen=True)
 class Mechanism:
     """The subsampled Gaussian mechanism of one round. All of it is public, and none may be computed from rows."""

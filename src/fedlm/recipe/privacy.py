@@ -1,0 +1,155 @@
+"""Differential privacy in a recipe: whose data is protected, at which epsilon, and what cannot be combined with it.
+
+With `unit: example` each silo adds the noise itself, inside its training (DP-SGD: Abadi et al., CCS 2016), so nobody
+else needs to be trusted. With `unit: silo` whole updates are clipped, and noise is added to their sum (McMahan et al.,
+"Learning Differentially Private Recurrent Language Models", ICLR 2018): by the coordinator, which is trusted then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, PositiveFloat
+
+from fedlm.recipe.data_checks import Problem, changed
+from fedlm.recipe.methods import ALGORITHMS, Method
+from fedlm.recipe.strict import Strict
+from fedlm.recipe.tasks import TASKS
+
+if TYPE_CHECKING:
+    from fedlm.recipe.schema import Recipe
+
+LARGEST_EPSILON = 100.0
+"""Above it a guarantee is empty: odds may change by e^100."""
+
+
+class PrivacySpec(Strict):
+    """Differential privacy of what leaves, for a whole run."""
+
+    unit: Literal["example", "silo"] = Field(
+        description="Whose data is protected as a whole: 'example': one row of a silo, by noise in its training; "
+        "'silo': all rows of an organisation, by noise that the coordinator adds to the sum of updates."
+    )
+    epsilon: Annotated[float, Field(gt=0.0, le=LARGEST_EPSILON)] = Field(
+        description="Of the whole run; noise is calibrated to it."
+    )
+    delta: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        description="Below 1 over the units: a silo's rows, or the silos."
+    )
+    clip: PositiveFloat = Field(
+        1.0, description="Largest L2 norm of what a unit adds: of an example's gradient, or of a silo's update."
+    )
+    figures: Literal["withheld", "open"] = Field(
+        "withheld",
+        description="Losses, accuracies, counts and times of silos: none leaves, and silos measure nothing; or 'open': "
+        "they leave as they are, outside the guarantee.",
+    )
+
+
+def withheld(recipe: Recipe) -> bool:
+    """Whether silos keep every figure about their rows to themselves."""
+    return recipe.privacy is not None and recipe.privacy.figures == "withheld"
+
+
+def privacy_problems(recipe: Recipe) -> Iterator[Problem]:
+    """What no accountant covers, and what would leave beside it."""
+    spec = recipe.privacy
+    if spec is None:
+        return
+    name, method = recipe.federation.algorithm.name, ALGORITHMS[recipe.federation.algorithm.name]
+    if reason := not_by_example(name, method) if spec.unit == "example" else not_by_silo(method):
+        yield ("privacy", "unit"), f"'{spec.unit}' not with '{name}': {reason}"
+    if recipe.search is not None or recipe.in_context is not None:
+        yield ("privacy",), "covers training alone, and nothing is trained here"
+    yield from _trainings(recipe)
+    yield from (_examples if spec.unit == "example" else _silos)(recipe)
+    for field in ("selection", "augment", "instructions"):
+        if getattr(recipe.data, field) is not None:
+            yield (
+                ("data", field),
+                "not under `privacy`: what is trained on would depend on rows in ways that no noise covers",
+            )
+    if recipe.federation.patience is not None:
+        yield ("federation", "patience"), "not under `privacy`: when to stop is told by losses without noise"
+    for field in ("seconds", "processes", "shards"):
+        if any(field in capacity.given for capacity in recipe.federation.capacity.all):
+            yield ("federation", "capacity"), f"`{field}` not under `privacy`"
+
+
+def not_by_example(name: str, method: Method) -> str:
+    """Why updates of this method tell more of an example than noised gradients do; empty where they do not."""
+    if method.asynchronous:
+        return "nobody knows beforehand how often a silo trains"
+    if method.zeroth_order or method.losses or name == "fedbiscuit":
+        return "it tells losses of rows, not only what was trained by noised gradients"
+    if method.setup_rounds:
+        return "its first round sends sketches of gradients without noise"
+    if method.personal:
+        return "a silo trains a model of its own beside the common one, on the same examples"
+    if method.between_steps and name != "fedprox":
+        return "it changes weights or gradients between steps, and is not known to do so from noised values alone"
+    return ""
+
+
+def not_by_silo(method: Method) -> str:
+    """Why noise on the sum of updates does not protect a silo with this method; empty where it does."""
+    if method.asynchronous:
+        return "there is no sum over a round to add noise to"
+    if not method.linear:
+        return "its server computes other things from updates than their sum, and noise is added to the sum"
+    return method.no_masks
+
+
+def _trainings(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.training.steps is None:
+        yield ("training", "steps"), "needed under `privacy`: epochs would tell how many rows a silo has"
+    if recipe.federation.algorithm.weights == "tokens":
+        yield (
+            ("federation", "algorithm", "weights"),
+            "'tokens' not under `privacy`: they follow from rows",
+        )
+
+
+def _examples(recipe: Recipe) -> Iterator[Problem]:
+    training = recipe.training
+    for field, reason in (
+        ("clip_norm", "it clips a step's mean gradient, and privacy clips each example's: set it to null"),
+        ("spike_guard", "it skips steps by losses before noise"),
+        ("compile", "compiled layers do not show what they read"),
+        ("gradient_checkpointing", "layers would be read twice"),
+    ):
+        if getattr(training, field) not in (None, False):
+            yield ("training", field), f"not with `privacy.unit: example`: {reason}"
+    if changed(training, "order"):
+        yield ("training", "order"), "has no effect with `privacy.unit: example`: examples are drawn at random"
+    facts = TASKS[recipe.task]
+    if not facts.one_per_row:
+        yield ("task",), f"'{recipe.task}' cuts a row into many examples, and each would be protected by itself only"
+    coupled = {
+        "reinforce": "answers are written for a whole step at once",
+        "group-preference": "rows are predicted from a context of other rows",
+    }
+    if recipe.task in coupled:
+        yield ("task",), f"'{recipe.task}' not with `privacy.unit: example`: {coupled[recipe.task]}"
+    if recipe.task == "preference" and recipe.preference.loss == "kto":
+        yield ("preference", "loss"), "'kto' not with `privacy.unit: example`: its baseline is made of other rows"
+    if recipe.task == "preference" and recipe.preference.weights:
+        yield ("preference", "weights"), "not with `privacy.unit: example`: they depend on how many rows there are"
+
+
+def _silos(recipe: Recipe) -> Iterator[Problem]:
+    algorithm = recipe.federation.algorithm
+    if not ALGORITHMS[algorithm.name].equal_weights and algorithm.weights != "equal":
+        yield (
+            ("federation", "algorithm", "weights"),
+            "'equal' is needed with `privacy.unit: silo`: noise hides what a silo adds up to the clip, and not more",
+        )
+    if recipe.guards:
+        yield ("guards",), "not with `privacy.unit: silo`: a clipped update must arrive as it is"
+    for field in ("rank", "layers", "targets", "memory"):
+        if any(field in capacity.given for capacity in recipe.federation.capacity.all):
+            yield (
+                ("federation", "capacity"),
+                f"`{field}` not with `privacy.unit: silo`: fewer silos would share a mean",
+            )
