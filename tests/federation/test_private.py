@@ -281,6 +281,7 @@ def asked(tiny: Tiny, algorithm: str, unit: str) -> tuple[str, ...] | str:
         f"federation.algorithm={{name: {algorithm}{', weights: equal' if unit == 'silo' else ''}}}",
         f"adapter={{kind: {method.adapters[0]}}}",
         f"federation.rounds={max(2, method.min_rounds)}",
+        "data.split={validation: 0, test: 0}",
     ]
     if method.goes_on:
         changes += ["training.keep_optimizer=true", "federation.downlink.send=changed"]

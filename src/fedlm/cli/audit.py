@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from fedlm.cli.output import print_json
 from fedlm.errors import RunError
@@ -17,14 +18,75 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the group."""
-    group = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Check and show what a silo answered.")
+    group = typer.Typer(cls=_Audit, rich_markup_mode=None, no_args_is_help=True)
     group.callback()(_group)
+    group.command("run")(run)
     group.command("log")(log)
     app.add_typer(group, name="audit")
 
 
+class _Audit(TyperGroup):
+    """`fedlm audit PATH` is `fedlm audit run PATH`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        known = not args or args[0] in self.commands or args[0].startswith("-")
+        return super().resolve_command(ctx, args if known else ["run", *args])
+
+
 def _group() -> None:
-    """Check and show what a silo was asked and what it answered."""
+    """What left each silo of a run and what protected it; what a silo was asked and answered.
+
+    \b
+    Examples:
+      fedlm audit runs/news
+      fedlm audit news.yaml
+      fedlm audit log hospital-a
+    """
+
+
+def run(
+    path: Annotated[Path, typer.Argument(help="A run directory, or a recipe that was not run yet.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Show what leaves a silo, what protects it, which epsilon is spent, and who is trusted with what.
+
+    Of a run directory it also writes audit.html there. `run` can be left out.
+
+    \b
+    Examples:
+      fedlm audit runs/news
+      fedlm audit news.yaml
+    """
+    from fedlm.report.audit import audit_of, meaning, sentence, write_audit
+
+    found = audit_of(path)
+    page = write_audit(path, found) if path.is_dir() else None
+    if as_json:
+        print_json({**found.as_json(), "page": None if page is None else str(page)})
+        return
+    typer.echo(sentence(found))
+    _print(["what leaves a silo", "when", "how"], [[i.what, i.when, i.protection] for i in found.leaving])
+    if (guarantee := found.guarantee) is not None:
+        typer.echo(f"{meaning(guarantee)}\nNoise: {guarantee.mechanism}.")
+        spent = [[silo, f"{epsilon:.4g}", f"{guarantee.epsilon:g}"] for silo, epsilon in guarantee.spent.items()]
+        if spent:
+            _print(["whose rows", "epsilon spent", "budget"], spent)
+    _print(["who", "is trusted with"], [list(pair) for pair in found.trusted])
+    typer.echo("Not protected:")
+    for line in found.open_ends:
+        typer.echo(f"- {line}")
+    if page is not None:
+        typer.echo(f"\nWrote {page}")
+
+
+def _print(head: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*head, expand=False)
+    for row in rows:
+        table.add_row(*map(_word, row))
+    Console(markup=False, emoji=False, highlight=False).print(table)
 
 
 def log(

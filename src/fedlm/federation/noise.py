@@ -15,6 +15,7 @@ noise, so that nobody sees one sum under two.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from fedlm.messages import Fields, Tensors
 from fedlm.privacy.calibration import calibrate
 from fedlm.privacy.clipping import l2_norm
 from fedlm.privacy.ledger import Budget, Event, Ledger
-from fedlm.privacy.mechanisms import Gaussian, times
+from fedlm.privacy.mechanisms import Gaussian
 from fedlm.privacy.noise import gaussian
 from fedlm.privacy.stream import SecretStream
 from fedlm.recipe.schema import Recipe
@@ -42,6 +43,18 @@ MODEL = "sha256 of the model before"
 
 SLACK = 1 + 1e-9
 """Of norms, which both sides take in fp64 and perhaps in another order of sums."""
+
+
+def mechanism_of(recipe: Recipe, silos: int) -> Gaussian:
+    """Of a round: the least noise with which all rounds of the recipe keep its budget.
+
+    Raises:
+        PrivacyError: delta is not below 1/silos, or no noise keeps the budget.
+    """
+    spec = recipe.privacy
+    assert spec is not None
+    whole = Gaussian("silo", "zero-out", None, count=recipe.federation.rounds)
+    return replace(calibrate(whole, spec.epsilon, spec.delta, silos), count=1)
 
 
 class SumNoise:
@@ -59,8 +72,7 @@ class SumNoise:
         assert spec is not None
         self._recipe, self._dir, self.clip = recipe, run_dir, spec.clip
         self._budget = Budget("silo", "zero-out", spec.epsilon, spec.delta, dict.fromkeys(silos, 1))
-        asked = Gaussian("silo", "zero-out", None, count=recipe.federation.rounds)
-        self.mechanism = times(calibrate(asked, spec.epsilon, spec.delta, len(silos)), 1)
+        self.mechanism = mechanism_of(recipe, len(silos))
 
     def check(self, silo: str, update: Mapping[str, torch.Tensor]) -> None:
         """Raises UpdateRefused: an update is larger than noise hides."""

@@ -1,0 +1,331 @@
+"""What a data-protection officer asks of a run: what leaves a silo, what protects it, what that costs, whom to trust.
+
+Everything follows from the recipe, and for a run from its directory: what it says it did, and its ledgers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedlm.errors import PrivacyError
+from fedlm.federation.noise import mechanism_of
+from fedlm.federation.silo.private import LEDGER, cost
+from fedlm.files import write_atomic
+from fedlm.privacy.ledger import read_spent
+from fedlm.privacy.mechanisms import describe
+from fedlm.recipe.guards import mask_of
+from fedlm.recipe.load import load_recipe
+from fedlm.recipe.methods import ALGORITHMS
+from fedlm.recipe.privacy import withheld
+from fedlm.recipe.schema import Recipe
+from fedlm.report.facts import RunFacts, read_run
+from fedlm.report.format import count, size
+from fedlm.report.markup import card, document, e, table
+
+PAGE = "audit.html"
+
+OPEN = "in the open, to the coordinator"
+MASKED = "only in the sum over the round's silos (secure aggregation)"
+NOISED = "with noise that the silo added itself (differential privacy)"
+CLIPPED = "clipped, to the coordinator, which adds noise to the sum (differential privacy)"
+KEPT = "does not leave"
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """One kind of thing that a silo sends, or would."""
+
+    what: str
+    when: str
+    protection: str
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """A budget, and what is spent of it."""
+
+    unit: str
+    epsilon: float
+    delta: float
+    mechanism: str
+    spent: dict[str, float] = field(default_factory=dict)
+    """By silo, or of 'every silo'."""
+    by_ledger: bool = False
+    """As a ledger in the run directory has it, not as the recipe implies."""
+
+
+@dataclass(frozen=True)
+class AuditOfRun:
+    """The answers; `rounds` is None where there is only a recipe."""
+
+    name: str
+    recipe: Recipe
+    leaving: tuple[Leaving, ...]
+    guarantee: Guarantee | None
+    trusted: tuple[tuple[str, str], ...]
+    open_ends: tuple[str, ...]
+    rounds: int | None = None
+    sent: dict[str, float] = field(default_factory=dict)
+    """Bytes that each silo sent in training, over all rounds."""
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "rounds": self.rounds,
+            "leaving": [asdict(item) for item in self.leaving],
+            "guarantee": None if self.guarantee is None else asdict(self.guarantee),
+            "trusted": [{"who": who, "with": what} for who, what in self.trusted],
+            "not_protected": list(self.open_ends),
+            "bytes_sent": self.sent,
+        }
+
+
+def audit_of(path: Path) -> AuditOfRun:
+    """Of a run directory, or of a recipe file that was not run yet.
+
+    Raises:
+        FedlmError: it is neither, or a ledger is damaged.
+    """
+    if not path.is_dir():
+        recipe = load_recipe(path, ())
+        return _answers(recipe.name, recipe, None, None)
+    facts = read_run(path)
+    recipe = load_recipe(path / "recipe.yaml", ())
+    return _answers(facts.name, recipe, facts, path)
+
+
+def _answers(name: str, recipe: Recipe, facts: RunFacts | None, folder: Path | None) -> AuditOfRun:
+    sent: dict[str, float] = {}
+    rounds = None
+    if facts is not None:
+        rounds = len(facts.rounds)
+        for line in facts.rounds:
+            for silo, figures in (line.get("silos") or {}).items():
+                sent[silo] = sent.get(silo, 0.0) + float(figures.get("bytes_up") or 0)
+    return AuditOfRun(
+        name,
+        recipe,
+        tuple(leaving(recipe)),
+        _guarantee(recipe, facts, folder),
+        tuple(trusted(recipe)),
+        tuple(open_ends(recipe)),
+        rounds,
+        sent,
+    )
+
+
+# ---------------------------------------------------------------- what leaves
+
+
+def leaving(recipe: Recipe) -> Iterator[Leaving]:
+    """Everything that a silo sends in a run of this recipe, and what it keeps that others would send."""
+    masked, hidden = mask_of(recipe) is not None, withheld(recipe)
+    spec, method = recipe.privacy, ALGORITHMS[recipe.federation.algorithm.name]
+    yield Leaving("versions of fedlm, torch and Python", "once", OPEN)
+    whole_silo = spec is not None and spec.unit == "silo"
+    rows = "how many rows it trains on"
+    if hidden and whole_silo:
+        yield Leaving("whether it has rows to train on", "once", OPEN)
+        yield Leaving(rows, "once", KEPT)
+    elif masked:
+        yield Leaving(rows, "once", f"rounded up to a power of two, {OPEN}")
+    else:
+        yield Leaving(rows, "once", OPEN)
+    yield Leaving("how many rows it holds out", "once", KEPT if hidden else OPEN)
+    labels = KEPT if hidden or masked else f"{OPEN}; not where its policy has `share_labels: false`"
+    yield Leaving("rows by label", "once", labels)
+
+    update = "an update of the adapter" if recipe.adapter.kind != "full" else "an update of the model"
+    protections = [OPEN]
+    if spec is not None:
+        protections = [NOISED if spec.unit == "example" else CLIPPED]
+    if masked:
+        protections = [*([] if spec is None else protections), MASKED]
+    smaller = [guard.name for guard in recipe.guards if guard.name != "mask"]
+    note = f" (made smaller by {' and '.join(smaller)}, which protects nothing)" if smaller else ""
+    yield Leaving(update, "every round", ", and ".join(protections) + note)
+    if method.silo_state:
+        yield Leaving("what the algorithm keeps in a silo between rounds", "", KEPT)
+    if method.losses:
+        yield Leaving("losses of candidates on its rows, which the algorithm compares", "every round", OPEN)
+    if method.setup_rounds:
+        yield Leaving("a sketch of the first gradient on its rows", "round 0", OPEN)
+
+    if hidden:
+        figures = KEPT
+    elif masked:
+        figures = f"its loss {MASKED}, others do not leave"
+    else:
+        figures = OPEN
+    yield Leaving("figures of its training: loss, tokens, times, memory", "every round", figures)
+    held_out = KEPT if hidden else f"{OPEN}: sums and counts over its held-out rows"
+    yield Leaving("figures of the model on rows that it holds out", f"every {_nth(recipe.evaluation.every)}", held_out)
+    if recipe.data.selection is not None and recipe.data.selection.method == "fedhds":
+        yield Leaving("centres of groups of its rows", "once", OPEN)
+    if recipe.data.augment is not None:
+        yield Leaving("centres of groups of its rows", "once", OPEN)
+    yield Leaving("when it answers, and the size of what it sends", "every exchange", "seen by whoever carries it")
+    yield Leaving("text, tokens, or any row", "never", KEPT)
+
+
+def _nth(every: int) -> str:
+    return "round" if every == 1 else f"{every}th round"
+
+
+# ---------------------------------------------------------------- what it costs
+
+
+def _guarantee(recipe: Recipe, facts: RunFacts | None, folder: Path | None) -> Guarantee | None:
+    spec = recipe.privacy
+    if spec is None:
+        return None
+    rows = {name: card["rows"]["train"] for name, card in ((facts.data if facts else {}).get("silos") or {}).items()}
+    rows = {name: number for name, number in sorted(rows.items()) if number > 0}
+    found: dict[str, float] = {}
+    ledgers = False
+    if spec.unit == "silo":
+        words = describe(mechanism_of(recipe, len(rows))) if rows else "noise follows from the number of silos"
+        if folder is not None and (folder / LEDGER).is_file():
+            found, ledgers = {"every silo": read_spent(folder / LEDGER)[1].epsilon}, True
+        return Guarantee(spec.unit, spec.epsilon, spec.delta, words, found, ledgers)
+    words = "noise follows from each silo's number of rows"
+    for silo, number in rows.items():
+        assert facts is not None and folder is not None
+        trained = [line for line in facts.rounds if silo in (line.get("sampled") or [])]
+        ledger = folder / "silos" / silo / str(facts.run.get("run")) / LEDGER
+        if ledger.is_file():
+            found[silo], ledgers = read_spent(ledger)[1].epsilon, True
+            continue
+        try:
+            mine = cost(recipe, silo, number)
+        except PrivacyError:  # such a silo refuses at the greeting
+            continue
+        found[silo] = mine.epsilon(len(trained))
+    if rows:
+        smallest = min(rows, key=rows.__getitem__)
+        words = (
+            f"{describe(cost(recipe, smallest, rows[smallest]).mechanism)} a round ('{smallest}', the smallest silo)"
+        )
+    return Guarantee(spec.unit, spec.epsilon, spec.delta, words, found, ledgers)
+
+
+def meaning(guarantee: Guarantee) -> str:
+    """The guarantee in a sentence."""
+    whose = {
+        "example": "one row of a silo: what it contributes to the training",
+        "silo": "one whole organisation: what all its rows contribute to the models",
+    }[guarantee.unit]
+    return (
+        f"Protected is {whose}. Nobody who sees what is released can tell by more than a factor of "
+        f"e^{guarantee.epsilon:g} = {math.exp(guarantee.epsilon):.3g} in the odds whether that contribution was there, "
+        f"except with a probability of {guarantee.delta:g}."
+    )
+
+
+# ---------------------------------------------------------------- whom to trust
+
+
+def trusted(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Who could learn of rows if they wanted to, as (who, what they are trusted with)."""
+    spec, mask = recipe.privacy, mask_of(recipe)
+    yield "each silo's owner", "its own rows, and honest training on them"
+    if mask is not None:
+        kind = "even if it does not keep to the protocol" if mask.coordinator == "malicious" else "if it keeps to it"
+        yield (
+            "the coordinator",
+            f"sums of updates alone, {kind}; not more than {mask.corrupt:.0%} of a round's silos may help it",
+        )
+    elif spec is not None and spec.unit == "example":
+        yield "the coordinator", "noised updates, which tell of a row no more than the guarantee says"
+    elif spec is not None:
+        yield "the coordinator", "each silo's clipped update without noise, and adding the noise"
+    else:
+        yield "the coordinator", "each silo's update, from which rows can be reconstructed"
+    if spec is None:
+        yield "whoever gets the models", "what they have memorised"
+    yield "whoever carries the messages", "nothing but their sizes and times (mutual TLS over a network)"
+
+
+def open_ends(recipe: Recipe) -> Iterator[str]:
+    """What this recipe leaves unprotected."""
+    spec, masked = recipe.privacy, mask_of(recipe) is not None
+    if spec is None:
+        yield "No differential privacy: the final model, and each update or sum, may tell of single rows."
+    if spec is None and not masked:
+        yield "No masks: the coordinator sees each silo's update by itself."
+    if spec is not None and spec.figures == "open":
+        yield "Figures of silos leave without noise (`privacy.figures: open`): the guarantee does not cover them."
+    if spec is not None and recipe.start is not None:
+        yield "The run starts from another run's model: what that tells of rows is not in this budget."
+    if spec is not None and spec.unit == "silo":
+        yield "Noise in floating point: its last bits are no proof against whoever sees them (Mironov, 2012)."
+    if spec is not None and spec.unit == "example":
+        yield "How long a silo's round takes depends on which rows were drawn, and can be seen."
+        yield "A row that is in several silos, or a person with several rows, has less protection than one row."
+    if masked and not withheld(recipe):
+        yield "Figures on held-out rows are each silo's own and not masked."
+    yield "A silo that trains on false rows is not found out by any of this."
+
+
+# ---------------------------------------------------------------- the page
+
+
+def write_audit(run_dir: Path, found: AuditOfRun) -> Path:
+    """The page, beside the run's report."""
+    page = run_dir / PAGE
+    write_atomic(page, html_page(found).encode())
+    return page
+
+
+def html_page(found: AuditOfRun) -> str:
+    guarantee = found.guarantee
+    cards = [card("rounds", "not run yet" if found.rounds is None else count(found.rounds))]
+    if guarantee is not None:
+        most = max(guarantee.spent.values(), default=None)
+        spent = "nothing yet" if most is None else f"{most:.3g} spent"
+        cards.append(card("epsilon", f"{guarantee.epsilon:g}", f"at delta {guarantee.delta:g}; {spent}", main=True))
+    if found.sent:
+        cards.append(card("sent by a silo", size(max(found.sent.values())), "at most, in training"))
+    body = [
+        f"<header><h1>{e(found.name)} <span class='badge finished'>audit</span></h1>",
+        f'<p class="lead">{e(sentence(found))}</p></header><div class="cards">{"".join(cards)}</div>',
+        "<h2>What leaves a silo</h2>",
+        table(["what", "when", "how"], [[i.what, i.when, i.protection] for i in found.leaving], text=3),
+    ]
+    if guarantee is not None:
+        body += [f"<h2>The guarantee</h2><p>{e(meaning(guarantee))}</p>", f"<p>Noise: {e(guarantee.mechanism)}.</p>"]
+        if guarantee.spent:
+            source = "the ledger" if guarantee.by_ledger else "the recipe and the rounds that were run"
+            rows = [[silo, f"{value:.4g}", f"{guarantee.epsilon:g}"] for silo, value in guarantee.spent.items()]
+            body.append(table(["whose rows", f"epsilon spent, by {source}", "budget"], rows))
+    body.append("<h2>Who is trusted with what</h2>" + table(["who", "with"], found.trusted, text=2))
+    body.append("<h2>What is not protected</h2><ul>" + _listed(found.open_ends) + "</ul>")
+    body.append("<h2>Attacks</h2><p>None was run against this run.</p>")
+    if found.sent:
+        body.append("<h2>Bytes</h2>" + table(["silo", "sent in training"], _sizes(found.sent)))
+    return document(f"{found.name} · fedlm audit", "".join(body))
+
+
+def sentence(found: AuditOfRun) -> str:
+    """The run's protection in one sentence."""
+    masks = "updates are seen only in sums" if mask_of(found.recipe) is not None else ""
+    noise = ""
+    if found.guarantee is not None:
+        unit = {"example": "each row", "silo": "each organisation"}[found.guarantee.unit]
+        noise = f"{unit} is protected with epsilon {found.guarantee.epsilon:g} at delta {found.guarantee.delta:g}"
+    told = " and ".join(part for part in (masks, noise) if part)
+    if not told:
+        return "Nothing protects updates: the coordinator is trusted with each silo's, and users with the model."
+    return told[0].upper() + told[1:] + "."
+
+
+def _listed(lines: Iterable[str]) -> str:
+    return "".join(f"<li>{e(line)}</li>" for line in lines)
+
+
+def _sizes(sent: Mapping[str, float]) -> list[list[str]]:
+    return [[silo, size(value)] for silo, value in sorted(sent.items())]
