@@ -397,14 +397,17 @@ PLAN_FIELDS = {"rank": 4, "first_layer": 1, "targets": ["q_proj"], "steps": 2, "
 def test_figures_of_silos(count: int) -> None:
     """Refused: UpdateRefused. Accepted: finite numbers below 2^53 that can be written down; counts within the rows."""
     made = recipe()
-    for honest, check in ((TRAINED, check_training), (MEASURED, lambda reply: check_counts(reply, made, 4))):
+    for honest, check in (
+        (TRAINED, lambda reply: check_training(reply, made)),
+        (MEASURED, lambda reply: check_counts(reply, made, 4)),
+    ):
         check(Reply("s", "x", "r", 0, fields=honest))  # type: ignore[operator]
 
     @messages(count)
     @given(changed(TRAINED), changed(MEASURED), changed(CARD))
     def decode(trained: Any, measured: Any, card: Any) -> None:
         reply = Reply("s", "train", "r", 0, fields=trained if isinstance(trained, dict) else {})
-        fine, refusal = tried(lambda: check_training(reply), (UpdateRefused,))
+        fine, refusal = tried(lambda: check_training(reply, made), (UpdateRefused,))
         assert fine or len(refusal.what) < 300
         if fine:
             json.dumps({n: reply.fields[n] for n in TRAINED}, allow_nan=False)
