@@ -35,6 +35,7 @@ from fedlm.federation.silo.policy import (
     check_request,
     check_rows,
     check_verb,
+    epsilon,
     load_policy,
     local_model,
 )
@@ -188,6 +189,8 @@ class OwnSilo:
         answer = self._door(bench, capacity, None, None).handle(request)
         if isinstance(answer, Failure):
             return self._refuse(request, answer.kind, answer.reason)
+        if not counting:
+            self._spent.agree(self.policy, request.run, epsilon(recipe), local_day(self.policy.timezone, now()))
         agreements.save(self._folder, agreement)
         self._hold(agreement, bench)
         card = answer.fields["card"] if self.policy.share_labels else {**answer.fields["card"], "labels": {}}

@@ -55,10 +55,12 @@ AdapterKind = Literal[
 
 
 class PrivacyRules(Strict):
-    """What a recipe must do to protect updates and rows. No recipe of this version can satisfy any of it."""
+    """What a recipe must do to protect updates and rows."""
 
     require_masks: bool = Field(False, description="Updates leave only under masks that cancel in the sum.")
-    max_epsilon: PositiveFloat | None = Field(None, description="Largest epsilon of differential privacy.")
+    max_epsilon: PositiveFloat | None = Field(
+        None, description="Largest epsilon of differential privacy of rows, by noise of this silo's own."
+    )
     per: Literal["month", "year", "run"] = Field("run", description="What `max_epsilon` is for.")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
@@ -66,6 +67,31 @@ class Spent:
             )
         self._save({**found, "day": today.isoformat(), "trained": [*trained, key]})
 
+    def agree(self, policy: Policy, run: str, epsilon: float | None, today: date) -> None:
+        """Count the whole budget of a run that the silo agrees to. Epsilons of runs on the same rows add up (Dwork and
+        Roth, 2014, theorem 3.16), and so do their deltas.
+
+        Raises:
+            Forbidden: with it, more would be spent in this month or year than the policy allows.
+            RunError: the file is damaged or cannot be written.
+        """
+        if epsilon is None:
+            return
+        found = self._load()
+        limit, period = policy.privacy.max_epsilon, policy.privacy.per
+        begins = {"run": "9999", "month": f"{today:%Y-%m}", "year": f"{today:%Y}"}[period]
+        others = [told for name, told in found["agreed"].items() if name != run and told["day"].startswith(begins)]
+        before = sum(told["epsilon"] for told in others)
+        if limit is not None and before + epsilon > limit:
+            raise Forbidden(
+                f"this silo's policy allows an epsilon of {limit:g} per {period} (privacy.max_epsilon); runs that it "
+                f"agreed to in this {period} may spend {before:g} of it, and this one another {epsilon:g}",
+                "privacy.max_epsilon",
+            )
+        if run not in found["agreed"]:
+            agreed = {**found["agreed"], run: {"epsilon": epsilon, "day": today.isoformat()}}
+            self._save({**found, "agreed": agreed})
+
     def leave(self, policy: Policy, request: Request, reply: Reply) -> None:
         """Count what is about to leave.
 
@@ -92,15 +118,19 @@ class Spent:
         """Raises RunError: the file is damaged, so nobody knows what was spent."""
         try:
             found = json.loads(self._file.read_bytes())
+            found.setdefault("agreed", {})  # of before there were budgets
             words, numbers = found["trained"], [n for left in found["left"].values() for n in left.values()]
-            if found.keys() != {"day", "trained", "left"} or not isinstance(words, list):
+            if found.keys() != {"day", "trained", "left", "agreed"} or not isinstance(words, list):
                 raise ValueError
-            if not all(isinstance(word, str) for word in [found["day"], *words]):
+            days = [told["day"] for told in found["agreed"].values()]
+            if not all(isinstance(word, str) for word in [found["day"], *words, *days]):
+                raise ValueError
+            if not all(0 <= told["epsilon"] < math.inf for told in found["agreed"].values()):
                 raise ValueError
             if not all(type(number) is int and number >= 0 for number in numbers):  # NaN is above no limit
                 raise ValueError
         except FileNotFoundError:
-            return {"day": "", "trained": [], "left": {}}
+            return {"day": "", "trained": [], "left": {}, "agreed": {}}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise RunError(
                 "the count of what this silo has spent is damaged or cannot be read",
