@@ -144,7 +144,7 @@ class Federation:
             {"kind": "run_started", "rounds": self.spec.rounds, "silos": self.names, "run_dir": str(self.dir.path)}
         )
         self.silos.enrolled.greet()
-        if self.recipe.privacy is not None and self.recipe.privacy.unit == "silo":
+        if self.recipe.privacy is not None and self.recipe.privacy.unit == "silo" and not self.masks:
             self.noise = self.silos.noise = SumNoise(self.recipe, self.dir, self.names)
         choose_rows(self.silos)
         choose_centres(self.silos)

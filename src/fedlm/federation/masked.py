@@ -32,8 +32,11 @@ from fedlm.files import read_json, write_json
 from fedlm.guards import REST, shared_key
 from fedlm.guards.base import parted, size_of
 from fedlm.guards.mask import BESIDE, encoding, shown
+from fedlm.guards.noised import NoisedEncoding
 from fedlm.messages import Failure, FailureKind, Reply, Request, Tensors
 from fedlm.privacy import secagg
+from fedlm.privacy.accounting import spent
+from fedlm.privacy.mechanisms import times
 from fedlm.privacy.secagg.identity import Directory
 from fedlm.privacy.secagg.message import to_fields
 from fedlm.recipe.guards import mask_of
@@ -81,7 +84,8 @@ def train_masked(
     place = Place(cohort[0] if cohort else "", number, silos.spec.rounds, recipe.seed, silos.rank(sampled[0]))
     shapes = dict(sorted(silos.shapes(parameters, place).items()))
     left = silos.chain.layouts(shapes)[-1] if silos.chain is not None else shapes
-    how = encoding(recipe, len(cohort))
+    length = size_of(left) + BESIDE
+    how = encoding(recipe, len(cohort), length)
     attempt = note.begin()
     malicious = spec.coordinator == "malicious"
     risk = secagg.Risk(spec.dropouts, spec.corrupt, malicious=malicious)
@@ -95,7 +99,7 @@ def train_masked(
             design=secagg.choose(len(cohort), risk),
             seed=seed,
             ring_bits=how.ring_bits,
-            length=size_of(left) + BESIDE,
+            length=length,
             malicious=malicious,
             agreed=how.fields,
         ),
@@ -161,6 +165,9 @@ def train_masked(
     result = FoldResult(list(sampled), list(total.survivors), [failures[name] for name in sorted(failures)])
     result.fields = {name: dict(bytes_of[name]) for name in total.survivors}
     result.loss = None if withheld(recipe) else loss
+    if isinstance(how, NoisedEncoding):  # as every silo accounts for it
+        assert recipe.privacy is not None
+        result.figures["epsilon"] = spent([times(how.mechanism, number + 1)], recipe.privacy.delta).epsilon
     if total.liars:
         result.figures["wrong_shares"] = total.liars
     for failure in result.failures:

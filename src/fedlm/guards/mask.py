@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from fedlm.errors import UpdateRefused
+from fedlm.guards.noised import NoisedEncoding, noised_encoding, shown_noised
 from fedlm.messages import Fields
 from fedlm.privacy.secagg.message import Words
 from fedlm.privacy.secagg.quantise import Encoding, decode, encode
 from fedlm.randomness import numpy_generator
 from fedlm.recipe.guards import GuardSpec, mask_bound, mask_of
 from fedlm.recipe.methods import ALGORITHMS
+from fedlm.recipe.privacy import noised_by_silos
 from fedlm.recipe.schema import Recipe
 
 LOSSES = 32.0
@@ -27,13 +29,19 @@ BESIDE = 2
 """Numbers beside the update's values: the training loss, and the weight."""
 
 
-def encoding(recipe: Recipe, silos: int) -> Encoding:
+def encoding(recipe: Recipe, silos: int, length: int) -> Encoding | NoisedEncoding:
     """How the values of so many silos are counted.
+
+    Args:
+        length: elements of a silo's vector.
 
     Raises:
         RunError: their sum does not fit.
+        PrivacyError: no noise keeps the recipe's budget.
     """
     spec = mask_of(recipe)
+    if noised_by_silos(recipe):
+        return noised_encoding(recipe, silos, length - BESIDE)
     bound = mask_bound(recipe)
     assert spec is not None and bound is not None  # the recipe was checked
     return Encoding(bound, spec.bits, spec.max_weight, silos)
@@ -76,11 +84,14 @@ def hidden(
     return encode(row, weight, how, numpy_generator(seed, "mask", *key))
 
 
-def shown(total: Words, silos: int, how: Encoding) -> tuple[Tensor, float, int]:
+def shown(total: Words, silos: int, how: Encoding | NoisedEncoding) -> tuple[Tensor, float, int]:
     """The weighted means of values, fp32 [n], and of losses, and the weights' sum.
 
     Raises:
         RunError: no silos' elements have this sum.
     """
+    if isinstance(how, NoisedEncoding):
+        noised, count = shown_noised(total, silos, how)
+        return noised, 0.0, count
     means, weights = decode(total, silos, how)
     return torch.from_numpy(means[:-1].astype(np.float32)), float(means[-1] / how.scale * LOSSES), weights

@@ -188,7 +188,8 @@ def _masks(recipe: Recipe) -> Iterator[tuple[Path, str]]:
     for before in recipe.guards[:place]:
         if before.name != "randk":
             yield (*here, "name"), f"not after '{before.name}', which every silo does otherwise: only after 'randk'"
-    if mask_bound(recipe) is None:
+    protected = recipe.privacy is not None and recipe.privacy.unit == "silo"  # the clip is the bound
+    if mask_bound(recipe) is None and not protected:
         yield (*here, "bound"), "give it: without AdamW and `training.steps` nothing says how far a value moves"
     for field in ("rank", "layers", "targets", "memory"):
         if any(field in capacity.given for capacity in recipe.federation.capacity.all):

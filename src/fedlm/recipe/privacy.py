@@ -2,7 +2,8 @@
 
 With `unit: example` each silo adds the noise itself, inside its training (DP-SGD: Abadi et al., CCS 2016), so nobody
 else needs to be trusted. With `unit: silo` whole updates are clipped, and noise is added to their sum (McMahan et al.,
-"Learning Differentially Private Recurrent Language Models", ICLR 2018): by the coordinator, which is trusted then.
+"Learning Differentially Private Recurrent Language Models", ICLR 2018): by the coordinator, which is trusted then, or
+by every silo under a mask (Kairouz, Liu, Steinke, ICML 2021), so that nobody is.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, PositiveFloat
 
 from fedlm.recipe.data_checks import Problem, changed
+from fedlm.recipe.guards import MASK, mask_of
 from fedlm.recipe.methods import ALGORITHMS, Method
 from fedlm.recipe.strict import Strict
 from fedlm.recipe.tasks import TASKS
@@ -29,7 +31,8 @@ class PrivacySpec(Strict):
 
     unit: Literal["example", "silo"] = Field(
         description="Whose data is protected as a whole: 'example': one row of a silo, by noise in its training; "
-        "'silo': all rows of an organisation, by noise that the coordinator adds to the sum of updates."
+        "'silo': all rows of an organisation, by noise on the sum of updates: of the silos' own under a mask, else of "
+        "the coordinator's."
     )
     epsilon: Annotated[float, Field(gt=0.0, le=LARGEST_EPSILON)] = Field(
         description="Of the whole run; noise is calibrated to it."
@@ -40,11 +43,19 @@ class PrivacySpec(Strict):
     clip: PositiveFloat = Field(
         1.0, description="Largest L2 norm of what a unit adds: of an example's gradient, or of a silo's update."
     )
+    noise: Literal["discrete-gaussian", "skellam"] = Field(
+        "skellam", description="Of `unit: silo` under a mask: whole numbers that each silo adds."
+    )
     figures: Literal["withheld", "open"] = Field(
         "withheld",
         description="Losses, accuracies, counts and times of silos: none leaves, and silos measure nothing; or 'open': "
         "they leave as they are, outside the guarantee.",
     )
+
+
+def noised_by_silos(recipe: Recipe) -> bool:
+    """Whether silos add the noise that protects them as a whole, under masks."""
+    return recipe.privacy is not None and recipe.privacy.unit == "silo" and mask_of(recipe) is not None
 
 
 def withheld(recipe: Recipe) -> bool:
@@ -113,6 +124,8 @@ def _trainings(recipe: Recipe) -> Iterator[Problem]:
 
 def _examples(recipe: Recipe) -> Iterator[Problem]:
     training = recipe.training
+    if recipe.privacy is not None and changed(recipe.privacy, "noise"):
+        yield ("privacy", "noise"), "has no effect with `privacy.unit: example`"
     for field, reason in (
         ("clip_norm", "it clips a step's mean gradient, and privacy clips each example's: set it to null"),
         ("spike_guard", "it skips steps by losses before noise"),
@@ -145,8 +158,14 @@ def _silos(recipe: Recipe) -> Iterator[Problem]:
             ("federation", "algorithm", "weights"),
             "'equal' is needed with `privacy.unit: silo`: noise hides what a silo adds up to the clip, and not more",
         )
-    if recipe.guards:
-        yield ("guards",), "not with `privacy.unit: silo`: a clipped update must arrive as it is"
+    if any(guard.name != MASK for guard in recipe.guards):
+        yield ("guards",), "only a mask with `privacy.unit: silo`: a clipped update must arrive as it is"
+    mask = mask_of(recipe)
+    for field in ("bound", "max_weight"):
+        if mask is not None and changed(mask, field):
+            yield ("guards", 0, field), "has no effect with `privacy.unit: silo`: the clip and equal weights say it"
+    if mask is None and recipe.privacy is not None and changed(recipe.privacy, "noise"):
+        yield ("privacy", "noise"), "has no effect without the guard 'mask'"
     for field in ("rank", "layers", "targets", "memory"):
         if any(field in capacity.given for capacity in recipe.federation.capacity.all):
             yield (

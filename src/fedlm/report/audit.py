@@ -20,7 +20,7 @@ from fedlm.privacy.mechanisms import describe
 from fedlm.recipe.guards import mask_of
 from fedlm.recipe.load import load_recipe
 from fedlm.recipe.methods import ALGORITHMS
-from fedlm.recipe.privacy import withheld
+from fedlm.recipe.privacy import noised_by_silos, withheld
 from fedlm.recipe.schema import Recipe
 from fedlm.report.facts import RunFacts, read_run
 from fedlm.report.format import count, size
@@ -142,7 +142,7 @@ def leaving(recipe: Recipe) -> Iterator[Leaving]:
     update = "an update of the adapter" if recipe.adapter.kind != "full" else "an update of the model"
     protections = [OPEN]
     if spec is not None:
-        protections = [NOISED if spec.unit == "example" else CLIPPED]
+        protections = [NOISED if spec.unit == "example" or masked else CLIPPED]
     if masked:
         protections = [*([] if spec is None else protections), MASKED]
     smaller = [guard.name for guard in recipe.guards if guard.name != "mask"]
@@ -187,6 +187,14 @@ def _guarantee(recipe: Recipe, facts: RunFacts | None, folder: Path | None) -> G
     rows = {name: number for name, number in sorted(rows.items()) if number > 0}
     found: dict[str, float] = {}
     ledgers = False
+    if noised_by_silos(recipe):
+        words = f"{spec.noise} of each silo's own, sized for the fewest that must be in a sum and keep it to themselves"
+        ledgers_of = sorted((folder / "silos").glob(f"*/*/{LEDGER}")) if folder is not None else []
+        if ledgers_of:
+            found, ledgers = {file.parts[-3]: read_spent(file)[1].epsilon for file in ledgers_of}, True
+        elif facts is not None and facts.rounds:
+            found = {"every silo": float(facts.rounds[-1].get("epsilon") or 0.0)}
+        return Guarantee(spec.unit, spec.epsilon, spec.delta, words, found, ledgers)
     if spec.unit == "silo":
         words = describe(mechanism_of(recipe, len(rows))) if rows else "noise follows from the number of silos"
         if folder is not None and (folder / LEDGER).is_file():
@@ -261,7 +269,7 @@ def open_ends(recipe: Recipe) -> Iterator[str]:
         yield "Figures of silos leave without noise (`privacy.figures: open`): the guarantee does not cover them."
     if spec is not None and recipe.start is not None:
         yield "The run starts from another run's model: what that tells of rows is not in this budget."
-    if spec is not None and spec.unit == "silo":
+    if spec is not None and spec.unit == "silo" and not masked:
         yield "Noise in floating point: its last bits are no proof against whoever sees them (Mironov, 2012)."
     if spec is not None and spec.unit == "example":
         yield "How long a silo's round takes depends on which rows were drawn, and can be seen."

@@ -216,7 +216,7 @@ class Silo:
     def _masked(self) -> Masked:
         recipe = self.bench.recipe
         identity = self._identity or simulated(recipe.seed, self.name)
-        return Masked(self.name, recipe, self._store.folder, identity, self._cohort)
+        return Masked(self.name, recipe, self._store.folder, identity, self._cohort, simulated=self._limits is None)
 
     def _trained(self, request: Request) -> tuple[Tensors, Fields]:
         """The update, trained or kept, as its guards leave it, and what was counted."""

@@ -8,6 +8,7 @@ does; what leaves is the masked vector and no figure of the round.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -16,16 +17,21 @@ import torch
 from fedlm.errors import AggregationRefused
 from fedlm.federation.disk import disk_errors
 from fedlm.federation.identities import Identity
+from fedlm.federation.silo.private import LEDGER, content
 from fedlm.federation.silo.refusals import RefusedError
+from fedlm.federation.silo.secret import secret_of
 from fedlm.files import sync_folder
 from fedlm.guards import REST
-from fedlm.guards.mask import encoding, hidden, weight_under
+from fedlm.guards.mask import BESIDE, encoding, hidden, weight_under
+from fedlm.guards.noised import NoisedEncoding, hidden_noised, least_survivors
 from fedlm.messages import Fields, Request, Tensors
 from fedlm.privacy import secagg
-from fedlm.privacy.secagg.message import from_fields
+from fedlm.privacy.ledger import Budget, Event, Ledger
+from fedlm.privacy.secagg.message import Words, from_fields
 from fedlm.privacy.secagg.state import from_bytes, to_bytes
+from fedlm.privacy.stream import SecretStream
 from fedlm.recipe.guards import mask_of
-from fedlm.recipe.privacy import withheld
+from fedlm.recipe.privacy import noised_by_silos, withheld
 from fedlm.recipe.schema import Recipe
 
 VERBS = ("keys", "shares", "consistency", "unmask")
@@ -44,16 +50,17 @@ class Masked:
         folder: its private folder.
         identity: its own, and what it knows of the others'.
         minimum: silos that a sum must be over.
+        simulated: noise comes from a test key.
     """
 
-    def __init__(self, name: str, recipe: Recipe, folder: Path, identity: Identity, minimum: int = 3) -> None:
+    def __init__(
+        self, name: str, recipe: Recipe, folder: Path, identity: Identity, minimum: int, *, simulated: bool
+    ) -> None:
         spec = mask_of(recipe)
         if spec is None:
             raise RefusedError("this run's updates are not masked")
         self._recipe, self._spec, self._folder = recipe, spec, folder
-        risk = secagg.Risk(spec.dropouts, spec.corrupt, malicious=spec.coordinator == "malicious")
-        policy = secagg.Policy(risk, minimum)
-        self._silo = secagg.Silo(name, identity.signer, identity.directory, policy)
+        self._name, self._identity, self._minimum, self._simulated = name, identity, minimum, simulated
 
     def answer(self, request: Request) -> tuple[Tensors, Fields]:
         """One of `VERBS`.
@@ -65,10 +72,11 @@ class Masked:
         try:
             if request.verb == "keys":
                 self._agrees(message)
-                state, answer = self._silo.keys(self._load(request.run), message)
+                state, answer = self._silo(len(message.fields["silos"])).keys(self._load(request.run), message)
             else:
-                phase = getattr(self._silo, request.verb)
-                state, answer = phase(self._state(request), message)
+                state = self._state(request)
+                phase = getattr(self._silo(len(state.parameters.silos)), request.verb)
+                state, answer = phase(state, message)
         except AggregationRefused as refusal:
             raise RefusedError(refusal.sentence()) from None
         self._save(request.run, state)
@@ -82,7 +90,7 @@ class Masked:
         """
         state = self._state(request)
         try:
-            self._save(request.run, self._silo.accept(state, self._message(request)))
+            self._save(request.run, self._silo(len(state.parameters.silos)).accept(state, self._message(request)))
         except AggregationRefused as refusal:
             raise RefusedError(refusal.sentence()) from None
 
@@ -97,21 +105,50 @@ class Masked:
             RefusedError: the protocol forbids an answer.
         """
         state = self._state(request)
-        how = encoding(self._recipe, len(state.parameters.silos))
-        weight = weight_under(self._recipe, self._spec, fields)
-        loss = 0.0 if withheld(self._recipe) else float(fields["loss"])
-        words, _ = hidden(update[REST], loss, weight, how, (request.silo, request.round), self._recipe.seed)
+        silos = len(state.parameters.silos)
+        how = encoding(self._recipe, silos, state.parameters.length)
+        if isinstance(how, NoisedEncoding):
+            words = self._noised(request, update, how)
+        else:
+            weight = weight_under(self._recipe, self._spec, fields)
+            loss = 0.0 if withheld(self._recipe) else float(fields["loss"])
+            key = (request.silo, request.round)
+            words, _ = hidden(update[REST], loss, weight, how, key, self._recipe.seed)
         try:
-            state, answer = self._silo.train(state, self._message(request), words)
+            state, answer = self._silo(silos).train(state, self._message(request), words)
         except AggregationRefused as refusal:
             raise RefusedError(refusal.sentence()) from None
         self._save(request.run, state)
         return sent(answer)
 
+    def _silo(self, silos: int) -> secagg.Silo:
+        """The protocol's silo, on the terms of a round of so many."""
+        spec, identity = self._spec, self._identity
+        risk = secagg.Risk(spec.dropouts, spec.corrupt, malicious=spec.coordinator == "malicious")
+        noised = noised_by_silos(self._recipe)
+        least = max(self._minimum, least_survivors(self._recipe, silos)) if noised else self._minimum
+        return secagg.Silo(self._name, identity.signer, identity.directory, secagg.Policy(risk, least))
+
+    def _noised(self, request: Request, update: Tensors, how: NoisedEncoding) -> Words:
+        """The update with this silo's noise, which is paid for."""
+        run = "" if self._simulated else request.run  # its name is another in every simulation of one recipe
+        secret = secret_of(self._folder, (self._recipe.seed, self._name) if self._simulated else None)
+        stream = SecretStream(secret, "silo noise", run, request.round, self._name, content(update))
+        words = hidden_noised(update[REST], how, stream)
+        spec, folder = self._recipe.privacy, self._file(request.run).parent
+        assert spec is not None
+        budget = Budget("silo", "zero-out", spec.epsilon, spec.delta, {self._name: 1})
+        digest = hashlib.sha256(words.tobytes()).hexdigest()
+        with disk_errors(folder, "silo's ledger"), Ledger(folder / LEDGER, budget) as ledger:
+            ledger.charge(Event(request.run, request.round, 0, self._name, how.mechanism, digest))
+        return words
+
     def _agrees(self, message: secagg.Message) -> None:
         """Raises RefusedError: what would be added up is not what this run's recipe says."""
-        silos = message.fields.get("silos")
-        how = encoding(self._recipe, len(silos) if isinstance(silos, list) else 1)
+        silos, length = message.fields.get("silos"), message.fields.get("length")
+        if not isinstance(silos, list) or type(length) is not int or length <= BESIDE:
+            raise RefusedError("secure aggregation of nobody, or of nothing")
+        how = encoding(self._recipe, len(silos), length)
         wanted = {"ring_bits": how.ring_bits, "agreed": how.fields, "malicious": self._spec.coordinator == "malicious"}
         for name, value in wanted.items():
             if message.fields.get(name) != value:
