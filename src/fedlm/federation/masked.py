@@ -27,7 +27,7 @@ from fedlm.errors import AggregationRefused, RunError
 from fedlm.federation.disk import disk_errors
 from fedlm.federation.folding import FoldResult
 from fedlm.federation.identities import SimulatedDirectory
-from fedlm.federation.records import Traffic
+from fedlm.federation.records import Traffic, reasons
 from fedlm.files import read_json, write_json
 from fedlm.guards import REST, shared_key
 from fedlm.guards.base import parted, size_of
@@ -145,16 +145,22 @@ def train_masked(
 
         return silos.exchange(requests())
 
-    take(ask("keys", aggregation.keys_requests()), aggregation.take_keys)
-    take(ask("shares", aggregation.shares_requests()), aggregation.take_shares)
-    take(train(aggregation.train_requests()), aggregation.take_masked)
-    closing = aggregation.consistency_requests() if malicious else aggregation.unmask_requests()
-    note.write(aggregation.survivors)
-    if malicious:
-        take(ask("consistency", closing), aggregation.take_consistency)
-        closing = aggregation.unmask_requests()
-    take(ask("unmask", closing), aggregation.take_unmask)
-    total = aggregation.finish()
+    try:
+        take(ask("keys", aggregation.keys_requests()), aggregation.take_keys)
+        take(ask("shares", aggregation.shares_requests()), aggregation.take_shares)
+        take(train(aggregation.train_requests()), aggregation.take_masked)
+        closing = aggregation.consistency_requests() if malicious else aggregation.unmask_requests()
+        note.write(aggregation.survivors)
+        if malicious:
+            take(ask("consistency", closing), aggregation.take_consistency)
+            closing = aggregation.unmask_requests()
+        take(ask("unmask", closing), aggregation.take_unmask)
+        total = aggregation.finish()
+    except RunError as error:
+        if not failures:
+            raise
+        why = reasons([failures[name] for name in sorted(failures)])
+        raise RunError(f"{error.what} ({why})", where=error.where, fix=error.fix) from None
 
     means, loss, weights = shown(total.values, len(total.survivors), how)
     if silos.chain is None:
