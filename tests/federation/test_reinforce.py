@@ -55,6 +55,7 @@ def test_a_run_writes_is_rewarded_and_measured(method: str, asking: Asking, tmp_
     assert last["validation"]["loss"] == -last["validation"]["reward"]
     assert "perplexity" not in last["validation"] and 0 <= last["validation"]["reward"] <= 1
     assert {"reward", "kl", "flat_groups", "answer_tokens", "unfinished"} <= last["figures"].keys()
+    assert abs(last["figures"]["kl"]) > 1e-6  # to what the run began with, not to the policy itself
     for line in last["silos"].values():
         assert line["examples"] == 2 * 3 * 3 and line["target_tokens"] <= 18 * 6
     told = json.loads((tmp_path / "run" / "evaluation.json").read_text())

@@ -110,6 +110,20 @@ def test_peft_is_restored(adapted: Any) -> None:
     assert "forward" not in vars(layer)
 
 
+def test_a_disabled_adapter_is_disabled(adapted: Any, sequences: list[Encoded]) -> None:
+    """What a run began with, asked for in the middle of a step: the base's numbers, and then the adapter's again."""
+    with torch.no_grad():
+        with adapted.disable_adapter():
+            base = padded_nll(adapted, sequences)
+        before = padded_nll(adapted, sequences)
+        with fused_lora(adapted):
+            first = padded_nll(adapted, sequences)
+            with adapted.disable_adapter():
+                assert torch.equal(padded_nll(adapted, sequences), base)
+            assert torch.equal(padded_nll(adapted, sequences), first)
+    assert float((before - base).abs().max()) > 1e-3 and torch.allclose(first, before, atol=1e-5)
+
+
 def test_siblings_called_with_other_inputs_are_computed_apart(adapted: Any) -> None:
     mlp = adapted.get_base_model().model.layers[0].mlp
     x, y = torch.randn(1, 3, 64), torch.randn(1, 3, 64)

@@ -13,7 +13,7 @@ import logging
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -165,9 +165,13 @@ def _alike(layers: list[Any]) -> bool:
 
 
 def _forward(group: _Group, index: int) -> Any:
+    layer = group.layers[index]
+
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs:
             raise TypeError("a fused LoRA layer takes the input alone")
+        if layer.disable_adapters:  # for a while: what a run began with is asked for in the middle of a step
+            return cast(Tensor, LoraLinear.forward(layer, x))
         return group.call(index, x)
 
     return forward
