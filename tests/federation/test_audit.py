@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 from fedlm.cli.main import app
 from fedlm.federation.api import run_recipe
 from fedlm.recipe.guards import GUARDS
+from fedlm.recipe.load import load_recipe
 from fedlm.recipe.methods import ALGORITHMS
+from fedlm.recipe.starters import read_template
 from fedlm.report.audit import CLIPPED, KEPT, MASKED, NOISED, OPEN, AuditOfRun, audit_of, html_page, leaving
 from tests.federation.conftest import Tiny
 
@@ -89,6 +91,17 @@ def test_without_its_silos_ledgers_a_run_is_accounted_from_its_rounds(tiny: Tiny
     after = audit_of(tmp_path / "run").guarantee
     assert before is not None and after is not None and before.by_ledger and not after.by_ledger
     assert after.spent == pytest.approx(before.spent, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [("prompt-search", "sums of its rows' scores"), ("in-context", "answers written with its rows in context")],
+)
+def test_without_training_no_update_leaves_and_what_does_is_listed(template: str, told: str, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(read_template(template))
+    found = [item.what for item in leaving(load_recipe(file, ()))]
+    assert any(told in what for what in found) and not any("update" in what for what in found)
 
 
 def test_a_recipe_can_be_asked_before_it_is_run(tiny: Tiny, tmp_path: Path) -> None:

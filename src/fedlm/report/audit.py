@@ -124,7 +124,7 @@ def _answers(name: str, recipe: Recipe, facts: RunFacts | None, folder: Path | N
 def leaving(recipe: Recipe) -> Iterator[Leaving]:
     """Everything that a silo sends in a run of this recipe, and what it keeps that others would send."""
     masked, hidden = mask_of(recipe) is not None, withheld(recipe)
-    spec, method = recipe.privacy, ALGORITHMS[recipe.federation.algorithm.name]
+    spec = recipe.privacy
     yield Leaving("versions of fedlm, torch and Python", "once", OPEN)
     whole_silo = spec is not None and spec.unit == "silo"
     rows = "how many rows it trains on"
@@ -139,6 +139,20 @@ def leaving(recipe: Recipe) -> Iterator[Leaving]:
     labels = KEPT if hidden or masked else f"{OPEN}; not where its policy has `share_labels: false`"
     yield Leaving("rows by label", "once", labels)
 
+    if recipe.search is not None:
+        yield Leaving("sums of its rows' scores of candidate prompts", "every round", OPEN)
+    if recipe.in_context is not None:
+        yield Leaving("answers written with its rows in context, which may repeat them", "every question", OPEN)
+    if recipe.search is None and recipe.in_context is None:
+        yield from _of_training(recipe)
+    yield Leaving("when it answers, and the size of what it sends", "every exchange", "seen by whoever carries it")
+    unseen = "text, tokens, or any row" if recipe.in_context is None else "a row as it is, or its tokens"
+    yield Leaving(unseen, "never", KEPT)
+
+
+def _of_training(recipe: Recipe) -> Iterator[Leaving]:
+    masked, hidden = mask_of(recipe) is not None, withheld(recipe)
+    spec, method = recipe.privacy, ALGORITHMS[recipe.federation.algorithm.name]
     update = "an update of the adapter" if recipe.adapter.kind != "full" else "an update of the model"
     protections = [OPEN]
     if spec is not None:
@@ -168,8 +182,6 @@ def leaving(recipe: Recipe) -> Iterator[Leaving]:
         yield Leaving("centres of groups of its rows", "once", OPEN)
     if recipe.data.augment is not None:
         yield Leaving("centres of groups of its rows", "once", OPEN)
-    yield Leaving("when it answers, and the size of what it sends", "every exchange", "seen by whoever carries it")
-    yield Leaving("text, tokens, or any row", "never", KEPT)
 
 
 def _nth(every: int) -> str:
