@@ -68,6 +68,10 @@ class Redactor:
             at = stop
         return "".join([*parts, text[at:]])
 
+    def finds(self, text: str) -> list[tuple[str, str]]:
+        """What `text` would replace, in its order: kind and value. Not counted."""
+        return [(kind, text[start:stop]) for start, stop, kind in sorted(self._found(text))]
+
     def _value(self, value: Any, known: dict[tuple[str, str], int]) -> Any:
         if isinstance(value, str):
             return self.text(value, known)
