@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from fedlm.algorithms import get_algorithm
 from fedlm.algorithms.base import Place, Step
+from fedlm.attacks.silos import inner_product, little
 from fedlm.messages import Fields, Tensors
 from fedlm.models.deltas import deltas_of
 from fedlm.recipe.schema import AdapterSpec, AlgorithmSpec
@@ -51,12 +51,6 @@ def honest(count: int, spread: float = 0.5, seed: int = 0) -> list[Tensors]:
 
 def flat(update: Tensors) -> F64:
     return torch.cat([update[name].reshape(-1).double() for name in sorted(update)]).numpy()
-
-
-def unflat(vector: F64) -> Tensors:
-    shapes = {name: value.shape for name, value in sorted(theta().items())}
-    parts = torch.split(torch.from_numpy(vector).float(), [shape.numel() for shape in shapes.values()])
-    return {name: part.view(shape).clone() for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
 def acting(model: Tensors) -> F64:
@@ -113,7 +107,7 @@ def moved(updates: Sequence[Tensors], spool: Path, **options: Any) -> F64:
     return flat(after) - flat(start)
 
 
-# attacks: the bad silos' updates, who know the honest ones
+# attacks: the bad silos' updates, who know the honest ones; those of papers are in fedlm.attacks.silos
 
 
 def huge(good: Sequence[Tensors], bad: int) -> list[Tensors]:
@@ -124,22 +118,6 @@ def huge(good: Sequence[Tensors], bad: int) -> list[Tensors]:
 def together(good: Sequence[Tensors], bad: int) -> list[Tensors]:
     """One and the same far point, from all of them."""
     return [{n: u - 100.0 * u.abs().max() for n, u in good[0].items()} for _ in range(bad)]
-
-
-def little(good: Sequence[Tensors], bad: int) -> list[Tensors]:
-    """'A little is enough' (Baruch et al., NeurIPS 2019): mean - z std, with the z that lets most honest values lie
-    further out than enough of the bad ones."""
-    n = len(good) + bad
-    supporters = n // 2 + 1 - bad
-    z = NormalDist().inv_cdf(min(0.99, max(0.5, (n - bad - supporters) / (n - bad))))
-    x = np.stack([flat(u) for u in good])
-    return [unflat(x.mean(0) - z * x.std(0)) for _ in range(bad)]
-
-
-def inner_product(good: Sequence[Tensors], bad: int, epsilon: float = 1.5) -> list[Tensors]:
-    """Inner product manipulation (Xie, Koyejo and Gupta, UAI 2019): -epsilon times the honest mean."""
-    mean = np.stack([flat(u) for u in good]).mean(0)
-    return [unflat(-epsilon * mean) for _ in range(bad)]
 
 
 ATTACKS = {"huge": huge, "together": together, "little": little, "inner product": inner_product}
