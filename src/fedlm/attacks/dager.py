@@ -288,6 +288,16 @@ def noised(update: Tensors, bound: float, multiplier: float, seed: int) -> tuple
     }, sigma
 
 
+def score_under_noise(
+    model: nn.Module, update: Tensors, sequences: Sequence[Sequence[int]], bound: float, multiplier: float, seed: int
+) -> Score:
+    """Tokens named from a `noised` update by an attacker who knows the noise and how many distinct tokens there are:
+    to be held against as many `frequent_tokens`."""
+    private, sigma = noised(update, bound, multiplier, seed)
+    count = score_tokens([], sequences).present
+    return score_tokens(nearest_tokens(model, private, count, sigma), sequences)
+
+
 def summed(updates: Sequence[Tensors]) -> Tensors:
     """What a coordinator sees of several silos behind secure aggregation."""
     return {name: sum((u[name] for u in updates[1:]), updates[0][name].clone()) for name in updates[0]}
