@@ -159,11 +159,11 @@ def test_lira_on_a_model_that_barely_overfits(base: Any, parts: tuple[list[Encod
     for _ in range(12):
         mark = np.zeros(80, bool)
         mark[random.permutation(80)[:40]] = True
-        shadow = overfitted(copy.deepcopy(base), [s for s, m in zip(pool, mark, strict=True) if m], steps=25)
+        shadow = overfitted(copy.deepcopy(base), [s for s, m in zip(pool, mark, strict=True) if m], steps=8, rate=2e-3)
         rows.append(-losses(shadow, pool))
         marks.append(mark)
     shadows, inside = np.stack(rows), np.stack(marks)
-    target = -losses(overfitted(copy.deepcopy(base), members, steps=25), pool)
+    target = -losses(overfitted(copy.deepcopy(base), members, steps=8, rate=2e-3), pool)
     online = lira_online(target, shadows, inside, shared=True)
     plain, ratio = judge(target[:40], target[40:]), judge(online[:40], online[40:])
     print("loss", plain, "LiRA", ratio)
