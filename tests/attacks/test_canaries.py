@@ -67,8 +67,9 @@ def test_a_learnt_canary_is_exposed_and_one_left_out_is_not(base: Any, learning:
 
 def test_exposures_rank_summed_losses(base: Any, learning: tuple[Any, list[Encoded]]) -> None:
     encode, _ = learning
-    space = Space("a {} b", "12", 4)
+    space = Space("a {} b", "en", 4)
     texts = [encode(space.text(s)) for s in space.secrets()]
+    assert len({t.targets for t in texts}) > 1  # "en" is one token
     sums = [float(losses(base, [t])[0]) * t.targets for t in texts]
     order = sorted(range(16), key=lambda i: sums[i])
     secrets = list(space.secrets())

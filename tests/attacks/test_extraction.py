@@ -20,7 +20,7 @@ def test_an_overfitted_model_writes_its_rows_and_no_others(base: Any, tokenizer:
     order = np.random.default_rng(1).permutation(len(rows))
     members, others = [rows[i] for i in order[:16]], [rows[i] for i in order[16:48]]
     before = extract(base, tokenizer, members, prefix=12, suffix=20)
-    model = overfitted(base, [encoded(ids) for ids in members], steps=150)
+    model = overfitted(base, [encoded(ids) for ids in members], steps=100)
     inside = extract(model, tokenizer, members, prefix=12, suffix=20)
     outside = extract(model, tokenizer, others, prefix=12, suffix=20)
     print(inside.share, outside.share)
@@ -49,7 +49,7 @@ def test_personal_data_is_counted_where_the_suffix_alone_holds_it(base: Any, tok
     texts = [f"the bank wrote to {name} and the answer came from {name}@school.example on the day" for name in names]
     known = [tokenizer.encode(text) for text in texts]
     length = min(len(ids) for ids in known)
-    model = overfitted(base, [encoded(ids[:length]) for ids in known], steps=200)
+    model = overfitted(base, [encoded(ids[:length]) for ids in known], steps=120)
     redactor = Redactor(RedactSpec(kinds=["email"]))
     tokens_to_name = len(tokenizer.encode("the bank wrote to boris"))
     asked = [ids[:length] for ids in known]

@@ -65,6 +65,17 @@ def test_intervals_at_the_ends() -> None:
     assert auc_interval(0.0, 10, 10) == pytest.approx((1 - high, 1 - low), abs=1e-9)
 
 
+@pytest.mark.parametrize("auc", [0.5, 0.8, 0.99, 1.0])
+def test_an_intervals_ends_are_z_standard_errors_away(auc: float) -> None:
+    """By the variance as Hanley and McNeil write it (Radiology 143, 1982), of n and n."""
+    n = 25
+    for end in auc_interval(auc, n, n):
+        if end < 1:
+            q1, q2 = end / (2 - end), 2 * end**2 / (1 + end)
+            variance = (end * (1 - end) + (n - 1) * (q1 - end**2) + (n - 1) * (q2 - end**2)) / n**2
+            assert abs(end - auc) / math.sqrt(variance) == pytest.approx(1.959964, abs=1e-4)
+
+
 # likelihood ratios
 
 
@@ -77,6 +88,15 @@ def test_online_is_the_likelihood_ratio() -> None:
     without = norm(b.mean(0), b.std(0, ddof=1))
     np.testing.assert_allclose(lira_online(target, shadows, inside), with_it - without.logpdf(target), rtol=1e-9)
     np.testing.assert_allclose(lira_offline(target, b), without.logcdf(target), rtol=1e-9)
+
+
+def test_a_shared_variance_is_the_pooled_one() -> None:
+    """Squares around each sequence's own mean, over the degrees of freedom that are left; one shadow each is enough
+    where others have more."""
+    values = np.array([[0.0, 10.0, 5.0], [2.0, 14.0, 5.0]])
+    deviation = math.sqrt((2 * 1.0 + 2 * 4.0) / 3)
+    expected = norm([1.0, 12.0, 5.0], deviation).logcdf([0.5, 12.0, 9.0])
+    np.testing.assert_allclose(lira_offline(np.array([0.5, 12.0, 9.0]), values, shared=True), expected, rtol=1e-12)
 
 
 def test_it_sees_through_what_is_hard_or_easy() -> None:

@@ -116,7 +116,8 @@ def recover(
     beginnings: list[list[int]] = [[]]
     complete = True
     for _ in range(longest):
-        owners, tries = [], []
+        owners: list[int] = []
+        tries: list[list[int]] = []
         for i, beginning in enumerate(beginnings):
             full = len(beginning) >= RUN and _is_run(beginning)
             tries += [[*beginning, token] for token in tokens if not (full and token == beginning[0])]
@@ -169,7 +170,8 @@ def row_space(gradients: Sequence[Tensor], tolerance: float = TOLERANCE, noise: 
     stacked = torch.cat([g.detach().to("cpu", torch.float64) for g in gradients])
     _, singular, basis = torch.linalg.svd(stacked, full_matrices=False)
     floor = max(tolerance * float(singular[0]), noise * (len(stacked) ** 0.5 + stacked.shape[1] ** 0.5))
-    return basis[: int((singular > floor).sum())]
+    kept: Tensor = basis[: int((singular > floor).sum())]
+    return kept
 
 
 def distances(vectors: Tensor, basis: Tensor) -> Tensor:
@@ -183,7 +185,7 @@ def distances(vectors: Tensor, basis: Tensor) -> Tensor:
 def token_distances(model: nn.Module, basis: Tensor) -> Tensor:
     """Distance [vocabulary] of what the first layer reads of each token to the first layer's span."""
     size = causal_model(model).get_input_embeddings().weight.shape[0]
-    parts = torch.arange(size).split(4096)
+    parts = (torch.arange(start, min(start + 4096, size)) for start in range(0, size, 4096))
     return torch.cat([distances(_first_inputs(model, part), basis) for part in parts])
 
 
