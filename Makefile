@@ -15,7 +15,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-network test test-slow lint bench docs clean
+.PHONY: help setup demo demo-network test test-slow test-figures lint bench docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ test: $(VENV)/.stamp-dev  ## the test suite
 
 test-slow: $(VENV)/.stamp-dev  ## tests on the real model and the longest others: tens of minutes, needs the package registry once
 	$(BIN)/python -m pytest -m slow -n auto --maxprocesses 2 --durations=20 $(ARGS)
+
+test-figures: $(VENV)/.stamp-dev  ## what the documents say of the real model, measured again: minutes each
+	$(BIN)/python -m pytest -m figures -s $(ARGS)
 
 lint: $(VENV)/.stamp-dev  ## ruff, mypy --strict, order of imports between rooms
 	$(BIN)/ruff check .

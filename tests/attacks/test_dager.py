@@ -220,7 +220,7 @@ def test_refusals(base: Any) -> None:
 # the real model
 
 
-@pytest.mark.slow
+@pytest.mark.figures
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_smollm2_by_batches_of_news(kind: str) -> None:
     """4 x 32 tokens of BBC news: >= 90 % of distinct tokens and of sequences, by full gradients and by LoRA of rank 48

@@ -168,7 +168,7 @@ def test_an_overfitted_model_gives_its_members_away(base: Any, parts: tuple[list
     assert half.auc_interval[0] < 0.5 < half.auc_interval[1]  # among those it never saw
 
 
-@pytest.mark.slow
+@pytest.mark.figures
 def test_lira_on_a_model_that_barely_overfits(base: Any, parts: tuple[list[Encoded], list[Encoded]]) -> None:
     """Few steps: the loss is weak; shadow models of the attacker's own show who was there."""
     members, others = parts

@@ -20,7 +20,7 @@ LENGTH = 32
 SPACE = Space(" The code of the safe in the office of the director is {}", length=3)
 
 
-@pytest.mark.slow
+@pytest.mark.figures
 def test_smollm2_learns_by_heart() -> None:
     """10 articles and 2 canaries, LoRA of rank 16 on all linear layers, 16 steps of AdamW."""
     model, tokenizer = smollm2()

@@ -59,7 +59,7 @@ training: {{steps: 2, max_length: 192}}
 """
 
 
-@pytest.mark.slow
+@pytest.mark.figures
 def test_smollm2_finds_medical_rows_among_others(tmp_path: Path) -> None:
     """Four specialties of MedMCQA take ten rows each of 40 of other specialties and 120 of finance, SQuAD and news: at
     least 60 % are medical (drawn at random 25 %), and the silos' rows are covered better than by any of 100 draws."""

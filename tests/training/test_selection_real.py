@@ -18,7 +18,7 @@ from fedlm.training.selection.alignment import alignment, best
 from fedlm.training.tasks import get_task
 
 
-@pytest.mark.slow
+@pytest.mark.figures
 def test_answers_to_other_questions_are_dropped_by_smollm2(tmp_path: Path) -> None:
     """60 rows of SQuAD, 12 with another row's answer: of the 12 lowest scores at least 10 are theirs (11 expected)."""
     path = tmp_path / "qa.yaml"
