@@ -290,8 +290,12 @@ def asked(tiny: Tiny, algorithm: str, unit: str) -> tuple[str, ...] | str:
         changes += ["training.keep_optimizer=true", "federation.downlink.send=changed"]
     if "root" in method.options:
         changes.append("federation.algorithm.root=site0")
-    if algorithm in ("bulyan",):
+    if "byzantine" in method.options and algorithm != "flame":
         changes.append("federation.algorithm.byzantine=0")
+    if "fragments" in method.options:
+        changes.append("federation.algorithm.fragments=2")
+    if "clip_norm" in method.without:
+        changes.remove("training.clip_norm=null")
     try:
         tiny.recipe(*changes)
     except RecipeError as error:
@@ -307,4 +311,5 @@ def test_every_algorithm_runs_or_is_refused(tiny: Tiny, tmp_path: Path, algorith
     if isinstance(found, str):
         assert f"'{unit}' not with '{algorithm}'" in found
         return
-    run(tiny, tmp_path / "run", *found)
+    result = run_recipe(tiny.recipe(*found), base=tiny.base, run_dir=tmp_path / "run")
+    assert result.status == "finished"
