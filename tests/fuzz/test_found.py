@@ -108,6 +108,14 @@ def test_an_endless_number_is_no_budget() -> None:
         build_recipe(Tree({**BASE, "federation": {"capacity": {"default": {"memory": "9" * 400 + "GB"}}}}))
 
 
+def test_a_version_of_yaml_that_is_none_is_a_sentence() -> None:
+    """The library looked it up in a table, and KeyError came out."""
+    with pytest.raises(RecipeError, match="asks for another version"):
+        parse_yaml("data:\n%YAML 9.9\n---\na: 1\n", "x.yaml")
+    with pytest.raises(RecipeError, match="cannot read"):
+        parse_value("a: 1\n%YAML 9.9\n---\nb", "--set")
+
+
 def test_half_a_surrogate_pair_is_refused_as_what_it_is() -> None:
     """UnicodeEncodeError, where pydantic puts the text into its message: in a capacity at a silo's door, and in any
     field of a file that writes it as an escape."""

@@ -239,7 +239,7 @@ class _Progress:
             stored = read_json(self.file)
             self.run, self.merges = str(stored["run"]), [(int(a), int(b)) for a, b in stored["merges"]]
             same = stored["about"] == self.about
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             raise RunError("what was learnt so far is damaged", where=str(self.file), fix="remove it") from None
         if not same:
             raise RunError(

@@ -64,6 +64,8 @@ def parse_yaml(text: str, name: str, *, what: str = "recipe", example: str = "`f
         raise RecipeError(error.what, where=f"{name}:{error.line}") from None
     except MarkedYAMLError as error:
         raise _syntax_error(error, text, name) from None
+    except KeyError:  # of the library's table of versions
+        raise RecipeError("this is not YAML 1.1 or 1.2: it asks for another version", where=name) from None
     except (YAMLError, RecursionError, ValueError) as error:
         # the reader's errors carry no line, e.g. control characters; deep nesting ends in RecursionError
         reason = "nested too deeply" if isinstance(error, RecursionError) else "it holds characters that YAML forbids"
@@ -81,7 +83,7 @@ def parse_value(text: str, where: str) -> Any:
     """One value of `--set`, written as YAML: 3 is a number, [a, b] a list, anything else text."""
     try:
         root = _reader().compose(text)
-    except (YAMLError, RecursionError, ValueError, _TooLargeError):
+    except (YAMLError, RecursionError, ValueError, KeyError, _TooLargeError):
         raise RecipeError(f"cannot read {text!r} as a YAML value", where=where, fix="quote it") from None
     return None if root is None else _Builder(where, {}).build(root, (), 0)
 
