@@ -24,8 +24,9 @@ from fedlm.algorithms.base import Accumulator
 from fedlm.errors import RunError, UpdateRefused
 from fedlm.federation.disk import disk_errors
 from fedlm.federation.rundir import RunDir
-from fedlm.federation.silo.private import LEDGER, content
+from fedlm.federation.silo.private import LEDGER
 from fedlm.federation.silo.secret import secret_of
+from fedlm.federation.silo.state import tensors_digest
 from fedlm.files import read_tensors, sha256_file, write_tensors
 from fedlm.messages import Fields, Tensors
 from fedlm.privacy.calibration import calibrate
@@ -93,7 +94,7 @@ class SumNoise:
         if not accumulator.count or accumulator.lacking:
             raise RunError("no whole update was accepted, so there is no sum to add noise to")
         file = self._dir.path / "noised" / f"round-{number:04d}.safetensors"
-        before = content(model)
+        before = tensors_digest(model)
         with disk_errors(self._dir.path):
             kept = self._kept(file, before)
             if kept is None:
@@ -123,7 +124,7 @@ class SumNoise:
         network = bool(self._dir.meta.get("network"))
         secret = secret_of(self._dir.path / "noised", None if network else (self._recipe.seed, PARTY))
         run = self._dir.run if network else ""  # its name is another in every simulation of one recipe
-        stream = SecretStream(secret, "noise", run, number, before, content(accumulator.total))
+        stream = SecretStream(secret, "noise", run, number, before, tensors_digest(accumulator.total))
         assert self.mechanism.noise_multiplier is not None
         deviation = self.mechanism.noise_multiplier * self.clip * SLACK
         noised: Tensors = {}

@@ -286,6 +286,8 @@ def open_ends(recipe: Recipe) -> Iterator[str]:
     if spec is not None and spec.unit == "example":
         yield "How long a silo's round takes depends on which rows were drawn, and can be seen."
         yield "A row that is in several silos, or a person with several rows, has less protection than one row."
+    if spec is not None:
+        yield "Where a silo fails, the sentence that says why may hold a count of its rows."
     if masked and not withheld(recipe):
         yield "Figures on held-out rows are each silo's own and not masked."
     yield "A silo that trains on false rows is not found out by any of this."

@@ -27,6 +27,7 @@ from fedlm.federation.disk import disk_errors
 from fedlm.federation.identities import Identity, simulated
 from fedlm.federation.memory import peak_rss
 from fedlm.federation.silo.augmented import centres
+from fedlm.federation.silo.leaving import coarse, quiet, sparse, told, without_noise
 from fedlm.federation.silo.masked import MASKS, Masked
 from fedlm.federation.silo.masked import VERBS as MASK_VERBS
 from fedlm.federation.silo.measured import held_out, measured
@@ -46,7 +47,6 @@ from fedlm.recipe.capacity import Capacity, lesser, parse_capacity
 from fedlm.recipe.guards import mask_of
 from fedlm.recipe.methods import ALGORITHMS
 from fedlm.recipe.privacy import withheld
-from fedlm.recipe.schema import Recipe
 from fedlm.training.plan import Plan, parse_plan
 
 log = logging.getLogger("fedlm.silo")
@@ -356,49 +356,6 @@ class Silo:
 
     def _failure(self, kind: FailureKind, reason: str) -> Failure:
         return Failure(self.name, kind, reason)
-
-
-def coarse(card: Fields) -> Fields:
-    """A data card that says of the training rows how many there are at most, in powers of two, and nothing of labels:
-    a silo's weight is hidden under the mask, and this would tell it."""
-    rows = int(card["rows"]["train"])
-    return {**card, "rows": {**card["rows"], "train": 1 << (rows - 1).bit_length() if rows else 0}, "labels": {}}
-
-
-def sparse(card: Fields, recipe: Recipe) -> Fields:
-    """A data card without figures of rows that noise does not cover: none of labels and of what is held out, and of
-    training rows their number only where examples are protected, not their silo."""
-    train = int(card["rows"]["train"])
-    if recipe.privacy is not None and recipe.privacy.unit == "silo":
-        train = min(1, train)
-    return {**card, "rows": {"train": train, "validation": 0, "test": 0}, "labels": {}}
-
-
-PUBLIC = ("steps", "rank", "rows", "repeated")
-"""What a reply to `train` says beside an update under a guarantee. The recipe and the card say the same."""
-
-
-def told(fields: Fields, recipe: Recipe) -> Fields:
-    """The fields of a reply to `train` that may leave."""
-    if not withheld(recipe):
-        return fields
-    assert recipe.privacy is not None
-    names = PUBLIC if recipe.privacy.unit == "example" else [name for name in PUBLIC if name != "rows"]
-    return {name: fields[name] for name in names if name in fields}
-
-
-def without_noise(recipe: Recipe, verb: str) -> str:
-    """Why a verb would tell of rows what no noise covers; empty where it does not."""
-    if recipe.privacy is None or verb in ("hello", "train", *MASK_VERBS):
-        return ""
-    if verb == "evaluate":
-        return "this run's recipe lets no figure leave (privacy.figures: withheld)" if withheld(recipe) else ""
-    return f"the answer to '{verb}' has no noise, and this run's recipe asks for privacy"
-
-
-def quiet(observe: Observe) -> Observe:
-    """Progress without figures of the training, which masks hide."""
-    return lambda event: observe({k: v for k, v in event.items() if k not in ("loss", "tokens_per_second")})
 
 
 def classify(error: Exception) -> tuple[FailureKind, str]:

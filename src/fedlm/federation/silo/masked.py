@@ -17,9 +17,10 @@ import torch
 from fedlm.errors import AggregationRefused
 from fedlm.federation.disk import disk_errors
 from fedlm.federation.identities import Identity
-from fedlm.federation.silo.private import LEDGER, content
+from fedlm.federation.silo.private import LEDGER
 from fedlm.federation.silo.refusals import RefusedError
 from fedlm.federation.silo.secret import secret_of
+from fedlm.federation.silo.state import tensors_digest
 from fedlm.files import sync_folder
 from fedlm.guards import REST
 from fedlm.guards.mask import BESIDE, encoding, hidden, weight_under
@@ -133,7 +134,7 @@ class Masked:
         """The update with this silo's noise, which is paid for."""
         run = "" if self._simulated else request.run  # its name is another in every simulation of one recipe
         secret = secret_of(self._folder, (self._recipe.seed, self._name) if self._simulated else None)
-        stream = SecretStream(secret, "silo noise", run, request.round, self._name, content(update))
+        stream = SecretStream(secret, "silo noise", run, request.round, self._name, tensors_digest(update))
         words = hidden_noised(update[REST], how, stream)
         spec, folder = self._recipe.privacy, self._file(request.run).parent
         assert spec is not None

@@ -7,7 +7,6 @@ what one row contributes, Kairouz et al. 2021, definition 1.1). Each round's cos
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from fedlm.errors import TrainingError
 from fedlm.federation.disk import disk_errors
 from fedlm.federation.silo.secret import secret_of
+from fedlm.federation.silo.state import tensors_digest
 from fedlm.messages import Request, Tensors
 from fedlm.privacy.accounting import spent
 from fedlm.privacy.calibration import calibrate
@@ -130,7 +130,7 @@ class PrivateRound:
             with Ledger(folder / LEDGER, mine.budget) as ledger:
                 ledger.charge(
                     # The same bytes cost nothing more in another attempt, and other bytes are another event anyway.
-                    Event(request.run, request.round, 0, request.silo, mine.mechanism, content(update))
+                    Event(request.run, request.round, 0, request.silo, mine.mechanism, tensors_digest(update))
                 )
 
     def _mechanism(self, rows: int) -> Mechanism:
@@ -146,13 +146,3 @@ class PrivateRound:
             expected=mine.expected,
             steps=mine.mechanism.count,
         )
-
-
-def content(tensors: Tensors) -> str:
-    """SHA-256 of names, types, shapes and bytes."""
-    state = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        state.update(f"\x1f{name}\x1f{tensor.dtype}\x1f{tuple(tensor.shape)}\x1f".encode())
-        state.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return state.hexdigest()

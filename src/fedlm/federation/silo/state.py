@@ -48,9 +48,14 @@ def request_key(request: Request) -> str:
 
 def request_digest(request: Request) -> str:
     """SHA-256 over what the silo was asked to compute: tensors (names, types, shapes, bytes) and fields."""
-    state = hashlib.sha256(json.dumps(request.fields, sort_keys=True).encode())
-    for name in sorted(request.tensors):
-        tensor = request.tensors[name].detach().cpu().contiguous()
+    return tensors_digest(request.tensors, json.dumps(request.fields, sort_keys=True))
+
+
+def tensors_digest(tensors: Tensors, beside: str = "") -> str:
+    """SHA-256 over a text and tensors: names, types, shapes, bytes."""
+    state = hashlib.sha256(beside.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
         state.update(f"\x1f{name}\x1f{tensor.dtype}\x1f{tuple(tensor.shape)}\x1f".encode())
         state.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()
