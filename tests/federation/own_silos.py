@@ -57,3 +57,12 @@ def data_file(folder: Path, text: str) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
     return file
+
+
+def sharing_owner(name: str, base: Path, model: str, states: Path, policy: str = "") -> OwnSilo:
+    """A real silo that takes the recipe's share of the rows under `base`; `policy` are lines of its owner's."""
+    folder = states.parent / f"owner-{name}"
+    text = data_file(folder, f"share_of_recipe: true\nbase: {base}\n")
+    rules = folder / "policy.yaml"
+    rules.write_text(f"models: {{tiny-model0: {model}}}\n{policy}")
+    return OwnSilo(name, states, text, rules)

@@ -23,7 +23,7 @@ from fedlm.recipe.schema import Recipe
 from fedlm.training.plan import Plan, parse_plan
 from tests.federation.conftest import Tiny
 from tests.federation.mixed import SHORT, SITES, Seen, adapter, lines, same
-from tests.federation.own_silos import Network, data_file
+from tests.federation.own_silos import Network, sharing_owner
 
 # ------------------------------------------------------------------------------------------------ organisations
 
@@ -33,11 +33,7 @@ def owner(tiny: Tiny, tmp_path: Path) -> Callable[..., OwnSilo]:
     """A real silo that takes the recipe's share; `policy` are lines of its owner's."""
 
     def make(name: str, policy: str = "") -> OwnSilo:
-        folder = tmp_path / f"owner-{name}"
-        text = data_file(folder, f"share_of_recipe: true\nbase: {tiny.base}\n")
-        rules = folder / "policy.yaml"
-        rules.write_text(f"models: {{tiny-model0: {tiny.recipe().model.source}}}\n{policy}")
-        return OwnSilo(name, tmp_path / "states", text, rules)
+        return sharing_owner(name, tiny.base, tiny.recipe().model.source, tmp_path / "states", policy)
 
     return make
 

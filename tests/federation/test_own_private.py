@@ -21,7 +21,7 @@ from fedlm.privacy.ledger import read_spent
 from fedlm.recipe.schema import Recipe
 from tests.federation.conftest import Tiny
 from tests.federation.mixed import adapter
-from tests.federation.own_silos import Network, data_file
+from tests.federation.own_silos import Network, sharing_owner
 
 BUDGET = (
     "federation.algorithm.name=fedavg",
@@ -35,11 +35,7 @@ BUDGET = (
 @pytest.fixture
 def owner(tiny: Tiny, tmp_path: Path) -> Callable[..., OwnSilo]:
     def make(name: str, policy: str = "") -> OwnSilo:
-        folder = tmp_path / f"owner-{name}"
-        text = data_file(folder, f"share_of_recipe: true\nbase: {tiny.base}\n")
-        rules = folder / "policy.yaml"
-        rules.write_text(f"models: {{tiny-model0: {tiny.recipe().model.source}}}\n{policy}")
-        return OwnSilo(name, tmp_path / f"states-{name}", text, rules)
+        return sharing_owner(name, tiny.base, tiny.recipe().model.source, tmp_path / f"states-{name}", policy)
 
     return make
 
