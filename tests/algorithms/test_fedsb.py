@@ -122,7 +122,7 @@ def test_one_silo_is_local_training_of_r(tiny: Tiny, tmp_path: Path) -> None:
             ["federation.algorithm.name=fed-sb"],
             r"adapter.kind: 'fed-sb' trains lora-sb, not 'lora' \(that can .*fedavg",
         ),
-        (["adapter.kind=lora-sb", "federation.algorithm.name=fedavg"], r"not 'lora-sb' \(that can fed-sb\)"),
+        (["adapter.kind=lora-sb", "federation.algorithm.name=fedavg"], r"not 'lora-sb' \(that can fed-sb, lora-xs\)"),
         ([*CHANGES, "federation.rounds=1"], "federation.rounds: 'fed-sb' needs at least 2 rounds"),
         (["adapter.dora=true"], "adapter.dora: DoRA is not trained: .* no function of B A"),
     ],

@@ -26,6 +26,7 @@ EXPECTED = {
     "pretrain": ("text", 8, None),
     "own-data": ("messages", 2, 80),
     "classify": ("choice", 4, 2224),
+    "private": ("choice", 4, 2224),
     "dialogue": ("messages", 5, 499),
     "fdapt": ("text", 4, 2206),
     "fedbpt": ("choice", 4, 2224),

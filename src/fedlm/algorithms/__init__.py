@@ -44,6 +44,7 @@ from fedlm.algorithms.hetlora import HetLoRA
 from fedlm.algorithms.ifca import IFCA
 from fedlm.algorithms.krum import Krum
 from fedlm.algorithms.lora_fair import LoRAFAIR
+from fedlm.algorithms.lora_xs import LoRAXS
 from fedlm.algorithms.lorm import LoRM
 from fedlm.algorithms.median import Median
 from fedlm.algorithms.multi_krum import MultiKrum
@@ -109,6 +110,7 @@ CLASSES: dict[str, type[Algorithm]] = {
     "lora-fair": LoRAFAIR,
     "fedsvd": FedSVD,
     "fed-sb": FedSB,
+    "lora-xs": LoRAXS,
     "fedex-lora": FedExLoRA,
     "flora": FLoRA,
     "flexlora": FlexLoRA,

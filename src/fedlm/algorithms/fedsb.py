@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from fedlm.algorithms.base import Accumulator, Algorithm, LocalRule, Outcome, Place, Session, Step
-from fedlm.algorithms.lowrank import LowRank, squared_norm
-from fedlm.algorithms.stored import Stored
+from fedlm.algorithms.base import Accumulator, LocalRule, Outcome, Place, Session, Step
+from fedlm.algorithms.lora_xs import LoRAXS, layers_of
 from fedlm.messages import Fields, Tensors
 from fedlm.training.sketch import LEFT, RIGHT, factors, sketch_gradient, width
 
-SQUARES = "lora_R.weight"
-"""The update: all layers' R_i - R, in sorted order of the layers, in one tensor [layers, r, r]."""
 
-
-class FedSB(Algorithm):
+class FedSB(LoRAXS):
     """dW = s B R A with fixed B, A; silos train R [r, r], the server averages it (Singhal et al., 2025).
 
     mean(B R_i A) = B mean(R_i) A, so aggregation is exact, and an update has r^2 numbers a layer whatever its size.
@@ -40,67 +34,50 @@ class FedSB(Algorithm):
     factor of order sqrt(d_out / r): learning rates want to be some ten times LoRA's.
     """
 
+    def initial(self, first: Callable[[], Tensors]) -> Tensors:
+        return first()
+
     def local(self, received: Tensors, silo_state: Tensors, place: Place) -> LocalRule:
         if place.round == 0:
             return Sketching(received, silo_state, place, self.adapter.rank)
-        return SquareOnly(received, silo_state, place)
+        return super().local(received, silo_state, place)
 
     def broadcast(self, parameters: Tensors, state: Tensors, round_: int) -> Tensors:
         return parameters if round_ else {}
 
     def expected_update(self, parameters: Tensors, place: Place) -> dict[str, torch.Size]:
-        layers = layers_of(parameters)
-        r = self.adapter.rank
         if place.round:
-            return {SQUARES: torch.Size((len(layers), r, r))}
-        shapes = {}
-        for layer in layers:
+            return super().expected_update(parameters, place)
+        r, shapes = self.adapter.rank, {}
+        for layer in layers_of(parameters):
             d_out, d_in = len(parameters[f"{layer}.lora_B.weight"]), parameters[f"{layer}.lora_A.weight"].shape[1]
             shapes[f"{layer}.{LEFT}"] = torch.Size((d_out, width(r, d_in)))
             shapes[f"{layer}.{RIGHT}"] = torch.Size((width(r, d_out), d_in))
         return shapes
 
-    def accumulator(self, spool: Path) -> Accumulator:
-        return Stored(spool, summed=True)
-
     def fold(self, accumulator: Accumulator, update: Mapping[str, Tensor], weight: float, place: Place) -> None:
-        assert isinstance(accumulator, Stored)
         if place.round:
-            accumulator.keep(update, weight, place)
+            super().fold(accumulator, update, weight, place)
         else:
             accumulator.add(update, weight)  # of sketches the mean is all that matters
 
     def server_step(
         self, parameters: Tensors, accumulator: Accumulator, state: Tensors, step: Step
     ) -> tuple[Tensors, Tensors]:
+        if step.round:
+            return super().server_step(parameters, accumulator, state, step)
         mean, stepped = dict(accumulator.mean()), dict(parameters)
-        for i, layer in enumerate(layers_of(parameters)):
-            name = f"{layer}.lora_{{}}.weight"
-            if step.round:
-                r = name.format("R")
-                stepped[r] = torch.add(parameters[r], mean[SQUARES][i], alpha=self.server_lr)
-                continue
+        for layer in layers_of(parameters):
             y, z = mean[f"{layer}.{LEFT}"], mean[f"{layer}.{RIGHT}"]
-            stepped[name.format("B")], stepped[name.format("A")] = factors(y, z, self.adapter.rank)
+            b, a = factors(y, z, self.adapter.rank)
+            stepped[f"{layer}.lora_B.weight"], stepped[f"{layer}.lora_A.weight"] = b, a
         return stepped, state
 
     def measure(
         self, before: tuple[Tensors, Tensors], accumulator: Accumulator, after: tuple[Tensors, Tensors], round_: int
     ) -> Fields:
-        """`aggregation_error`: |s B (R - mean(R_i)) A|_F / |s B mean(R_i) A|_F over all layers; None in round 0."""
-        assert isinstance(accumulator, Stored)
-        if round_ == 0:
-            return {"aggregation_error": None}
-        (old, _), (new, _), layers = before, after, layers_of(before[0])
-        mean = torch.stack([old[f"{layer}.lora_R.weight"] for layer in layers]).double()
-        for kept, update in accumulator.read([SQUARES]):
-            mean.add_(update[SQUARES], alpha=kept.weight / accumulator.weight)
-        missed = whole = 0.0
-        for layer, square in zip(layers, mean, strict=True):
-            a, b, r = (new[f"{layer}.lora_{part}.weight"].double() for part in "ABR")
-            missed += squared_norm(LowRank(b @ (r - square), a))
-            whole += squared_norm(LowRank(b @ square, a))
-        return {"aggregation_error": math.sqrt(missed / whole) if whole else None}
+        """See `LoRAXS`; None in round 0."""
+        return super().measure(before, accumulator, after, round_) if round_ else {"aggregation_error": None}
 
 
 class Sketching(LocalRule):
@@ -127,19 +104,3 @@ class Sketching(LocalRule):
             should_stop=session.should_stop,
         )
         return Outcome(result, sketches, {})
-
-
-class SquareOnly(LocalRule):
-    """The later rounds in the silo: R alone is trained."""
-
-    def trains(self, name: str) -> bool:
-        return ".lora_R." in name
-
-    def finish(self, trained: Tensors) -> tuple[Tensors, Tensors]:
-        names = [f"{layer}.lora_R.weight" for layer in layers_of(trained)]
-        return {SQUARES: torch.stack([trained[name] - self.received[name] for name in names])}, {}
-
-
-def layers_of(tensors: Tensors) -> list[str]:
-    """The layers' names, sorted."""
-    return sorted(name.removesuffix(".lora_R.weight") for name in tensors if name.endswith(".lora_R.weight"))

@@ -482,6 +482,7 @@ ALGORITHMS: dict[str, Method] = {
         no_feedback=_TURNED,
     ),
     "fed-sb": Method("Singhal et al., 2025", linear=True, adapters=("lora-sb",), min_rounds=2, setup_rounds=1),
+    "lora-xs": Method("Balazy et al., 2024", linear=True, adapters=("lora-sb",), principal=True),
     "fedex-lora": Method(
         "Singhal et al., ACL 2025",
         linear=False,

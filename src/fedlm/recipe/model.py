@@ -47,7 +47,7 @@ class AdapterSpec(Strict):
         "lora", "lora-sb", "ia3", "full", "prompt", "p-tuning", "prefix", "prompt-projection", "predictor"
     ] = Field(
         "lora",
-        description="'lora-sb': B R A with fixed A, B and a trained square R, for the algorithm fed-sb. 'prompt', "
+        description="'lora-sb': B R A with fixed A, B and a trained square R, for fed-sb and lora-xs. 'prompt', "
         "'p-tuning', 'prefix': vectors before the text. 'prompt-projection': such vectors along few random directions, "
         "for fedbpt. 'predictor': a small transformer over the frozen model's states, for task group-preference.",
     )

@@ -30,6 +30,7 @@ ALGORITHMS = {
     "lora-fair": "LoRA-FAIR",
     "fedsvd": "FedSVD",
     "fed-sb": "Fed-SB",
+    "lora-xs": "LoRA-XS",
     "fedex-lora": "FedEx-LoRA",
     "flora": "FLoRA",
     "flexlora": "FlexLoRA",

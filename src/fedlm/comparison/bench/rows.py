@@ -71,6 +71,7 @@ ROWS = (
     Row("fedit", "fedit", "lora"),
     Row("frlora", "frlora", "lora", lr=0.3),
     Row("fed-sb", "fed-sb", "lora", spacing=_WIDE),
+    Row("lora-xs", "lora-xs", "lora", spacing=_WIDE),
     Row("fedavgm", "fedavgm", "optimiser", server_lr=0.1),
     Row("fedadam", "fedadam", "optimiser", server_lr=0.003),
     Row("fedyogi", "fedyogi", "optimiser", server_lr=0.003),
