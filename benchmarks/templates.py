@@ -3,15 +3,15 @@
     python benchmarks/templates.py --out runs/templates [--only news,prompt] [--dtype float32]
 
 Reported for each: seconds from the command to its end (reading data and the report included, downloads not: run it
-twice, or `fedlm models fetch` before), the most memory of a process, and the figure that its task is judged by, before
-and after. Finished ones in --out are not run again; one that was interrupted goes on. Asked: minutes on two cores.
+twice, or `fedlm models fetch` before), the most memory of all its processes together where a run reports it, and the
+figure that its task is judged by, before and after. Finished ones in --out are not run again; one that was interrupted
+goes on. Asked: minutes on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -20,6 +20,7 @@ from typing import Any
 
 from fedlm.files import write_json
 from fedlm.recipe.starters import DEFAULT, pipelines, read_template, templates
+from fedlm.report.facts import read_run
 
 TOKENIZER = {"pretrain-scratch": "tokenizers/speeches"}
 """Of templates that train one first, where they look for it."""
@@ -49,15 +50,15 @@ def run(name: str, folder: Path, dtype: str) -> dict[str, Any]:
     run_dir = (folder / "runs" / name).resolve()
     text = read_template(name).replace("dtype: bfloat16", f"dtype: {dtype}")
     (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
-    program, began, memory = Path(sys.executable).parent / "fedlm", time.monotonic(), 0
+    program, began = Path(sys.executable).parent / "fedlm", time.monotonic()
     for command in commands(name, run_dir):
         with (folder / f"{name}.log").open("a") as log:
-            child = subprocess.Popen([program, *command], cwd=folder, stdout=log, stderr=log)
-            _, status, usage = os.wait4(child.pid, 0)
+            status = subprocess.run([program, *command], cwd=folder, stdout=log, stderr=log, check=False).returncode
         if status:
             raise SystemExit(f"fedlm {' '.join(command)} failed: see {folder / name}.log")
-        memory = max(memory, usage.ru_maxrss * 1024)
-    found: dict[str, Any] = {"seconds": time.monotonic() - began, "memory": memory}
+    found: dict[str, Any] = {"seconds": time.monotonic() - began, "memory": None}
+    if (run_dir / "run.json").is_file() and name not in COMMANDS:
+        found["memory"] = read_run(run_dir).peak("peak_pss")
     evaluation = run_dir / "evaluation.json"
     if evaluation.is_file() and name not in COMMANDS:
         outcome = json.loads(evaluation.read_text())
@@ -69,15 +70,14 @@ def run(name: str, folder: Path, dtype: str) -> dict[str, Any]:
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Markdown, a row for each template."""
     lines = [
-        "| template | time | memory of a process | figure on test rows | before | after |",
+        "| template | time | memory | figure on test rows | before | after |",
         "|---|---:|---:|---|---:|---:|",
     ]
     for name, r in results.items():
         values = ["" if r.get(which) is None else f"{r[which]:.3f}" for which in ("base", "final")]
         minutes = f"{r['seconds'] / 60:.1f} min"
-        lines.append(
-            f"| {name} | {minutes} | {r['memory'] / 2**30:.1f} GiB | {r.get('figure', '')} | {' | '.join(values)} |"
-        )
+        memory = f"{r['memory'] / 2**30:.1f} GiB" if r["memory"] else ""
+        lines.append(f"| {name} | {minutes} | {memory} | {r.get('figure', '')} | {' | '.join(values)} |")
     return "\n".join(lines)
 
 
