@@ -1,4 +1,5 @@
-"""Heads through whole federations: every method that says it can, on every kind of engine, resumed."""
+"""Heads, and label words in their place, through whole federations: every method that says it can, on every kind of
+engine, resumed."""
 
 from __future__ import annotations
 
@@ -44,6 +45,7 @@ federation: {{rounds: 2, workers: 1}}
 """
 COLUMNS = {
     "classify": "{question: text, choices: [health, money, school], answer: topic}",
+    "label-words": "{question: text, choices: [health, money, school], answer: topic}",
     "reward": "{prompt: text, chosen: good, rejected: bad}",
 }
 
@@ -143,6 +145,7 @@ def test_the_new_head_is_the_mean_of_the_silos(base: Path, tmp_path: Path, adapt
             "reward",
             ["federation.downlink={send: changed}", "guards=[{name: topk, density: 0.3}]"],
         ),
+        ("label-words", []),
     ],
 )
 def test_the_same_bits_over_a_network_and_resumed(base: Path, tmp_path: Path, task: str, changes: list[str]) -> None:

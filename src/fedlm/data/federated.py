@@ -315,7 +315,7 @@ def _check_domains(located: list[Located]) -> None:
 def _check_classes(recipe: Recipe, rows: Any, kept: Ints) -> None:
     """Refuse to learn classes of which there is one: a silo may hold a single class, all silos together may not. A silo
     of a network reads its own rows alone, as the only one named, and cannot know the others'."""
-    if TASKS[recipe.task].head != "labels" or len(recipe.data.silos) == 1:
+    if not TASKS[recipe.task].classes or len(recipe.data.silos) == 1:
         return
     choices, answers = rows["choices"][:], rows["answer"][:]
     if len({choices[i][answers[i]] for i in kept.tolist()}) < 2:

@@ -20,12 +20,12 @@ Path = tuple[str | int, ...]
 
 
 class ClassifySpec(Strict):
-    """Of `task: classify`."""
+    """Of `task: classify` and `task: label-words`."""
 
     labels: list[str] | None = Field(
         None,
-        description="The classes, in the order of the head's rows; default: the literal `choices` of the sources, all "
-        "the same. Needed where silos bring their own text.",
+        description="The classes, in the order of the head's rows; their names are the label words. Default: the "
+        "literal `choices` of the sources, all the same. Needed where silos bring their own text.",
     )
 
 
@@ -49,7 +49,7 @@ class GroupPreferenceSpec(Strict):
 
 def labels_of(recipe: Recipe) -> list[str]:
     """The classes that a run tells apart; empty for tasks without."""
-    if TASKS[recipe.task].head != "labels":
+    if not TASKS[recipe.task].classes:
         return []
     if recipe.classify.labels is not None:
         return recipe.classify.labels
@@ -68,11 +68,13 @@ def head_problems(recipe: Recipe) -> Iterator[tuple[Path, str]]:
     """What a head cannot be combined with, and settings of heads that the task does not have."""
     task, algorithm = recipe.task, recipe.federation.algorithm
     for name in ("classify", "reward", "group_preference"):
-        spec = getattr(recipe, name)
+        spec, its = getattr(recipe, name), task == name.replace("_", "-")
         for field in type(spec).model_fields:
-            if task != name.replace("_", "-") and changed(spec, field):
+            if not its and not (name == "classify" and TASKS[task].classes) and changed(spec, field):
                 yield (name, field), f"has no effect with task '{task}'"
     yield from _predictor(recipe)
+    if TASKS[task].classes:
+        yield from _labels(recipe)
     if TASKS[task].head == "none":
         return
     if not ALGORITHMS[algorithm.name].heads:
@@ -95,8 +97,6 @@ def head_problems(recipe: Recipe) -> Iterator[tuple[Path, str]]:
             ("federation", "capacity"),
             f"memory is planned for tasks that predict tokens, not for '{task}': give rank, layers, targets or steps",
         )
-    if TASKS[task].head == "labels":
-        yield from _labels(recipe)
 
 
 def _predictor(recipe: Recipe) -> Iterator[tuple[Path, str]]:
@@ -140,8 +140,8 @@ def _labels(recipe: Recipe) -> Iterator[tuple[Path, str]]:
         if isinstance(choices, str) or any(is_template(choice) for choice in choices):
             yield (
                 (*path, "columns", "choices"),
-                "task 'classify' needs the same classes for all rows: list them literally, as in [sport, tech], or use "
-                "task 'instruct' with the metric 'choice', which scores each row's own choices as text",
+                f"task '{recipe.task}' needs the same classes for all rows: list them literally, as in [sport, tech], "
+                "or use task 'instruct' with the metric 'choice', which scores each row's own choices as text",
             )
         elif strange := [choice for choice in choices if choice not in labels]:
             yield (

@@ -29,6 +29,8 @@ class TaskFacts:
     head: Literal["none", "labels", "score", "predictor"] = "none"
     """What it puts on top of the model in place of the next token: a logit for each label, one number, or (the adapter
     of that kind) a predictor of preferences."""
+    classes: bool = False
+    """It tells classes apart that are the same for all rows: the sources' literal `choices`, or `classify.labels`."""
 
 
 TASKS: dict[str, TaskFacts] = {
@@ -43,7 +45,16 @@ TASKS: dict[str, TaskFacts] = {
     ),
     "pretrain": TaskFacts(("text",), template=False, one_per_row=False),
     "classify": TaskFacts(
-        ("choice",), template=False, loss="nats per row", likelihood=False, figures=("accuracy",), head="labels"
+        ("choice",),
+        template=False,
+        loss="nats per row",
+        likelihood=False,
+        figures=("accuracy",),
+        head="labels",
+        classes=True,
+    ),
+    "label-words": TaskFacts(
+        ("choice",), template=True, loss="nats per row", likelihood=False, figures=("accuracy",), classes=True
     ),
     "reinforce": TaskFacts(
         ("choice", "messages"), template=True, loss="minus the reward", likelihood=False, figures=("reward",)

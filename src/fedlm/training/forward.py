@@ -45,6 +45,12 @@ def _packed_inputs(model: nn.Module, batch: Packed) -> dict[str, Any]:
 
 def padded_nll(model: nn.Module, sequences: Sequence[Encoded]) -> Tensor:
     """The same from an ordinary padded batch [M], in the order of the sequences; for models that cannot be packed."""
+    logits, targets = padded_logits(model, sequences)
+    return cross_entropy(logits.float(), targets, reduction="none")
+
+
+def padded_logits(model: nn.Module, sequences: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
+    """`target_logits` from a padded batch, and the targets [M]."""
     device = model_device(model)
     longest = max(len(s) for s in sequences)
     ids = np.zeros((len(sequences), longest), np.int64)
@@ -56,7 +62,7 @@ def padded_nll(model: nn.Module, sequences: Sequence[Encoded]) -> Tensor:
     # the last token of all is predicted and never read
     out = model(input_ids=whole[:, :-1], attention_mask=mask, use_cache=False, logits_to_keep=keep)
     logits = out.logits if out.logits.ndim == 2 else out.logits[keep]
-    return cross_entropy(logits.float(), whole[:, 1:][keep], reduction="none")
+    return logits, whole[:, 1:][keep]
 
 
 def batch_nll(model: nn.Module, sequences: Sequence[Encoded], spec: TrainingSpec) -> Tensor:

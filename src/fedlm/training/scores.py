@@ -15,8 +15,9 @@ from torch.nn.functional import linear
 
 from fedlm.models.heads import head_of
 from fedlm.training.attention import causal_model, packed
-from fedlm.training.forward import by_tokens, drops, model_device, precision
+from fedlm.training.forward import by_tokens, drops, model_device, padded_logits, precision, target_logits
 from fedlm.training.packing import pack
+from fedlm.training.prefixes import with_prompt
 from fedlm.training.sequences import Encoded
 
 
@@ -115,13 +116,11 @@ def choice_logits(model: nn.Module, sequences: Sequence[Encoded], tokens: list[i
     With packing, call inside `attention.packed`."""
     with precision(model):
         if packing:
-            batch = pack(sequences, share=not drops(model)).to(model_device(model))
-            inputs = {"input_ids": batch.ids, "position_ids": batch.positions, "use_cache": False, "packed": batch}
-            logits = model(**inputs, logits_to_keep=batch.predictors).logits[0]
+            batch = pack(with_prompt(model, sequences), share=not drops(model)).to(model_device(model))
+            logits = target_logits(model, batch)
         else:
-            hidden = _padded(model, [Encoded(s.ids[:-1], s.loss[:-1]) for s in sequences])
-            logits = causal_model(model).get_output_embeddings()(hidden)
-    return logits[:, tokens].float()  # type: ignore[no-any-return]
+            logits, _ = padded_logits(model, sequences)
+    return logits[:, tokens].float()
 
 
 @torch.no_grad()

@@ -22,12 +22,13 @@ from fedlm.training.objective import Likelihood, Objective
 from fedlm.training.sequences import Example
 from fedlm.training.tasks.classify import CrossEntropy
 from fedlm.training.tasks.group_preference import InContext
+from fedlm.training.tasks.label_words import WordLoss
 from fedlm.training.tasks.preference import PreferenceObjective
 from fedlm.training.tasks.reinforce import PolicyGradient
 from fedlm.training.tasks.reward import BradleyTerry
 from fedlm.training.tasks.selector import LetterLoss
 
-MEANS = (CrossEntropy, BradleyTerry, LetterLoss)
+MEANS = (CrossEntropy, WordLoss, BradleyTerry, LetterLoss)
 """Objectives whose terms are one for each example and whose divisor is the number of examples."""
 
 

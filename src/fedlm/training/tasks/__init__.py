@@ -8,6 +8,7 @@ from fedlm.training.tasks.base import Task
 from fedlm.training.tasks.classify import Classify
 from fedlm.training.tasks.group_preference import GroupPreference
 from fedlm.training.tasks.instruct import Instruct
+from fedlm.training.tasks.label_words import LabelWords
 from fedlm.training.tasks.preference import Preference
 from fedlm.training.tasks.pretrain import Pretrain
 from fedlm.training.tasks.reinforce import Reinforce
@@ -18,6 +19,7 @@ CLASSES: dict[str, type[Task]] = {
     "classify": Classify,
     "group-preference": GroupPreference,
     "instruct": Instruct,
+    "label-words": LabelWords,
     "preference": Preference,
     "pretrain": Pretrain,
     "reinforce": Reinforce,
