@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import fedlm
+from fedlm.federation.identities import Identity
 from fedlm.federation.silo.door import PROTOCOL
 from fedlm.federation.silo.own import OwnSilo
 from fedlm.messages import Failure, Fields, Reply, Request
@@ -59,10 +60,12 @@ def data_file(folder: Path, text: str) -> Path:
     return file
 
 
-def sharing_owner(name: str, base: Path, model: str, states: Path, policy: str = "") -> OwnSilo:
+def sharing_owner(
+    name: str, base: Path, model: str, states: Path, policy: str = "", identity: Identity | None = None
+) -> OwnSilo:
     """A real silo that takes the recipe's share of the rows under `base`; `policy` are lines of its owner's."""
     folder = states.parent / f"owner-{name}"
     text = data_file(folder, f"share_of_recipe: true\nbase: {base}\n")
     rules = folder / "policy.yaml"
     rules.write_text(f"models: {{tiny-model0: {model}}}\n{policy}")
-    return OwnSilo(name, states, text, rules)
+    return OwnSilo(name, states, text, rules, identity=identity)

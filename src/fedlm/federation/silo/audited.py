@@ -5,6 +5,7 @@ from __future__ import annotations
 from fedlm.federation.silo import auditlog
 from fedlm.federation.silo.agreements import RUN
 from fedlm.federation.silo.door import VERBS
+from fedlm.federation.silo.masked import VERBS as MASK_VERBS
 from fedlm.federation.silo.spent import bytes_of
 from fedlm.messages import Failure, Reply, Request
 
@@ -18,7 +19,7 @@ def audited(request: Request, answer: Reply | Failure, line: str | None, recipe:
     """
     return {
         "kind": auditlog.REQUEST,
-        "verb": request.verb if request.verb in VERBS else "(unknown)",
+        "verb": request.verb if request.verb in VERBS or request.verb in MASK_VERBS else "(unknown)",
         "run": request.run if RUN.fullmatch(request.run) else "(improper)",
         "round": request.round,
         "attempt": request.attempt,

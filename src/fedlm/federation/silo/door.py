@@ -37,7 +37,8 @@ from fedlm.federation.silo.reference import Reference
 from fedlm.federation.silo.refusals import RefusedError, StoppedError
 from fedlm.federation.silo.selected import centroids
 from fedlm.federation.silo.session import TimeBudget
-from fedlm.federation.silo.state import StateStore, request_digest, request_key
+from fedlm.federation.silo.state import StateStore, request_digest, request_key, tensors_digest
+from fedlm.federation.silo.sums import Sums, model_hash
 from fedlm.federation.silo.trained import keeps_state, train_round
 from fedlm.federation.silo.workbench import POOLED, Workbench
 from fedlm.guards import get_chain
@@ -84,7 +85,13 @@ class Silo:
         limits: of a silo that is none of a simulation.
         identity: by which it signs its keys of secure aggregation; in a simulation one that follows from the seed.
         cohort: silos that a sum must be over before this one helps to unmask it.
+        apart: silos by which the cohorts of two sums from one model must differ, unless they are the same.
+
+    Attributes:
+        refused_by: the line of the owner's policy that the last request was refused by, where it was one's doing.
     """
+
+    refused_by: str | None = None
 
     def __init__(
         self,
@@ -99,8 +106,9 @@ class Silo:
         limits: Limits | None = None,
         identity: Identity | None = None,
         cohort: int = 3,
+        apart: int = 2,
     ) -> None:
-        self._identity, self._cohort = identity, cohort
+        self._identity, self._cohort, self._apart = identity, cohort, apart
         self.name, self.bench, self._reason, self._limits = name, bench, reason, limits
         self._store = StateStore(state_root, name)
         down = get_chain(bench.recipe.federation.downlink.guards, feedback=True)
@@ -146,6 +154,7 @@ class Silo:
         except StoppedError:
             return self._failure(FailureKind.TIMED_OUT, "stopped: the coordinator no longer waits for this reply")
         except RefusedError as error:
+            self.refused_by = error.line
             return self._failure(FailureKind.REFUSED, str(error))
         except UnsyncedError as error:
             return self._failure(FailureKind.UNSYNCED, str(error))
@@ -205,7 +214,7 @@ class Silo:
             update, fields = self._trained(request)
             return update, told(fields, self.bench.recipe)
         masked = self._masked()
-        masked.accept(request)
+        masked.accept(request, self._model_of(request, "train"))
         update, fields = self._trained(replace(request, fields={k: v for k, v in request.fields.items() if k != MASKS}))
         return masked.send(request, update, fields)
 
@@ -216,7 +225,16 @@ class Silo:
     def _masked(self) -> Masked:
         recipe = self.bench.recipe
         identity = self._identity or simulated(recipe.seed, self.name)
-        return Masked(self.name, recipe, self._store.folder, identity, self._cohort, simulated=self._limits is None)
+        folder, simulation = self._store.folder, self._limits is None
+        sums = Sums(folder, self._apart)
+        return Masked(self.name, recipe, folder, identity, self._cohort, sums, simulated=simulation)
+
+    def _model_of(self, request: Request, purpose: str) -> str:
+        """Hash of what a request lets be computed from: the base model, the run's start, and what it sends."""
+        from fedlm.models.fingerprint import fingerprint
+
+        base = fingerprint(self.bench.recipe.model)["weights"]
+        return model_hash(purpose, base, *(tensors_digest(part) for part in (self.bench.start, request.tensors)))
 
     def _trained(self, request: Request) -> tuple[Tensors, Fields]:
         """The update, trained or kept, as its guards leave it, and what was counted."""

@@ -21,6 +21,7 @@ from fedlm.federation.silo.private import LEDGER
 from fedlm.federation.silo.refusals import RefusedError
 from fedlm.federation.silo.secret import secret_of
 from fedlm.federation.silo.state import tensors_digest
+from fedlm.federation.silo.sums import Sums
 from fedlm.files import sync_folder
 from fedlm.guards import REST
 from fedlm.guards.mask import BESIDE, encoding, hidden, weight_under
@@ -51,17 +52,19 @@ class Masked:
         folder: its private folder.
         identity: its own, and what it knows of the others'.
         minimum: silos that a sum must be over.
+        sums: that this silo has helped to unmask, in whatever run.
         simulated: noise comes from a test key.
     """
 
     def __init__(
-        self, name: str, recipe: Recipe, folder: Path, identity: Identity, minimum: int, *, simulated: bool
+        self, name: str, recipe: Recipe, folder: Path, identity: Identity, minimum: int, sums: Sums, *, simulated: bool
     ) -> None:
         spec = mask_of(recipe)
         if spec is None:
             raise RefusedError("this run's updates are not masked")
         self._recipe, self._spec, self._folder = recipe, spec, folder
         self._name, self._identity, self._minimum, self._simulated = name, identity, minimum, simulated
+        self._sums = sums
 
     def answer(self, request: Request) -> tuple[Tensors, Fields]:
         """One of `VERBS`.
@@ -80,20 +83,27 @@ class Masked:
                 state, answer = phase(state, message)
         except AggregationRefused as refusal:
             raise RefusedError(refusal.sentence()) from None
+        if request.verb == "unmask":
+            self._sums.add(request.run, _when(state), state.survivors)
         self._save(request.run, state)
         return sent(answer)
 
-    def accept(self, request: Request) -> None:
+    def accept(self, request: Request, model: str) -> None:
         """What of `train` can be refused before there is anything to mask.
 
+        Args:
+            model: hash of what is trained from.
+
         Raises:
-            RefusedError: the protocol forbids an answer.
+            RefusedError: the protocol forbids an answer, or the owner, because of sums over nearly the same silos.
         """
         state = self._state(request)
         try:
-            self._save(request.run, self._silo(len(state.parameters.silos)).accept(state, self._message(request)))
+            state = self._silo(len(state.parameters.silos)).accept(state, self._message(request))
         except AggregationRefused as refusal:
             raise RefusedError(refusal.sentence()) from None
+        self._sums.begin(request.run, _when(state), model, state.present)
+        self._save(request.run, state)
 
     def send(self, request: Request, update: Tensors, fields: Fields) -> tuple[Tensors, Fields]:
         """What leaves of a round.
@@ -191,6 +201,10 @@ class Masked:
 
     def _file(self, run: str) -> Path:
         return self._folder / run / "masks.json"
+
+
+def _when(state: secagg.State) -> tuple[int, int]:
+    return state.parameters.round, state.parameters.attempt
 
 
 def received(request: Request) -> secagg.Message:

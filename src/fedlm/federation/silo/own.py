@@ -140,10 +140,11 @@ class OwnSilo:
                 self._spent.train(self.policy, request, local_day(self.policy.timezone, now()))
                 if request.verb != "pairs":
                     self._set_up(bench)
-                answer = self._door(bench, capacity, observe, should_stop).handle(request)
+                door = self._door(bench, capacity, observe, should_stop)
+                answer = door.handle(request)
                 if isinstance(answer, Failure):
                     answer = self._refuse(request, answer.kind, answer.reason)
-                return self._leaving(request, answer), None
+                return self._leaving(request, answer), door.refused_by
         except _MismatchError as mismatch:
             return self._refuse(request, FailureKind.VERSION_MISMATCH, str(mismatch)), None
         except Forbidden as refusal:
@@ -313,6 +314,7 @@ class OwnSilo:
             limits=Limits(self.policy.capacity, capacity),
             identity=self._identity,
             cohort=max(3, self.policy.min_cohort),
+            apart=self.policy.min_cohort_difference,
         )
 
     @property

@@ -118,6 +118,11 @@ class Policy(Strict):
     min_cohort: PositiveInt = Field(
         1, description="Let an update be read only in a sum with those of so many silos; needs masks if above 1."
     )
+    min_cohort_difference: PositiveInt = Field(
+        2,
+        description="Silos by which the cohorts of two masked sums from one model must differ, in whatever runs, "
+        "unless they are the same; 1 allows any.",
+    )
     privacy: PrivacyRules = Field(PrivacyRules(), description="What a recipe must do to protect single rows.")
     min_rows: PositiveInt = Field(1, description="Take part only with at least this many training rows.")
     share_labels: bool = Field(False, description="Let the data card count rows by label, not by role alone.")

@@ -2,7 +2,15 @@
 
 
 class RefusedError(Exception):
-    """The request cannot be answered as it stands."""
+    """The request cannot be answered as it stands.
+
+    Attributes:
+        line: the name of the policy's line that says so; None where it is no line's doing.
+    """
+
+    def __init__(self, reason: str, line: str | None = None) -> None:
+        self.line = line
+        super().__init__(reason)
 
 
 class StoppedError(Exception):
