@@ -52,6 +52,11 @@ def test_under_privacy_no_figure_leaves_unless_opened(tiny: Tiny) -> None:
     for changes in (EXAMPLES, SILOS):
         assert {of(tiny, *changes)[name] for name in figures} == {KEPT}
         assert KEPT not in {of(tiny, *changes, "privacy.figures=open")[name] for name in figures}
+    masked = of(tiny, "guards=[{name: mask}]")
+    assert all(MASKED in masked[name] for name in figures)
+    # Nothing tells a loss beside noised values, opened or not; the model may be measured.
+    noised = of(tiny, *SILOS, "guards=[{name: mask}]", "privacy.figures=open")
+    assert noised[figures[0]] == KEPT and MASKED in noised[figures[1]]
     assert of(tiny, *EXAMPLES)["how many rows it trains on"] == OPEN  # it is public there
     assert of(tiny, *SILOS)["how many rows it trains on"] == KEPT
 

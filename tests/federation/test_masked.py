@@ -18,6 +18,7 @@ from fedlm.federation.engines.choose import make_engine
 from fedlm.messages import Engine, Failure, FailureKind, Reply, Request, Stop, Tensors
 from tests.federation.conftest import Tiny
 
+UNMEASURED = "data.split={validation: 0, test: 0}"
 MASKED = ("federation.algorithm.name=fedavg", "federation.rounds=2", "guards=[{name: mask}]")
 
 
@@ -35,10 +36,10 @@ STEP = 2 * 0.01 * 3 / (2**15 - 1)
 
 
 class Leaky:
-    """An engine that loses replies, and remembers what came."""
+    """An engine that loses replies, all or those of one session of secure aggregation, and remembers what came."""
 
-    def __init__(self, engine: Engine, lost: dict[str, set[str]] | None = None) -> None:
-        self.engine, self.lost, self.seen = engine, lost or {}, list[Reply]()
+    def __init__(self, engine: Engine, lost: dict[str, set[str]] | None = None, session: int | None = None) -> None:
+        self.engine, self.lost, self.session, self.seen = engine, lost or {}, session, list[Reply]()
 
     def silos(self) -> Any:
         return self.engine.silos()
@@ -47,12 +48,15 @@ class Leaky:
         self, requests: Iterable[Request], deadline: float | None = None, stop: Stop | None = None
     ) -> Iterator[Reply | Failure]:
         for answer in self.engine.exchange(requests, deadline, stop):
-            if isinstance(answer, Reply) and answer.silo in self.lost.get(answer.verb, ()):
+            if isinstance(answer, Reply) and self._loses(answer):
                 yield Failure(answer.silo, FailureKind.UNREACHABLE, "it is gone")
                 continue
             if isinstance(answer, Reply):
                 self.seen.append(answer)
             yield answer
+
+    def _loses(self, reply: Reply) -> bool:
+        return reply.silo in self.lost.get(reply.verb, ()) and self.session in (None, reply.fields.get("round"))
 
     def close(self) -> None:
         self.engine.close()
@@ -71,15 +75,18 @@ class Runs:
         lost: dict[str, set[str]] | None = None,
         workers: int = 1,
         plain: bool = False,
+        measured: bool = False,
+        session: int | None = None,
     ) -> Leaky:
         engines: list[Leaky] = []
 
         def leaky(*args: Any, **named: Any) -> Leaky:
-            engines.append(Leaky(make_engine(*args, **named), lost))
+            engines.append(Leaky(make_engine(*args, **named), lost, session))
             return engines[0]
 
         self.monkeypatch.setattr(api, "make_engine", leaky)
-        recipe = self.tiny.recipe(*MASKED[: 2 if plain else 3], *changes, f"federation.workers={workers}")
+        rows = () if measured else (UNMEASURED,)
+        recipe = self.tiny.recipe(*MASKED[: 2 if plain else 3], *rows, *changes, f"federation.workers={workers}")
         again = folder.exists()
         api.run_recipe(None if again else recipe, run_dir=folder, base=self.tiny.base, resume=again)
         return engines[0]
@@ -122,7 +129,7 @@ def test_nothing_but_keys_shares_and_the_masked_vector_leaves_a_silo(run: Runs, 
         assert len(replies) == 4
         for reply in replies:
             assert (set(reply.tensors), set(reply.fields)) == (tensors, fields | session)
-    assert {reply.verb for reply in engine.seen} == {"hello", "evaluate", *allowed}
+    assert {reply.verb for reply in engine.seen} == {"hello", *allowed}
 
 
 @pytest.mark.parametrize("verb", ["keys", "shares", "train", "consistency", "unmask"])
@@ -205,6 +212,7 @@ def test_places_drawn_for_all_silos_alike_are_summed(run: Runs, tmp_path: Path) 
         (("training.optimizer=sgd",), "nothing says how far a value moves"),
         (("federation.oversample=0.5", "federation.sample=3"), "who is in the sum is settled"),
         (("federation.sample=2",), "hides none of them"),
+        (("evaluation.silos=2",), "a sum over fewer than 3 silos hides none"),
         (("federation.capacity={silos: {site0: {layers: 1}}}",), "a sum needs the same tensors"),
         (("guards=[{name: mask, error_feedback: true}]",), "right on average already"),
     ],

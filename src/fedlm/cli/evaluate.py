@@ -129,6 +129,7 @@ def _on_silos(
     from fedlm.federation.engines.local import LocalEngine, resolve_workers
     from fedlm.report.progress import Progress
 
+    recipe = recipe.model_copy(update={"guards": []})  # all silos' rows lie here, so that masks would hide nothing
     spec = recipe.federation if workers is None else recipe.federation.model_copy(update={"workers": workers})
     with Progress(silent=silent) as progress, tempfile.TemporaryDirectory(prefix="fedlm-eval-") as scratch:
         progress({"kind": "phase", "text": "reading the data"})

@@ -15,6 +15,7 @@ from fedlm.evaluation import summarise
 from fedlm.federation.enrolment import Enrolment
 from fedlm.federation.figures import check_counts, check_training
 from fedlm.federation.folding import FoldResult, Verdict, fold_in_order
+from fedlm.federation.masked_figures import measure_masked
 from fedlm.federation.noise import SumNoise
 from fedlm.federation.records import LEFT_OUT, Traffic, failure_lines, reasons, silo_line
 from fedlm.federation.rundir import RunDir
@@ -24,6 +25,7 @@ from fedlm.federation.updates import check_update, largest_weight
 from fedlm.federation.versions import Downlink
 from fedlm.guards import get_chain, update_key
 from fedlm.messages import Engine, Event, Failure, FailureKind, Fields, Observe, Reply, Request, Tensors
+from fedlm.recipe.guards import mask_of
 from fedlm.recipe.privacy import withheld
 from fedlm.recipe.schema import Recipe
 from fedlm.training.plan import Plan, whole
@@ -267,6 +269,8 @@ class Conversations:
         rows = self.enrolled.measured_rows[role]
         names = list(rows)
         panel = sample(names, self.recipe.evaluation.silos or len(names), self.recipe.seed, "panel")
+        if mask_of(self.recipe) is not None:
+            return measure_masked(self, tensors, role, number, panel, traffic, accepted)
         asked: Fields = {"role": role, "items": False, "rows_of": rows_of}
         requests = (
             self.request(n, "evaluate", number, tensors, {**asked, "accepted": accepted.get(n, -1)}) for n in panel

@@ -288,7 +288,7 @@ class Federation:
                 "final": self.silos.measure(self.evaluated(state), "test", best, Traffic(), state.progress.accepted),
             }
             several = len(self.silos.enrolled.measured_rows["test"]) > 1
-            if self.personal and several and not self.dir.meta.get("network"):
+            if self.personal and several and not self.masks and not self.dir.meta.get("network"):
                 evaluation["others"] = self.silos.measure(
                     self.evaluated(state), "test", best, Traffic(), state.progress.accepted, "others"
                 )

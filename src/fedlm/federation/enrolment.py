@@ -18,11 +18,15 @@ from fedlm.federation.sampling import quorum, wanted
 from fedlm.federation.silo import PROTOCOL
 from fedlm.files import read_json, write_json
 from fedlm.messages import Failure, FailureKind, Fields, Reply
+from fedlm.recipe.guards import mask_of
 from fedlm.recipe.schema import Recipe
 from fedlm.training.plan import Plan, parse_plan
 
 if TYPE_CHECKING:
     from fedlm.federation.conversations import Conversations
+
+FEWEST = 3
+"""Silos whose figures hide each other under masks."""
 
 
 class Enrolment:
@@ -159,7 +163,12 @@ class Enrolment:
         self.training_rows = {name: counts["train"] for name, counts in rows.items() if counts["train"] > 0}
         self._sort_out()
         for role in ("validation", "test"):
-            self.measured_rows[role] = {name: counts[role] for name, counts in rows.items() if counts[role] > 0}
+            holders = {name: counts[role] for name, counts in rows.items() if counts[role] > 0}
+            if holders and len(holders) < FEWEST and mask_of(self._recipe) is not None:
+                few = f"{len(holders)} silos have {role} rows: a sum over fewer than {FEWEST} would hide none of them"
+                self._silos.phase(f"{few}, and nothing is measured on those rows")
+                holders = {}
+            self.measured_rows[role] = holders
 
     def rest(self, names: set[str]) -> None:
         """These silos are not sampled in this run: none of their rows is trained on.

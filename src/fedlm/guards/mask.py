@@ -28,6 +28,12 @@ LOSSES = 32.0
 BESIDE = 2
 """Numbers beside the update's values: the training loss, and the weight."""
 
+MASKS = "masks"
+"""Field of a verb whose answer is masked: the protocol's message."""
+
+OF = "of"
+"""Field of the protocol's own verbs: the verb whose answers are added up, where that is not 'train'."""
+
 
 def encoding(recipe: Recipe, silos: int, length: int) -> Encoding | NoisedEncoding:
     """How the values of so many silos are counted.

@@ -198,6 +198,8 @@ def _masks(recipe: Recipe) -> Iterator[tuple[Path, str]]:
         yield ("federation", "oversample"), "not under masks: who is in the sum is settled before the training"
     if recipe.federation.sample != "all" and isinstance(recipe.federation.sample, int) and recipe.federation.sample < 3:
         yield ("federation", "sample"), "a sum over fewer than 3 silos hides none of them"
+    if recipe.evaluation.silos is not None and recipe.evaluation.silos < 3:
+        yield ("evaluation", "silos"), "figures are summed under masks, and a sum over fewer than 3 silos hides none"
 
 
 def _chain(specs: Sequence[GuardSpec], path: Path) -> Iterator[tuple[Path, str]]:

@@ -135,7 +135,8 @@ def leaving(recipe: Recipe) -> Iterator[Leaving]:
         yield Leaving(rows, "once", f"rounded up to a power of two, {OPEN}")
     else:
         yield Leaving(rows, "once", OPEN)
-    yield Leaving("how many rows it holds out", "once", KEPT if hidden else OPEN)
+    held = f"rounded up to a power of two, {OPEN}" if masked else OPEN
+    yield Leaving("how many rows it holds out", "once", KEPT if hidden else held)
     labels = KEPT if hidden or masked else f"{OPEN}; not where its policy has `share_labels: false`"
     yield Leaving("rows by label", "once", labels)
 
@@ -169,14 +170,14 @@ def _of_training(recipe: Recipe) -> Iterator[Leaving]:
     if method.setup_rounds:
         yield Leaving("a sketch of the first gradient on its rows", "round 0", OPEN)
 
-    if hidden:
+    if hidden or noised_by_silos(recipe):
         figures = KEPT
     elif masked:
         figures = f"its loss {MASKED}, others do not leave"
     else:
         figures = OPEN
     yield Leaving("figures of its training: loss, tokens, times, memory", "every round", figures)
-    held_out = KEPT if hidden else f"{OPEN}: sums and counts over its held-out rows"
+    held_out = KEPT if hidden else f"sums and counts over its held-out rows, {MASKED if masked else OPEN}"
     yield Leaving("figures of the model on rows that it holds out", f"every {_nth(recipe.evaluation.every)}", held_out)
     if recipe.data.selection is not None and recipe.data.selection.method == "fedhds":
         yield Leaving("centres of groups of its rows", "once", OPEN)
@@ -289,7 +290,7 @@ def open_ends(recipe: Recipe) -> Iterator[str]:
     if spec is not None:
         yield "Where a silo fails, the sentence that says why may hold a count of its rows."
     if masked and not withheld(recipe):
-        yield "Figures on held-out rows are each silo's own and not masked."
+        yield "Sums of figures have no noise: what they tell of all silos together is not bounded."
     yield "A silo that trains on false rows is not found out by any of this."
 
 

@@ -228,6 +228,11 @@ def _held_out(facts: RunFacts) -> str:
             rows = [[*row, with_interval(k, estimate(others, k))] for row, k in zip(rows, keys, strict=True)]
     parts = [table(head, rows)]
     examples = (after or before).get("examples")
+    summed = (after or before).get("summed")
+    if is_number(summed):  # and none of a silo is known
+        personal += (
+            f" Figures left only in the sum over {plural(int(summed), 'silo')}, so there are none of a single one."
+        )
     fair = _fairness({first_model(facts): before, "after training": after, "on the other silos' rows": others}, keys)
     return (
         f"<h2>Held-out results</h2>"

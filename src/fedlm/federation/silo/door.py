@@ -28,8 +28,8 @@ from fedlm.federation.identities import Identity, simulated
 from fedlm.federation.memory import peak_rss
 from fedlm.federation.silo.augmented import centres
 from fedlm.federation.silo.leaving import coarse, quiet, sparse, told, without_noise
-from fedlm.federation.silo.masked import MASKS, Masked
 from fedlm.federation.silo.masked import VERBS as MASK_VERBS
+from fedlm.federation.silo.masked import Masked, serves
 from fedlm.federation.silo.measured import held_out, measured
 from fedlm.federation.silo.private import PrivateRound
 from fedlm.federation.silo.received import Received, UnsyncedError
@@ -42,6 +42,7 @@ from fedlm.federation.silo.sums import Sums, model_hash
 from fedlm.federation.silo.trained import keeps_state, train_round
 from fedlm.federation.silo.workbench import POOLED, Workbench
 from fedlm.guards import get_chain
+from fedlm.guards.mask import MASKS
 from fedlm.messages import Failure, FailureKind, Fields, Observe, Reply, Request, Tensors
 from fedlm.privacy.calibration import check_budget
 from fedlm.recipe.capacity import Capacity, lesser, parse_capacity
@@ -56,7 +57,7 @@ PROTOCOL = 1
 """Version of requests and replies; a silo refuses another one at `hello`."""
 
 VERBS = frozenset({"hello", "train", "evaluate", "profile", "pairs", "score", "answer"})
-"""What an owner allows or not; the verbs of secure aggregation go with `train`."""
+"""What an owner allows or not; the verbs of secure aggregation go with `train`, or with `evaluate`."""
 
 
 PRIVATE = ("micro_batch_size", "gradient_checkpointing", "dtype", "quantise", "processes", "shards")
@@ -130,12 +131,12 @@ class Silo:
             "answer": self._answer,
             **dict.fromkeys(MASK_VERBS, self._masks),
         }
-        if request.verb not in verbs or ("train" if request.verb in MASK_VERBS else request.verb) not in self._allow:
+        if request.verb not in verbs or serves(request) not in self._allow:
             allowed = ", ".join(sorted(self._allow))
             return self._failure(
                 FailureKind.REFUSED, f"the verb '{request.verb}' is not allowed here (allowed: {allowed})"
             )
-        if reason := without_noise(self.bench.recipe, request.verb):
+        if reason := without_noise(self.bench.recipe, serves(request)):
             return self._failure(FailureKind.REFUSED, reason)
         if request.silo != self.name:
             return self._failure(FailureKind.REFUSED, "the request names another silo")
@@ -213,21 +214,22 @@ class Silo:
         if mask_of(self.bench.recipe) is None:
             update, fields = self._trained(request)
             return update, told(fields, self.bench.recipe)
-        masked = self._masked()
+        masked = self._masked("train")
         masked.accept(request, self._model_of(request, "train"))
         update, fields = self._trained(replace(request, fields={k: v for k, v in request.fields.items() if k != MASKS}))
         return masked.send(request, update, fields)
 
     def _masks(self, request: Request) -> tuple[Tensors, Fields]:
-        """What secure aggregation asks before and after a round's training."""
-        return self._masked().answer(request)
+        """What secure aggregation asks before and after a round's training, or a measurement."""
+        return self._masked(serves(request)).answer(request)
 
-    def _masked(self) -> Masked:
+    def _masked(self, verb: str) -> Masked:
+        """This silo's part in a sum of what it answers to a verb."""
         recipe = self.bench.recipe
         identity = self._identity or simulated(recipe.seed, self.name)
         folder, simulation = self._store.folder, self._limits is None
         sums = Sums(folder, self._apart)
-        return Masked(self.name, recipe, folder, identity, self._cohort, sums, simulated=simulation)
+        return Masked(self.name, recipe, folder, identity, self._cohort, sums, verb, simulated=simulation)
 
     def _model_of(self, request: Request, purpose: str) -> str:
         """Hash of what a request lets be computed from: the base model, the run's start, and what it sends."""
@@ -304,16 +306,25 @@ class Silo:
         return Place(self.name, request.round, rounds, recipe.seed, plan.rank, dispatch=dispatch, silos=silos)
 
     def _evaluate(self, request: Request) -> tuple[Tensors, Fields]:
+        if mask_of(self.bench.recipe) is None:
+            return {}, self._measured(request)
+        if request.fields.get("rows_of", "own") != "own" or any(request.fields.get(n) for n in ("items", "plain")):
+            raise RefusedError("this run's figures leave only in sums over silos, of the run's models on own rows")
+        masked = self._masked("evaluate")
+        masked.accept(request, self._model_of(request, str(request.fields["role"])))
+        return masked.send_figures(request, self._measured(request))
+
+    def _measured(self, request: Request) -> Fields:
+        """Sums and counts over held-out rows, of a model."""
         rows = held_out(self.bench, self.name, request)
         if len(rows) == 0:
-            return {}, {"examples": 0, "seconds": 0.0, "peak_rss": peak_rss()}
+            return {"examples": 0, "seconds": 0.0, "peak_rss": peak_rss()}
         plan = self._plan(request)
         self.bench.load(plan.model(self.bench.recipe.model))
         kept = {} if request.fields.get("plain") else self._kept(request)
         reference, place = self._reference(request), self._place(request, plan)
-        return {}, measured(
-            self.bench, place, plan, request, rows, kept, reference=reference, stoppable=self._stoppable()
-        )
+        stoppable = self._stoppable()
+        return measured(self.bench, place, plan, request, rows, kept, reference=reference, stoppable=stoppable)
 
     def _profile(self, request: Request) -> tuple[Tensors, Fields]:
         """Where groups of this silo's rows lie in the model's states, to choose among rows, its own or public ones."""

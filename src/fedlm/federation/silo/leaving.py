@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from fedlm.federation.silo.masked import VERBS as MASK_VERBS
 from fedlm.messages import Fields, Observe
 from fedlm.recipe.privacy import withheld
 from fedlm.recipe.schema import Recipe
 
 
 def coarse(card: Fields) -> Fields:
-    """A data card that says of the training rows how many there are at most, in powers of two, and nothing of labels:
-    a silo's weight is hidden under the mask, and this would tell it."""
-    rows = int(card["rows"]["train"])
-    return {**card, "rows": {**card["rows"], "train": 1 << (rows - 1).bit_length() if rows else 0}, "labels": {}}
+    """A data card that says of rows how many there are at most, in powers of two, and nothing of labels: a silo's
+    weight is hidden under the mask, and so are counts over rows that it holds out, and this would tell them."""
+    rows = {role: 1 << (int(count) - 1).bit_length() if count else 0 for role, count in card["rows"].items()}
+    return {**card, "rows": rows, "labels": {}}
 
 
 def sparse(card: Fields, recipe: Recipe) -> Fields:
@@ -38,8 +37,8 @@ def told(fields: Fields, recipe: Recipe) -> Fields:
 
 
 def without_noise(recipe: Recipe, verb: str) -> str:
-    """Why a verb would tell of rows what no noise covers; empty where it does not."""
-    if recipe.privacy is None or verb in ("hello", "train", *MASK_VERBS):
+    """Why the answer to a verb would tell of rows what no noise covers; empty where it does not."""
+    if recipe.privacy is None or verb in ("hello", "train"):
         return ""
     if verb == "evaluate":
         return "this run's recipe lets no figure leave (privacy.figures: withheld)" if withheld(recipe) else ""

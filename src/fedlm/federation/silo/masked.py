@@ -1,9 +1,9 @@
 """A silo's part in secure aggregation, at its door: the verbs `keys`, `shares`, `consistency` and `unmask`, and what
-`train` sends under a mask.
+`train` and `evaluate` send under a mask.
 
-What a silo has given out must never be forgotten, so its state is on disk before a reply leaves: one file for each run,
-`<root>/<silo>/<run>/masks.json`, with secrets in it (0600). The update itself stays in the silo's state as every reply
-does; what leaves is the masked vector and no figure of the round.
+What a silo has given out must never be forgotten, so its state is on disk before a reply leaves: a file for each run
+and verb, `<root>/<silo>/<run>/masks.json` and `masks-evaluate.json`, with secrets in it (0600). The update itself stays
+in the silo's state as every reply does; what leaves is the masked vector and no figure of the round.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from fedlm.federation.silo.state import tensors_digest
 from fedlm.federation.silo.sums import Sums
 from fedlm.files import sync_folder
 from fedlm.guards import REST
-from fedlm.guards.mask import BESIDE, encoding, hidden, weight_under
+from fedlm.guards.mask import BESIDE, MASKS, OF, encoding, hidden, weight_under
 from fedlm.guards.noised import NoisedEncoding, hidden_noised, least_survivors
+from fedlm.guards.summed import figures_agreed, figures_length, figures_ring, hidden_figures
 from fedlm.messages import Fields, Request, Tensors
 from fedlm.privacy import secagg
 from fedlm.privacy.ledger import Budget, Event, Ledger
@@ -39,8 +40,12 @@ from fedlm.recipe.schema import Recipe
 VERBS = ("keys", "shares", "consistency", "unmask")
 """Of the protocol alone; whoever may ask a silo to train under masks may ask these."""
 
-MASKS = "masks"
-"""Field of `train` with the protocol's message."""
+
+def serves(request: Request) -> str:
+    """The verb that a request is a part of: one of the protocol's own belongs to that whose answers are added up."""
+    if request.verb not in VERBS:
+        return request.verb
+    return "evaluate" if request.fields.get(OF) == "evaluate" else "train"
 
 
 class Masked:
@@ -53,18 +58,28 @@ class Masked:
         identity: its own, and what it knows of the others'.
         minimum: silos that a sum must be over.
         sums: that this silo has helped to unmask, in whatever run.
+        verb: 'train' or 'evaluate', whose answers are added up.
         simulated: noise comes from a test key.
     """
 
     def __init__(
-        self, name: str, recipe: Recipe, folder: Path, identity: Identity, minimum: int, sums: Sums, *, simulated: bool
+        self,
+        name: str,
+        recipe: Recipe,
+        folder: Path,
+        identity: Identity,
+        minimum: int,
+        sums: Sums,
+        verb: str,
+        *,
+        simulated: bool,
     ) -> None:
         spec = mask_of(recipe)
         if spec is None:
             raise RefusedError("this run's updates are not masked")
         self._recipe, self._spec, self._folder = recipe, spec, folder
         self._name, self._identity, self._minimum, self._simulated = name, identity, minimum, simulated
-        self._sums = sums
+        self._sums, self._verb = sums, verb
 
     def answer(self, request: Request) -> tuple[Tensors, Fields]:
         """One of `VERBS`.
@@ -84,25 +99,25 @@ class Masked:
         except AggregationRefused as refusal:
             raise RefusedError(refusal.sentence()) from None
         if request.verb == "unmask":
-            self._sums.add(request.run, _when(state), state.survivors)
+            self._sums.add(self._session(request.run), _when(state), state.survivors)
         self._save(request.run, state)
         return sent(answer)
 
     def accept(self, request: Request, model: str) -> None:
-        """What of `train` can be refused before there is anything to mask.
+        """What of a masked verb can be refused before there is anything to mask.
 
         Args:
-            model: hash of what is trained from.
+            model: hash of what is trained from, or measured.
 
         Raises:
             RefusedError: the protocol forbids an answer, or the owner, because of sums over nearly the same silos.
         """
-        state = self._state(request)
+        message, state = self._message(request), self._state(request)
         try:
-            state = self._silo(len(state.parameters.silos)).accept(state, self._message(request))
+            state = self._silo(len(state.parameters.silos)).accept(state, message)
         except AggregationRefused as refusal:
             raise RefusedError(refusal.sentence()) from None
-        self._sums.begin(request.run, _when(state), model, state.present)
+        self._sums.begin(self._session(request.run), _when(state), model, state.present)
         self._save(request.run, state)
 
     def send(self, request: Request, update: Tensors, fields: Fields) -> tuple[Tensors, Fields]:
@@ -125,8 +140,20 @@ class Masked:
             loss = 0.0 if withheld(self._recipe) else float(fields["loss"])
             key = (request.silo, request.round)
             words, _ = hidden(update[REST], loss, weight, how, key, self._recipe.seed)
+        return self._hide(request, state, words)
+
+    def send_figures(self, request: Request, measured: Fields) -> tuple[Tensors, Fields]:
+        """What leaves of a measurement: its counts under the mask, and nothing else.
+
+        Raises:
+            RefusedError: the protocol forbids an answer.
+            UpdateRefused: a figure cannot be added up.
+        """
+        return self._hide(request, self._state(request), hidden_figures(measured, self._recipe))
+
+    def _hide(self, request: Request, state: secagg.State, words: Words) -> tuple[Tensors, Fields]:
         try:
-            state, answer = self._silo(silos).train(state, self._message(request), words)
+            state, answer = self._silo(len(state.parameters.silos)).train(state, self._message(request), words)
         except AggregationRefused as refusal:
             raise RefusedError(refusal.sentence()) from None
         self._save(request.run, state)
@@ -136,7 +163,7 @@ class Masked:
         """The protocol's silo, on the terms of a round of so many."""
         spec, identity = self._spec, self._identity
         risk = secagg.Risk(spec.dropouts, spec.corrupt, malicious=spec.coordinator == "malicious")
-        noised = noised_by_silos(self._recipe)
+        noised = noised_by_silos(self._recipe) and self._verb == "train"
         least = max(self._minimum, least_survivors(self._recipe, silos)) if noised else self._minimum
         return secagg.Silo(self._name, identity.signer, identity.directory, secagg.Policy(risk, least))
 
@@ -159,8 +186,13 @@ class Masked:
         silos, length = message.fields.get("silos"), message.fields.get("length")
         if not isinstance(silos, list) or type(length) is not int or length <= BESIDE:
             raise RefusedError("secure aggregation of nobody, or of nothing")
-        how = encoding(self._recipe, len(silos), length)
-        wanted = {"ring_bits": how.ring_bits, "agreed": how.fields, "malicious": self._spec.coordinator == "malicious"}
+        wanted: Fields = {"malicious": self._spec.coordinator == "malicious"}
+        if self._verb == "evaluate":
+            wanted |= {"ring_bits": figures_ring(len(silos)), "length": figures_length(self._recipe)}
+            wanted["agreed"] = figures_agreed(self._recipe)
+        else:
+            how = encoding(self._recipe, len(silos), length)
+            wanted |= {"ring_bits": how.ring_bits, "agreed": how.fields}
         for name, value in wanted.items():
             if message.fields.get(name) != value:
                 raise RefusedError(f"secure aggregation with another '{name}' than this run's recipe has")
@@ -169,7 +201,9 @@ class Masked:
         try:
             return from_fields(request.fields[MASKS])
         except (KeyError, TypeError, ValueError, AttributeError):
-            raise RefusedError("this run's updates are masked, and the request says not with whom") from None
+            raise RefusedError(
+                "what leaves in this run leaves under masks, and the request says not with whom"
+            ) from None
 
     def _state(self, request: Request) -> secagg.State:
         state = self._load(request.run)
@@ -200,7 +234,10 @@ class Masked:
             sync_folder(file.parent)
 
     def _file(self, run: str) -> Path:
-        return self._folder / run / "masks.json"
+        return self._folder / run / ("masks.json" if self._verb == "train" else f"masks-{self._verb}.json")
+
+    def _session(self, run: str) -> str:
+        return run if self._verb == "train" else f"{run}/{self._verb}"
 
 
 def _when(state: secagg.State) -> tuple[int, int]:
@@ -209,7 +246,8 @@ def _when(state: secagg.State) -> tuple[int, int]:
 
 def received(request: Request) -> secagg.Message:
     """A request of the protocol's own verbs as the protocol has it."""
-    return secagg.Message({name: tensor.numpy() for name, tensor in request.tensors.items()}, request.fields)
+    fields = {name: value for name, value in request.fields.items() if name != OF}
+    return secagg.Message({name: tensor.numpy() for name, tensor in request.tensors.items()}, fields)
 
 
 def sent(answer: secagg.Message) -> tuple[Tensors, Fields]:

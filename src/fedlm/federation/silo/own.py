@@ -27,6 +27,7 @@ from fedlm.federation.silo.auditlog import AuditLog
 from fedlm.federation.silo.door import PROTOCOL, Limits, Silo, classify
 from fedlm.federation.silo.holdings import load_holdings
 from fedlm.federation.silo.hours import local_day
+from fedlm.federation.silo.masked import serves
 from fedlm.federation.silo.policy import (
     Forbidden,
     check_counting,
@@ -121,7 +122,7 @@ class OwnSilo:
         try:
             if request.silo != self.name:
                 raise Forbidden("the request names another silo")
-            check_verb(self.policy, request.verb)
+            check_verb(self.policy, serves(request))
             if not RUN.fullmatch(request.run):
                 raise Forbidden("the run has no proper name")
             check_hours(self.policy, now())

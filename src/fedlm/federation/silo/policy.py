@@ -18,7 +18,7 @@ from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, field_va
 from fedlm.data.packages import is_package
 from fedlm.errors import RecipeError, nearest
 from fedlm.federation.silo.hours import checked_hours, checked_zone, next_opening
-from fedlm.federation.silo.masked import VERBS as MASK_VERBS
+from fedlm.federation.silo.masked import serves
 from fedlm.messages import Request
 from fedlm.models.catalogue import CATALOGUE
 from fedlm.privacy.secagg.graph import MOST
@@ -170,9 +170,7 @@ def example() -> str:
 
 
 def check_verb(policy: Policy, verb: str) -> None:
-    """Forbidden unless the owner allows this verb. Those of secure aggregation go with `train`."""
-    if verb in MASK_VERBS:
-        verb = "train"
+    """Forbidden unless the owner allows this verb."""
     if verb not in policy.allow:
         allowed = ", ".join(policy.allow) or "none"
         raise Forbidden(f"the verb '{verb[:40]}' is not allowed here (allowed: {allowed})", "allow")
@@ -289,7 +287,7 @@ def check_rows(policy: Policy, recipe: Recipe, rows: int, sequences: int | None)
 
 def check_request(policy: Policy, recipe: Recipe, request: Request) -> None:
     """Forbidden unless this request stays within the policy and within the run that the silo has agreed to."""
-    first = 0 if request.verb in ("train", *MASK_VERBS) else -1
+    first = 0 if serves(request) == "train" else -1
     if not first <= request.round < recipe.federation.rounds:
         raise Forbidden(f"the run has {recipe.federation.rounds} rounds, there is no round {request.round}")
     _at_most("rounds", request.round + 1, policy.max_rounds, "max_rounds")
