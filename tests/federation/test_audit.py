@@ -61,6 +61,11 @@ def test_under_privacy_no_figure_leaves_unless_opened(tiny: Tiny) -> None:
     assert of(tiny, *SILOS)["how many rows it trains on"] == KEPT
 
 
+def test_a_bit_beside_the_update_is_listed(tiny: Tiny) -> None:
+    bit = "a bit: whether its update was within the clip"
+    assert bit not in of(tiny, *SILOS) and "adds noise to their count" in of(tiny, *SILOS, "privacy.adaptive={}")[bit]
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_what_methods_tell_beside_updates_is_listed(tiny: Tiny, algorithm: str) -> None:
     recipe = tiny.recipe("federation.algorithm.name=fedavg")

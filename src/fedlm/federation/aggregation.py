@@ -17,7 +17,7 @@ import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -84,12 +84,12 @@ class Note:
 
     def __init__(self, file: Path, of: str, session: int | None = None) -> None:
         self._file, self._of = file, of
-        kept = read_json(file) if file.exists() else {"last": -1, "sums": []}
+        kept: dict[str, Any] = read_json(file) if file.exists() else {"last": -1, "sums": []}
         self._others = [entry for entry in kept["sums"] if entry["of"] != of]
         mine = next((entry for entry in kept["sums"] if entry["of"] == of), None)
         if session is None:
             session = kept["last"] if mine is not None and mine["session"] == kept["last"] else kept["last"] + 1
-        self.session = session
+        self.session: int = session
         self.attempt: int = mine["attempt"] if mine is not None and mine["session"] == session else -1
         self.survivors: list[str] = mine["survivors"] if mine is not None else []
 

@@ -95,6 +95,8 @@ class Conversations:
                     "accepted": accepted.get(name, -1),
                     "silos": want,
                 }
+                if self.noise is not None:
+                    fields |= self.noise.asked
                 yield self.request(name, "train", number, broadcast, fields)
 
         def check(reply: Reply) -> Verdict:
@@ -139,7 +141,7 @@ class Conversations:
         dtypes = self.algorithm.update_dtypes
         check_update(reply.silo, reply.tensors, expected, weight, max_weight=most, dtypes=dtypes)
         if self.noise is not None:
-            self.noise.check(reply.silo, reply.tensors)
+            self.noise.check(reply.silo, reply.tensors, reply.fields)
         return Verdict(weight, place)
 
     def check_guards(self, parameters: Tensors) -> None:

@@ -195,7 +195,8 @@ class Federation:
             folded = self.flight.collect(number, state.parameters, accumulator, traffic)
         figures: Fields = dict(folded.figures)
         if self.noise is not None:
-            figures |= self.noise.add(accumulator, number, state.parameters)
+            replies = [folded.fields[name] for name in folded.replied]
+            figures |= self.noise.add(accumulator, number, state.parameters, replies)
 
         # 3. Server step: the folded updates become the next global model.
         stepping = time.monotonic()
@@ -220,6 +221,8 @@ class Federation:
         following = _State(parameters, server, progress)
         if self.flight is not None:
             progress.flight = self.flight.dump()
+        if self.noise is not None:
+            progress.clip = self.noise.clip
 
         def commit(record: dict[str, Any]) -> None:
             progress.record = record
@@ -347,6 +350,8 @@ class Federation:
         if self.silos.downlink is not None:
             self.silos.downlink.load(checkpoint.progress.downlink, checkpoint.server_state)
         state = _State(checkpoint.parameters, without_reserved(checkpoint.server_state), checkpoint.progress)
+        if self.noise is not None and state.progress.clip is not None:
+            self.noise.clip = state.progress.clip
         if self.flight is not None:
             self.flight.load(state.progress.flight, lambda: self.fresh().parameters)
         return state

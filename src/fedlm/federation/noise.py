@@ -5,6 +5,10 @@ counting alike; what follows from the noised sum costs nothing more, so that the
 sees the models is kept from telling what one silo contributed; the coordinator itself sees each update and must be
 trusted with it.
 
+With `privacy.adaptive` the clip C follows a quantile of the updates' norms (Andrew et al., NeurIPS 2021): each silo
+tells whether its update was within it, and sum and count together, with noise z_delta and sigma_b, cost what the sum
+alone would with the budget's noise multiplier z = (z_delta^-2 + (2 sigma_b)^-2)^(-1/2).
+
 A silo's contribution is set to zero in a neighbouring federation, and how many there are is public (Kairouz et al.,
 2021, definition 1.1). A sample of silos is drawn from the run's seed, which others know: it makes nothing cheaper.
 
@@ -14,7 +18,8 @@ noise, so that nobody sees one sum under two.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,11 +29,14 @@ from fedlm.algorithms.base import Accumulator
 from fedlm.errors import RunError, UpdateRefused
 from fedlm.federation.disk import disk_errors
 from fedlm.federation.rundir import RunDir
+from fedlm.federation.sampling import wanted
 from fedlm.federation.silo.private import LEDGER
 from fedlm.federation.silo.secret import secret_of
 from fedlm.federation.silo.state import tensors_digest
+from fedlm.federation.silo.trained import CLIP, WITHIN
 from fedlm.files import read_tensors, sha256_file, write_tensors
 from fedlm.messages import Fields, Tensors
+from fedlm.privacy.adaptive_clipping import AdaptiveClipping
 from fedlm.privacy.calibration import calibrate
 from fedlm.privacy.clipping import l2_norm
 from fedlm.privacy.ledger import Budget, Event, Ledger
@@ -41,6 +49,9 @@ PARTY = "the coordinator"
 
 MODEL = "sha256 of the model before"
 """Beside the noised sum in its file."""
+
+COUNT = "noised count within the clip"
+"""The same, with an adaptive clip."""
 
 SLACK = 1 + 1e-9
 """Of norms, which both sides take in fp64 and perhaps in another order of sums."""
@@ -58,11 +69,31 @@ def mechanism_of(recipe: Recipe, silos: int) -> Gaussian:
     return replace(calibrate(whole, spec.epsilon, spec.delta, silos), count=1)
 
 
+def adaptive_of(recipe: Recipe, silos: int) -> AdaptiveClipping | None:
+    """How the clip moves, of so many silos that may take part; None where it does not.
+
+    Raises:
+        PrivacyError: as `mechanism_of`.
+    """
+    spec = recipe.privacy.adaptive if recipe.privacy is not None else None
+    if spec is None:
+        return None
+    noise = mechanism_of(recipe, silos).noise_multiplier
+    assert noise is not None
+    return AdaptiveClipping(
+        spec.count_noise or max(noise, wanted(recipe.federation, silos) / 20), spec.quantile, spec.rate
+    )
+
+
 class SumNoise:
     """One run's.
 
     Args:
         silos: everyone who may take part.
+
+    Attributes:
+        clip: of the round under way.
+        mechanism: of a round, all that leaves it together.
 
     Raises:
         PrivacyError: delta is not below 1/silos, or no noise keeps the budget.
@@ -74,18 +105,30 @@ class SumNoise:
         self._recipe, self._dir, self.clip = recipe, run_dir, spec.clip
         self._budget = Budget("silo", "zero-out", spec.epsilon, spec.delta, dict.fromkeys(silos, 1))
         self.mechanism = mechanism_of(recipe, len(silos))
+        assert self.mechanism.noise_multiplier is not None
+        self.adaptive = adaptive_of(recipe, len(silos))
+        noise = self.mechanism.noise_multiplier
+        self._sum_noise = noise if self.adaptive is None else self.adaptive.update_noise(noise)
 
-    def check(self, silo: str, update: Mapping[str, torch.Tensor]) -> None:
-        """Raises UpdateRefused: an update is larger than noise hides."""
+    @property
+    def asked(self) -> Fields:
+        """What a silo is told of the round's clip."""
+        return {} if self.adaptive is None else {CLIP: self.clip}
+
+    def check(self, silo: str, update: Mapping[str, torch.Tensor], fields: Fields) -> None:
+        """Raises UpdateRefused: an update is larger than noise hides, or does not say whether it was clipped."""
         norm = l2_norm(dict(update))
         if norm > self.clip * SLACK:
             raise UpdateRefused(f"the update's norm is {norm:.6g}, above the clip of {self.clip:g}", where=silo)
+        if self.adaptive is not None and not isinstance(fields.get(WITHIN), bool):
+            raise UpdateRefused("the reply does not say whether the update was within the clip", where=silo)
 
-    def add(self, accumulator: Accumulator, number: int, model: Tensors) -> Fields:
-        """Noise the sum in place, once it is paid for; figures of what that cost.
+    def add(self, accumulator: Accumulator, number: int, model: Tensors, replies: Iterable[Fields] = ()) -> Fields:
+        """Noise the sum in place, once it is paid for, and move the clip; figures of the round.
 
         Args:
             model: that the round began with.
+            replies: what silos said beside the updates in the sum.
 
         Raises:
             BudgetExceeded: the run's budget would be exceeded; nothing was used.
@@ -99,7 +142,7 @@ class SumNoise:
             kept = self._kept(file, before)
             if kept is None:
                 file.parent.mkdir(mode=0o700, exist_ok=True)
-                kept = self._noised(accumulator, number, before)
+                kept = self._noised(accumulator, number, before, [bool(said.get(WITHIN)) for said in replies])
                 write_tensors(file, kept)
                 for old in file.parent.glob("round-*.safetensors"):
                     if old != file:
@@ -110,7 +153,12 @@ class SumNoise:
                 spent = ledger.spent().epsilon
         for name, total in accumulator.total.items():
             total.copy_(kept[name])
-        return {"epsilon": spent}
+        figures: Fields = {"epsilon": spent}
+        if self.adaptive is not None:  # from the noised count, which costs nothing more
+            share = float(kept[COUNT]) / accumulator.count + 0.5
+            figures |= {CLIP: self.clip, "within_clip": share}
+            self.clip = self.adaptive.step(self.clip, float(kept[COUNT]), accumulator.count)
+        return figures
 
     def _kept(self, file: Path, before: str) -> Tensors | None:
         """The round's sum as it was noised before this process was killed, unless it began with another model."""
@@ -120,16 +168,19 @@ class SumNoise:
         mark = bytes(found.pop(MODEL).tolist()).hex()
         return found if mark == before else None
 
-    def _noised(self, accumulator: Accumulator, number: int, before: str) -> Tensors:
+    def _noised(self, accumulator: Accumulator, number: int, before: str, within: list[bool]) -> Tensors:
         network = bool(self._dir.meta.get("network"))
         secret = secret_of(self._dir.path / "noised", None if network else (self._recipe.seed, PARTY))
         run = self._dir.run if network else ""  # its name is another in every simulation of one recipe
         stream = SecretStream(secret, "noise", run, number, before, tensors_digest(accumulator.total))
-        assert self.mechanism.noise_multiplier is not None
-        deviation = self.mechanism.noise_multiplier * self.clip * SLACK
+        deviation = self._sum_noise * self.clip * SLACK
         noised: Tensors = {}
         for name, total in accumulator.total.items():
             drawn = torch.from_numpy(gaussian(stream, deviation, total.numel())).view(total.shape)
             noised[name] = (total.to(torch.float64) + drawn).to(torch.float32)
+        if self.adaptive is not None:
+            assert len(within) == accumulator.count
+            count = math.fsum(map(self.adaptive.indicator, within))
+            noised[COUNT] = torch.from_numpy(count + gaussian(stream, self.adaptive.count_noise, 1))
         noised[MODEL] = torch.tensor(list(bytes.fromhex(before)), dtype=torch.uint8)
         return noised

@@ -54,6 +54,8 @@ class Progress:
     """What an asynchronous run had under way, and its clock."""
     downlink: dict[str, Any] = field(default_factory=dict)
     """What silos hold of the model, where only what has changed is sent to them."""
+    clip: float | None = None
+    """Where the next round's clip is, where noise protects silos."""
 
 
 @dataclass

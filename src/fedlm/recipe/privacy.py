@@ -26,6 +26,21 @@ LARGEST_EPSILON = 100.0
 """Above it a guarantee is empty: odds may change by e^100."""
 
 
+class AdaptiveSpec(Strict):
+    """A clip that follows a quantile of the norms of updates, under the same budget (Andrew, Thakkar, McMahan,
+    Ramaswamy, NeurIPS 2021): each silo tells whether its update was within the clip, and the count gets noise."""
+
+    quantile: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.5, description="Share of updates within the clip.")
+    rate: PositiveFloat = Field(
+        0.2, description="By which the clip's logarithm moves: rate x (quantile - share within)."
+    )
+    count_noise: PositiveFloat | None = Field(
+        None,
+        description="Standard deviation of the noise on the count. Default: a twentieth of a round's silos, and at "
+        "least the noise multiplier that the budget asks for: updates get at most 1.16 times its noise then.",
+    )
+
+
 class PrivacySpec(Strict):
     """Differential privacy of what leaves, for a whole run."""
 
@@ -42,6 +57,9 @@ class PrivacySpec(Strict):
     )
     clip: PositiveFloat = Field(
         1.0, description="Largest L2 norm of what a unit adds: of an example's gradient, or of a silo's update."
+    )
+    adaptive: AdaptiveSpec | None = Field(
+        None, description="Of `unit: silo` without a mask: `clip` is where it begins, and moves every round."
     )
     noise: Literal["discrete-gaussian", "skellam"] = Field(
         "skellam", description="Of `unit: silo` under a mask: whole numbers that each silo adds."
@@ -126,6 +144,8 @@ def _examples(recipe: Recipe) -> Iterator[Problem]:
     training = recipe.training
     if recipe.privacy is not None and changed(recipe.privacy, "noise"):
         yield ("privacy", "noise"), "has no effect with `privacy.unit: example`"
+    if recipe.privacy is not None and recipe.privacy.adaptive is not None:
+        yield ("privacy", "adaptive"), "not with `privacy.unit: example`: an example's clip stays what it is"
     for field, reason in (
         ("clip_norm", "it clips a step's mean gradient, and privacy clips each example's: set it to null"),
         ("spike_guard", "it skips steps by losses before noise"),
@@ -161,6 +181,12 @@ def _silos(recipe: Recipe) -> Iterator[Problem]:
     if any(guard.name != MASK for guard in recipe.guards):
         yield ("guards",), "only a mask with `privacy.unit: silo`: a clipped update must arrive as it is"
     mask = mask_of(recipe)
+    if mask is not None and recipe.privacy is not None and recipe.privacy.adaptive is not None:
+        yield (
+            ("privacy", "adaptive"),
+            "not with the guard 'mask': silos size their noise for a grid that the clip fixes before the run, and the "
+            "count would need a sum of its own",
+        )
     for field in ("bound", "max_weight"):
         if mask is not None and changed(mask, field):
             yield ("guards", 0, field), "has no effect with `privacy.unit: silo`: the clip and equal weights say it"

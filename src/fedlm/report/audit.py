@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlm.errors import PrivacyError
-from fedlm.federation.noise import mechanism_of
+from fedlm.federation.noise import adaptive_of, mechanism_of
 from fedlm.federation.silo.private import LEDGER, cost
 from fedlm.files import write_atomic
 from fedlm.privacy.ledger import read_spent
@@ -163,6 +163,9 @@ def _of_training(recipe: Recipe) -> Iterator[Leaving]:
     smaller = [guard.name for guard in recipe.guards if guard.name != "mask"]
     note = f" (made smaller by {' and '.join(smaller)}, which protects nothing)" if smaller else ""
     yield Leaving(update, "every round", ", and ".join(protections) + note)
+    if spec is not None and spec.adaptive is not None:
+        counted = "as it is, to the coordinator, which adds noise to their count (differential privacy)"
+        yield Leaving("a bit: whether its update was within the clip", "every round", counted)
     if method.silo_state:
         yield Leaving("what the algorithm keeps in a silo between rounds", "", KEPT)
     if method.losses:
@@ -209,7 +212,7 @@ def _guarantee(recipe: Recipe, facts: RunFacts | None, folder: Path | None) -> G
             found = {"every silo": float(facts.rounds[-1].get("epsilon") or 0.0)}
         return Guarantee(spec.unit, spec.epsilon, spec.delta, words, found, ledgers)
     if spec.unit == "silo":
-        words = describe(mechanism_of(recipe, len(rows))) if rows else "noise follows from the number of silos"
+        words = _noise_on_sums(recipe, len(rows)) if rows else "noise follows from the number of silos"
         if folder is not None and (folder / LEDGER).is_file():
             found, ledgers = {"every silo": read_spent(folder / LEDGER)[1].epsilon}, True
         return Guarantee(spec.unit, spec.epsilon, spec.delta, words, found, ledgers)
@@ -232,6 +235,17 @@ def _guarantee(recipe: Recipe, facts: RunFacts | None, folder: Path | None) -> G
             f"{describe(cost(recipe, smallest, rows[smallest]).mechanism)} a round ('{smallest}', the smallest silo)"
         )
     return Guarantee(spec.unit, spec.epsilon, spec.delta, words, found, ledgers)
+
+
+def _noise_on_sums(recipe: Recipe, silos: int) -> str:
+    mechanism, adaptive = mechanism_of(recipe, silos), adaptive_of(recipe, silos)
+    if adaptive is None or mechanism.noise_multiplier is None:
+        return describe(mechanism)
+    on_sum = adaptive.update_noise(mechanism.noise_multiplier)
+    return (
+        f"{describe(mechanism)}, as {on_sum:.4g} on the sum of updates and {adaptive.count_noise:.4g} on the count of "
+        "those within the clip cost together"
+    )
 
 
 def meaning(guarantee: Guarantee) -> str:
@@ -263,7 +277,8 @@ def trusted(recipe: Recipe) -> Iterator[tuple[str, str]]:
     elif spec is not None and spec.unit == "example":
         yield "the coordinator", "noised updates, which tell of a row no more than the guarantee says"
     elif spec is not None:
-        yield "the coordinator", "each silo's clipped update without noise, and adding the noise"
+        bit = " and its bit" if spec.adaptive is not None else ""
+        yield "the coordinator", f"each silo's clipped update{bit} without noise, and adding the noise"
     else:
         yield "the coordinator", "each silo's update, from which rows can be reconstructed"
     if spec is None:

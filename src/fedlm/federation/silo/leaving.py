@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedlm.federation.silo.trained import WITHIN
 from fedlm.messages import Fields, Observe
 from fedlm.recipe.privacy import withheld
 from fedlm.recipe.schema import Recipe
@@ -33,6 +34,8 @@ def told(fields: Fields, recipe: Recipe) -> Fields:
         return fields
     assert recipe.privacy is not None
     names = PUBLIC if recipe.privacy.unit == "example" else [name for name in PUBLIC if name != "rows"]
+    if recipe.privacy.adaptive is not None:
+        names = [*names, WITHIN]
     return {name: fields[name] for name in names if name in fields}
 
 

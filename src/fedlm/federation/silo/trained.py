@@ -6,6 +6,7 @@ the recipe's methods add. Reply: the update, after the recipe's guards, and what
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from fedlm.errors import RunError
 from fedlm.federation.memory import peak_rss
 from fedlm.federation.records import LEFT_OUT, PLANNED
-from fedlm.federation.silo.refusals import StoppedError
+from fedlm.federation.silo.refusals import RefusedError, StoppedError
 from fedlm.federation.silo.selected import round_tokens
 from fedlm.federation.silo.session import SiloSession, TimeBudget
 from fedlm.federation.silo.state import Trained, request_key
@@ -35,8 +36,15 @@ if TYPE_CHECKING:
     from fedlm.federation.silo.private import PrivateRound
     from fedlm.federation.silo.reference import Reference
     from fedlm.federation.silo.workbench import Workbench
+    from fedlm.recipe.privacy import PrivacySpec
     from fedlm.training.encode import TokenSet
     from fedlm.training.plan import Plan
+
+CLIP = "clip"
+"""Field of the request: the largest norm of the update, where it moves from round to round."""
+
+WITHIN = "within"
+"""Field of the reply: whether the update was within it."""
 
 
 def train_round(
@@ -65,9 +73,12 @@ def train_round(
 
     Raises:
         StoppedError: nobody waits for it any longer.
+        RefusedError: the request does not name the clip that it should.
         RunError: the state of the round before lacks what that round has lost, or it is damaged.
     """
     recipe, started = bench.recipe, time.monotonic()
+    protected = recipe.privacy if recipe.privacy is not None and recipe.privacy.unit == "silo" else None
+    bound = math.inf if protected is None else bound_of(protected, request)
     moments = before.optimizer if before and recipe.training.keeps else {}
     rows = round_tokens(bench, place, request.fields.get("chosen"))
     session = SiloSession(
@@ -104,10 +115,27 @@ def train_round(
         fields[PLANNED] = planned
     accepted = int(request.fields["accepted"])
     update = outcome.update
-    if recipe.privacy is not None and recipe.privacy.unit == "silo":
-        update = clip(update, recipe.privacy.clip).tensors
+    if protected is not None:
+        clipped = clip(update, bound)
+        update = clipped.tensors
+        if protected.adaptive is not None:
+            fields[WITHIN] = clipped.within
     sent, lost = _guarded(bench, update, place, before.guard if before else {}, accepted, folder)
     return Trained(request_key(request), digest, outcome.state, session.optimizer, lost, sent, fields)
+
+
+def bound_of(privacy: PrivacySpec, request: Request) -> float:
+    """The largest norm of the round's update: the recipe's, or the one that the coordinator has come to.
+
+    Raises:
+        RefusedError: it names none.
+    """
+    if privacy.adaptive is None:
+        return privacy.clip
+    bound = request.fields.get(CLIP)
+    if isinstance(bound, bool) or not isinstance(bound, int | float) or not 0 < bound < math.inf:
+        raise RefusedError("this run's clip moves from round to round, and the request does not say where it is")
+    return float(bound)
 
 
 def keeps_state(bench: Workbench) -> bool:
