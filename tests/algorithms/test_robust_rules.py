@@ -314,6 +314,10 @@ def test_flames_noise_is_that_share_of_the_median_norm(tmp_path: Path) -> None:
     again, _, _ = step(sent, tmp_path, name="flame", noise=0.01)
     other, _, _ = step(sent, tmp_path, name="flame", noise=0.01, round_=1)
     assert torch.equal(again[HEAD], noisy[HEAD]) and not torch.equal(other[HEAD], noisy[HEAD])
+    usual, _, figures = step(sent, tmp_path, name="flame")  # of all values together a tenth, whatever their number
+    median = np.median([np.linalg.norm(flat(u)) for u in sent])
+    assert np.linalg.norm(flat(usual) - flat(theta()) - plain) == pytest.approx(0.1 * median, rel=0.1)
+    assert figures["noise_norm"] == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("seed", range(20))

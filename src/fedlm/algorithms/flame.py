@@ -19,15 +19,20 @@ from fedlm.errors import MissingExtra
 from fedlm.messages import Tensors
 from fedlm.randomness import torch_generator
 
+NOISE = 0.1
+"""Without a lambda in the recipe: the norm of the noise on all values together, as a share of S."""
+
 
 class FLAME(Robust):
     """HDBSCAN on cosine distances admits one cluster of more than half of the silos; their updates are cut to the
     median S of all norms and averaged; every value gets noise N(0, (lambda S)^2)
     (after Nguyen et al., USENIX Security 2022, algorithm 1).
 
-    n >= 2f + 1. lambda is the recipe's `noise`; the paper's 0.001 was found for models of its own, and of d values the
-    noise together is lambda sqrt(d) S: `noise_norm` in rounds.jsonl says it as a multiple of S. This is no differential
-    privacy: S is read from the updates themselves.
+    n >= 2f + 1. Of d values the noise together is lambda sqrt(d) S, which `noise_norm` in rounds.jsonl says as a
+    multiple of S. lambda is the recipe's `noise`. Without it, lambda is 0.1 / sqrt(d), so that the noise is a tenth of
+    S whatever the size: the paper's 0.001 is for a value, and so makes 1.5 S on LoRA of rank 8 on SmolLM2-135M (d = 2.4
+    million), more than the whole step, which is at most S. This is no differential privacy: S is read from the updates
+    themselves.
 
     It is FLAME in three parts, not in all of its words: cosines are of updates, where the paper has those of models;
     the cluster is scikit-learn's; what the paper says of computing under encryption is left out. The cluster is what is
@@ -47,8 +52,10 @@ class FLAME(Robust):
         tell(gathered, c)
         if isinstance(space, Products):
             return space.moved(c), state  # the recipe has no noise there
-        place, sigma = gathered.kept[0].place, self.spec.noise * float(np.median(norms))
-        gathered.figures["noise_norm"] = self.spec.noise * math.sqrt(space.size)
+        root = math.sqrt(space.size)
+        rate = NOISE / root if self.spec.noise is None else self.spec.noise
+        place, sigma = gathered.kept[0].place, rate * float(np.median(norms))
+        gathered.figures["noise_norm"] = rate * root
         stepped = space.moved(c)
         for name in space.layout if sigma > 0 else ():
             draw = torch_generator(place.seed, "flame", name, place.round)

@@ -24,6 +24,8 @@ from fedlm.randomness import numpy_generator, torch_generator
 
 Row = Mapping[str, Any]
 Accepted = Callable[[Tensors], bool]
+Rule = Callable[[Sequence[Tensors]], Tensors]
+"""What a round's step is when the bad silos send these, the honest updates being known to it."""
 
 # rows
 
@@ -199,6 +201,43 @@ def min_max(good: Sequence[Tensors], bad: int) -> list[Tensors]:
         return bool(_squares([*good, update])[-1].max() <= limit**2)
 
     return _copies(strongest(mean, away, near, 10.0), bad)
+
+
+def furthest(good: Sequence[Tensors], wanted: Sequence[Tensors], rule: Rule, *, largest: float) -> list[Tensors]:
+    """What bad silos send who can compute the round's step beforehand (the attacker of Fang et al., 2020, and of
+    Shejwalkar and Houmansadr, 2021, who knows rule and honest updates): mean + lambda (wanted - mean), with the lambda
+    that moves the step furthest from the honest mean towards what they want. It needs no notion of being accepted, so
+    it is against any rule: one that cuts norms is met at the bound, one that picks within its reach.
+
+    Three ways are tried: each sends its own, all send their mean, one alone sends and the others hide in the honest
+    mean. Of equal steps the smallest lambda is taken.
+
+    Args:
+        wanted: each bad silo's update, as training on its poisoned rows gives it.
+        largest: lambda at most; n / f in a mean of n with f bad ones is model replacement.
+    """
+    mean = {name: x.mean(0).float() for name, x in _stacked(good)}
+    goal = {name: x.mean(0).float() - mean[name] for name, x in _stacked(wanted)}
+
+    def at(way: str, factor: float) -> list[Tensors]:
+        if way == "own":
+            return [{name: v + factor * (u[name] - v) for name, v in mean.items()} for u in wanted]
+        same = {name: v + factor * goal[name] for name, v in mean.items()}
+        count = len(wanted)
+        return _copies(same, count) if way == "same" else [same, *_copies(mean, count - 1)]
+
+    def progress(sent: Sequence[Tensors]) -> float:
+        step = rule(sent)
+        return sum(float((step[name].double() * goal[name].double()).sum()) for name in goal)
+
+    grid = [largest * 2.0**-k for k in range(8, -1, -1)]
+    ways = ("own", "same", "one") if len(wanted) > 1 else ("own",)
+    tried = [(progress(at(way, factor)), way, factor) for factor in grid for way in ways]
+    most, way, best = max(tried, key=lambda found: found[0])
+    for factor in (best * 2.0 ** (k / 4) for k in (-3, -2, -1, 1, 2, 3)):
+        if factor <= largest and (found := progress(at(way, factor))) > most * (1 + 1e-6):
+            most, best = found, factor
+    return at(way, best)
 
 
 def strongest(start: Tensors, away: Tensors, accepted: Accepted, largest: float, *, steps: int = 20) -> Tensors:

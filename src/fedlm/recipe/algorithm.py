@@ -139,10 +139,10 @@ class AlgorithmSpec(Strict):
     confidence: PositiveFloat = Field(
         1.0, description="foolsgold: kappa, how sharply silos of a like history are told from the others."
     )
-    noise: Annotated[float, Field(ge=0.0)] = Field(
-        0.001,
+    noise: Annotated[float, Field(ge=0.0)] | None = Field(
+        None,
         description="flame: lambda, the noise on every value as a share of the norm to which updates are clipped. Of d "
-        "values together it is lambda sqrt(d) of that norm.",
+        "values together it is lambda sqrt(d) of that norm; default: 0.1 of it.",
     )
 
     fragments: PositiveInt = Field(

@@ -77,7 +77,7 @@ def _products(recipe: Recipe) -> Iterator[Problem]:
             (*HERE, "groups"),
             "not with `robust_on: product`: a sum of factors has not the sum of their products",
         )
-    if name == "flame" and spec.noise > 0:
+    if name == "flame" and spec.noise != 0:
         yield (*HERE, "noise"), "must be 0 with `robust_on: product`: noise on a product is a dense matrix"
     if recipe.training.keep_optimizer:
         yield ("training", "keep_optimizer"), f"not with `robust_on: product`: {TURNED}"
