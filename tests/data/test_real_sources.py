@@ -38,6 +38,7 @@ EXPECTED = {
     "prompt": ("choice", 4, 2224),
     "prompt-search": ("choice", 3, 2251),
     "qa": ("messages", 6, 1000),
+    "realign": ("messages", 1, None),
     "reinforce": ("messages", 6, 1000),
     "reward": ("choice", 4, 2251),
     "summarise": ("messages", 6, 100),

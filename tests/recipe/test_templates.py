@@ -59,7 +59,7 @@ def test_the_promised_templates_exist() -> None:
         "fedbpt",
         "groups",
     }
-    promised |= {"classify", "reward", "private"}
+    promised |= {"classify", "realign", "reward", "private"}
     assert promised | {DEFAULT} <= set(templates())
     assert all(about.endswith((".", "?", "!")) and len(about) < 120 for about in templates().values())
 

@@ -53,11 +53,12 @@ def evaluate(
         raise RunError(f"'{role}' is no held-out role", where="--role", fix="test or validation")
     from fedlm.federation.start import whole_model
 
-    recipe, folder, tensors, name = _resolve(target, overrides or [], base, round_)
+    recipe, tensors, name = resolve(target, overrides or [], base, round_)
     if harness is not None:
         result: dict[str, Any] = {"model": name, "harness": _harness(recipe, tensors, harness, limit)}
     else:
         message = whole_model(tensors, _start(target, recipe))
+        folder = _data_folder(target)
         result = {"model": name, "role": role, **_on_silos(recipe, folder, message, role, items, workers, as_json)}
     if as_json:
         print_json(result)
@@ -68,8 +69,8 @@ def evaluate(
         tell(result)
 
 
-def _resolve(target: Path, overrides: list[str], base: bool, round_: str | None) -> tuple[Recipe, Path, Tensors, str]:
-    """The recipe, the folder its relative paths start from, what to measure, and its name.
+def resolve(target: Path, overrides: list[str], base: bool, round_: str | None) -> tuple[Recipe, Tensors, str]:
+    """The recipe, what to measure, and its name.
 
     Raises:
         RecipeError, RunError: no such run or recipe, a damaged run.json, or nothing trained to measure.
@@ -80,12 +81,11 @@ def _resolve(target: Path, overrides: list[str], base: bool, round_: str | None)
     if target.is_dir() or is_run(target):
         run = run_recipe(target)
         recipe = load_recipe(target / "recipe.yaml", overrides) if overrides else run
-        folder = _data_folder(target)
         if not base:
             tensors, which = run_tensors(target, round_)
-            return recipe, folder, tensors, f"{target}, {which}"
+            return recipe, tensors, f"{target}, {which}"
     else:
-        recipe, folder = load_recipe(target, overrides), target.parent
+        recipe = load_recipe(target, overrides)
         if not base:
             raise RecipeError(
                 "a recipe has no trained model to measure",
@@ -94,7 +94,7 @@ def _resolve(target: Path, overrides: list[str], base: bool, round_: str | None)
             )
     from fedlm.models.adapters import base_tensors
 
-    return recipe, folder, base_tensors(recipe), "base model"
+    return recipe, base_tensors(recipe), "base model"
 
 
 def _start(target: Path, recipe: Recipe) -> Tensors:
@@ -106,9 +106,12 @@ def _start(target: Path, recipe: Recipe) -> Tensors:
 
 
 def _data_folder(run: Path) -> Path:
-    """The folder that the relative paths of a run's recipe start from; RunError when run.json is damaged."""
+    """The folder that the relative paths of a run's recipe, or of a recipe's file, start from; RunError when run.json
+    is damaged."""
     from fedlm.federation.rundir import RunDir
 
+    if run.is_file():
+        return run.parent
     if not (run / "run.json").is_file():
         return Path()
     base = RunDir.open(run, write=False).meta.get("base")
@@ -150,16 +153,23 @@ def _on_silos(
 
 def _harness(recipe: Recipe, tensors: Tensors, tasks: str, limit: int | None) -> dict[str, Any]:
     from fedlm.evaluation.harness import run_harness
+    from fedlm.recipe.tasks import TASKS
+
+    model, tokenizer = with_adapter(recipe, tensors)
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    return run_harness(model, tokenizer, names, limit=limit, chat=TASKS[recipe.task].template)
+
+
+def with_adapter(recipe: Recipe, tensors: Tensors) -> tuple[Any, Any]:
+    """The recipe's model with these values, in evaluation mode, and its tokenizer."""
     from fedlm.models.adapters import attach, set_tensors
     from fedlm.models.load import load_base, load_tokenizer
     from fedlm.recipe.heads import outputs_of
-    from fedlm.recipe.tasks import TASKS
 
     model = attach(load_base(recipe.model), recipe.adapter, recipe.seed, outputs_of(recipe))
     set_tensors(model, tensors, recipe.adapter)
     model.eval()
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
-    return run_harness(model, load_tokenizer(recipe.model), names, limit=limit, chat=TASKS[recipe.task].template)
+    return model, load_tokenizer(recipe.model)
 
 
 def tell(result: dict[str, Any]) -> None:

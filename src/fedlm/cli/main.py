@@ -46,6 +46,7 @@ COMMANDS: dict[str, Entry] = {
     "compare": Entry("compare", "Federated against each silo alone and all data in one place."),
     "bench": Entry("bench", "Every algorithm on the same work, in one table."),
     "eval": Entry("evaluate", "Measure a model or a run's adapter on held-out text."),
+    "safety": Entry("safety", "Measure whether a model refuses what it should, and answers what it should."),
     "winrate": Entry("winrate", "Compare two models' answers by a reward model."),
     "chat": Entry("chat", "Talk to the base model with a run's adapter."),
     "report": Entry("report", "Write report.html of a run."),
