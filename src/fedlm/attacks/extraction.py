@@ -58,7 +58,7 @@ def extract(
     tokenizer: Any,
     sequences: Sequence[Sequence[int]],
     *,
-    prefix: int,
+    prefix: int | Sequence[int],
     suffix: int,
     batch_tokens: int = 4096,
     personal: Redactor | None = None,
@@ -68,29 +68,32 @@ def extract(
     Args:
         model: in evaluation mode.
         sequences: token ids, as texts were trained on.
+        prefix: of all texts, or of each.
         personal: finds personal data in suffixes and continuations.
 
     Raises:
         PrivacyError: `prefix` or `suffix` is below 1, or no text is so long.
         ModelError: see `continuations`.
     """
-    if prefix < 1 or suffix < 1:
-        raise PrivacyError(f"a prefix of {prefix} and a suffix of {suffix} tokens ask nothing")
-    asked = [list(ids[: prefix + suffix]) for ids in sequences if len(ids) >= prefix + suffix]
+    prefixes = [prefix] * len(sequences) if isinstance(prefix, int) else list(prefix)
+    if min([suffix, *prefixes]) < 1:
+        raise PrivacyError(f"a prefix of {min(prefixes)} and a suffix of {suffix} tokens ask nothing")
+    asked = [list(ids[: p + suffix]) for ids, p in zip(sequences, prefixes, strict=True) if len(ids) >= p + suffix]
     if not asked:
         raise PrivacyError(
-            f"none of {len(sequences)} texts has {prefix + suffix} tokens", fix="choose a shorter prefix or suffix"
+            f"none of {len(sequences)} texts has {min(prefixes, default=0) + suffix} tokens",
+            fix="choose a shorter prefix or suffix",
         )
-    prompts = [ids[:prefix] for ids in asked]
+    prompts = [ids[:-suffix] for ids in asked]
     written = continuations(model, tokenizer, prompts, batch_tokens=batch_tokens, max_new_tokens=suffix)
-    matching = [matched(tokens, ids[prefix:]) for tokens, ids in zip(written, asked, strict=True)]
+    matching = [matched(tokens, ids[-suffix:]) for tokens, ids in zip(written, asked, strict=True)]
     present, extracted = Counter[str](), Counter[str]()
     if personal is not None:
-        for tokens, ids in zip(written, asked, strict=True):
-            before = set(personal.finds(tokenizer.decode(ids[:prefix])))
+        for tokens, ids, shown in zip(written, asked, prompts, strict=True):
+            before = set(personal.finds(tokenizer.decode(shown)))
             # A value may begin in the prefix, so it is sought in the whole.
             secret = set(personal.finds(tokenizer.decode(ids))) - before
-            found = set(personal.finds(tokenizer.decode([*ids[:prefix], *tokens])))
+            found = set(personal.finds(tokenizer.decode([*shown, *tokens])))
             present.update(kind for kind, _ in secret)
             extracted.update(kind for kind, _ in secret & found)
     whole = sum(count == suffix for count in matching)

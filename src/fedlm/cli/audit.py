@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fedlm.cli.output import print_json
+from fedlm.cli.audit_attack import attack, show_tried
+from fedlm.cli.output import plain, print_json, print_table
 from fedlm.errors import RunError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(cls=_Audit, rich_markup_mode=None, no_args_is_help=True)
     group.callback()(_group)
     group.command("run")(run)
+    group.command("attack")(attack)
     group.command("log")(log)
     app.add_typer(group, name="audit")
 
@@ -40,15 +42,24 @@ def _group() -> None:
     Examples:
       fedlm audit runs/news
       fedlm audit news.yaml
+      fedlm audit attack runs/news
       fedlm audit log hospital-a
     """
 
 
 def run(
     path: Annotated[Path, typer.Argument(help="A run directory, or a recipe that was not run yet.")],
+    attacks: Annotated[
+        Path | None,
+        typer.Option(
+            help="What `fedlm audit attack` wrote; default: the run's own attacks.json.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Show what leaves a silo, what protects it, which epsilon is spent, and who is trusted with what.
+    """Show what leaves a silo, what protects it, which epsilon is spent, who is trusted, and which attacks were tried.
 
     Of a run directory it also writes audit.html there. `run` can be left out.
 
@@ -59,34 +70,25 @@ def run(
     """
     from fedlm.report.audit import audit_of, meaning, sentence, write_audit
 
-    found = audit_of(path)
+    found = audit_of(path, attacks)
     page = write_audit(path, found) if path.is_dir() else None
     if as_json:
         print_json({**found.as_json(), "page": None if page is None else str(page)})
         return
     typer.echo(sentence(found))
-    _print(["what leaves a silo", "when", "how"], [[i.what, i.when, i.protection] for i in found.leaving])
+    print_table(["what leaves a silo", "when", "how"], [[i.what, i.when, i.protection] for i in found.leaving])
     if (guarantee := found.guarantee) is not None:
         typer.echo(f"{meaning(guarantee)}\nNoise: {guarantee.mechanism}.")
         spent = [[silo, f"{epsilon:.4g}", f"{guarantee.epsilon:g}"] for silo, epsilon in guarantee.spent.items()]
         if spent:
-            _print(["whose rows", "epsilon spent", "budget"], spent)
-    _print(["who", "is trusted with"], [list(pair) for pair in found.trusted])
+            print_table(["whose rows", "epsilon spent", "budget"], spent)
+    print_table(["who", "is trusted with"], [list(pair) for pair in found.trusted])
     typer.echo("Not protected:")
     for line in found.open_ends:
         typer.echo(f"- {line}")
+    show_tried(found.tried)
     if page is not None:
         typer.echo(f"\nWrote {page}")
-
-
-def _print(head: list[str], rows: list[list[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*head, expand=False)
-    for row in rows:
-        table.add_row(*map(_word, row))
-    Console(markup=False, emoji=False, highlight=False).print(table)
 
 
 def log(
@@ -168,20 +170,15 @@ def _row(line: dict[str, Any]) -> list[Any]:
     start = [line["seq"], line["time"][:19]]
     if line["kind"] == "request":
         sizes = [_size(line.get(way)) for way in ("in", "out")]
-        who = [_word(line.get(name, "")) for name in ("verb", "run", "round", "attempt")]
-        end = [_word(line.get(name) or "") for name in ("outcome", "line")]
-        return [*start, *who, _word(line.get("recipe") or "")[:10], *sizes, *end]
+        who = [plain(str(line.get(name, ""))) for name in ("verb", "run", "round", "attempt")]
+        end = [plain(str(line.get(name) or "")) for name in ("outcome", "line")]
+        return [*start, *who, plain(str(line.get("recipe") or ""))[:10], *sizes, *end]
     told = {
         "torn": f"(torn before this line: {line.get('bytes')} bytes)",
         "pruned": f"({line.get('removed')} lines were pruned)",
         "checkpoint": f"(stands for {line.get('removed')} lines, SHA-256 {str(line.get('sha256'))[:10]})",
     }
-    return [*start, line["kind"], _word(told[line["kind"]]), "", "", "", "", "", "", ""]
-
-
-def _word(value: Any) -> str:
-    """Fit for a terminal, whoever wrote it."""
-    return "".join(c for c in str(value)[:200] if c.isprintable())
+    return [*start, line["kind"], plain(told[line["kind"]]), "", "", "", "", "", "", ""]
 
 
 def _size(value: Any) -> str:

@@ -11,6 +11,7 @@ import bisect
 import functools
 import hashlib
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,24 @@ class FederatedData:
             counts = np.bincount(codes[np.concatenate(parts)], minlength=len(values))
             labels = {values[i]: int(counts[i]) for i in np.flatnonzero(counts)}
         return {"rows": {role: len(part) for role, part in zip(ROLES, parts, strict=True)}, "labels": labels}
+
+    def with_training_rows(self, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> FederatedData:
+        """A copy in which silos have further training rows, given as canonical ones (see `fedlm.data.examples`)."""
+        import datasets
+
+        added = [dict(row) for name in self.names for row in rows.get(name, ())]
+        more = datasets.Dataset.from_list(added, features=self._rows.features)
+        together = datasets.concatenate_datasets([self._rows, more])
+        roles, parts, place = np.zeros(len(together), np.int64), {}, len(self._rows)
+        for name in self.names:
+            for role, part in enumerate(self._parts[name]):
+                roles[part] = role
+            end = place + len(rows.get(name, ()))
+            parts[name] = np.concatenate([*self._parts[name], np.arange(place, end)])
+            place = end
+        copy = FederatedData(together, self.kind, parts, roles, dict(self.skipped))
+        copy.public = self.public
+        return copy
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -143,11 +143,7 @@ class Federation:
         self.silos.tell(
             {"kind": "run_started", "rounds": self.spec.rounds, "silos": self.names, "run_dir": str(self.dir.path)}
         )
-        self.silos.enrolled.greet()
-        if self.recipe.privacy is not None and self.recipe.privacy.unit == "silo" and not self.masks:
-            self.noise = self.silos.noise = SumNoise(self.recipe, self.dir, self.names)
-        choose_rows(self.silos)
-        choose_centres(self.silos)
+        self.meet()
         if isinstance(self.algorithm, FedBuff):
             self.flight = Flight(self.recipe, self.silos, self.dir, self.algorithm)
         state = self.restore() if resume else None
@@ -166,6 +162,14 @@ class Federation:
             {"kind": "run_done", "status": "finished", "best_round": result.best_round, "evaluation": evaluation}
         )
         return result
+
+    def meet(self) -> None:
+        """Greet the silos, and settle with them what all rounds need."""
+        self.silos.enrolled.greet()
+        if self.recipe.privacy is not None and self.recipe.privacy.unit == "silo" and not self.masks:
+            self.noise = self.silos.noise = SumNoise(self.recipe, self.dir, self.names)
+        choose_rows(self.silos)
+        choose_centres(self.silos)
 
     def begin(self) -> _State:
         """The first global model, measured before anything is trained (round -1 in rounds.jsonl)."""

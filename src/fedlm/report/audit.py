@@ -7,24 +7,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fedlm.errors import PrivacyError
+from fedlm.attacks.trial import FILE as ATTACKS_FILE
+from fedlm.attacks.trial import Tried, read_tried
+from fedlm.errors import PrivacyError, RunError
 from fedlm.federation.noise import adaptive_of, mechanism_of
 from fedlm.federation.silo.private import LEDGER, cost
 from fedlm.files import write_atomic
 from fedlm.privacy.ledger import read_spent
 from fedlm.privacy.mechanisms import describe
 from fedlm.recipe.guards import mask_of
-from fedlm.recipe.load import load_recipe
+from fedlm.recipe.load import load_recipe, recipe_hash
 from fedlm.recipe.methods import ALGORITHMS
 from fedlm.recipe.privacy import noised_by_silos, withheld
 from fedlm.recipe.schema import Recipe
 from fedlm.report.facts import RunFacts, read_run
 from fedlm.report.format import count, size
 from fedlm.report.markup import card, document, e, table
+from fedlm.report.tried import section
 
 PAGE = "audit.html"
 
@@ -71,6 +74,8 @@ class AuditOfRun:
     rounds: int | None = None
     sent: dict[str, float] = field(default_factory=dict)
     """Bytes that each silo sent in training, over all rounds."""
+    tried: Tried = field(default_factory=lambda: Tried(""))
+    """Attacks, and what came of them."""
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -81,21 +86,30 @@ class AuditOfRun:
             "trusted": [{"who": who, "with": what} for who, what in self.trusted],
             "not_protected": list(self.open_ends),
             "bytes_sent": self.sent,
+            "attacks": self.tried.as_json(),
         }
 
 
-def audit_of(path: Path) -> AuditOfRun:
+def audit_of(path: Path, attacks: Path | None = None) -> AuditOfRun:
     """Of a run directory, or of a recipe file that was not run yet.
 
+    Args:
+        attacks: what `fedlm audit attack` wrote of it; by default the run directory's own.
+
     Raises:
-        FedlmError: it is neither, or a ledger is damaged.
+        FedlmError: it is neither, a ledger is damaged, or attacks were tried on another recipe.
     """
-    if not path.is_dir():
-        recipe = load_recipe(path, ())
-        return _answers(recipe.name, recipe, None, None)
-    facts = read_run(path)
-    recipe = load_recipe(path / "recipe.yaml", ())
-    return _answers(facts.name, recipe, facts, path)
+    facts = read_run(path) if path.is_dir() else None
+    recipe = load_recipe(path / "recipe.yaml" if facts else path, ())
+    if attacks is not None and not attacks.is_file():
+        raise RunError(
+            "there is no such file", where=str(attacks), fix="`fedlm audit attack RECIPE --out FILE` writes it"
+        )
+    if attacks is None and facts is not None:
+        attacks = path / ATTACKS_FILE
+    tried = Tried("") if attacks is None else read_tried(attacks, recipe_hash(recipe))
+    name = recipe.name if facts is None else facts.name
+    return replace(_answers(name, recipe, facts, path if facts else None), tried=tried)
 
 
 def _answers(name: str, recipe: Recipe, facts: RunFacts | None, folder: Path | None) -> AuditOfRun:
@@ -342,7 +356,7 @@ def html_page(found: AuditOfRun) -> str:
             body.append(table(["whose rows", f"epsilon spent, by {source}", "budget"], rows))
     body.append("<h2>Who is trusted with what</h2>" + table(["who", "with"], found.trusted, text=2))
     body.append("<h2>What is not protected</h2><ul>" + _listed(found.open_ends) + "</ul>")
-    body.append("<h2>Attacks</h2><p>None was run against this run.</p>")
+    body.append(section(found.tried))
     if found.sent:
         body.append("<h2>Bytes</h2>" + table(["silo", "sent in training"], _sizes(found.sent)))
     return document(f"{found.name} · fedlm audit", "".join(body))
