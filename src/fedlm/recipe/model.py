@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from fedlm.recipe.strict import Strict
+from fedlm.recipe.types import Seed
 
 
 class ModelSpec(Strict):
@@ -23,9 +24,7 @@ class ModelSpec(Strict):
         description="'preset:' models: a folder that `fedlm tokenizer train` wrote, or the source of a model whose "
         "tokenizer is used; `sha256` and `revision` are that source's then.",
     )
-    seed: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="'preset:' models: of the random weights; default: the run's seed."
-    )
+    seed: Seed | None = Field(None, description="'preset:' models: of the random weights; default: the run's seed.")
     sha256: str | None = Field(
         None, pattern="^[0-9a-f]{64}$", description="SHA-256 of the .gguf file, or of a package's archive (required)."
     )

@@ -31,7 +31,7 @@ from fedlm.recipe.start import StartSpec
 from fedlm.recipe.strict import Strict
 from fedlm.recipe.tasks import TASKS
 from fedlm.recipe.training import TrainingSpec
-from fedlm.recipe.types import Name
+from fedlm.recipe.types import Name, Seed
 
 __all__ = [
     "AdapterSpec",
@@ -115,7 +115,7 @@ class Recipe(Strict):
 
     schema_version: Literal[1] = 1
     name: Name
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     task: str = Field("instruct", description=f"What is learnt: {', '.join(TASKS)}.")
     start: StartSpec | None = None
     model: ModelSpec
