@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-import fedlm.federation.enrolment
 from fedlm.data.federated import load_data
 from fedlm.errors import RunError
 from fedlm.federation.silo import Silo, Workbench
@@ -91,9 +90,10 @@ def test_models_of_each_silos_own_are_summed_and_not_measured_on_others_rows(run
     assert found.keys() == {"base", "final"} and found["final"]["summed"] == 4
 
 
-def test_too_few_silos_with_rows_measure_nothing(run: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fedlm.federation.enrolment, "FEWEST", 5)
-    engine = run(tmp_path / "run", ONE, measured=True)
+def test_too_few_silos_for_a_sum_measure_nothing(run: Runs, tmp_path: Path) -> None:
+    """Of four silos one may tell and one be gone, and two are left; of three asked for figures one would be."""
+    risk = "guards=[{name: mask, dropouts: 0.25, corrupt: 0.25}]"
+    engine = run(tmp_path / "run", ONE, risk, "evaluation.silos=3", measured=True)
     assert [line["validation"] for line in lines(tmp_path / "run")] == [None, None]
     assert not (tmp_path / "run" / "evaluation.json").exists() and "evaluate" not in {r.verb for r in engine.seen}
 

@@ -31,7 +31,8 @@ from fedlm.messages import Failure, FailureKind, Fields, Reply, Request, Tensors
 from fedlm.privacy import secagg
 from fedlm.privacy.secagg.identity import Directory
 from fedlm.privacy.secagg.message import to_fields
-from fedlm.recipe.guards import mask_of
+from fedlm.recipe.guards import GuardSpec, mask_of
+from fedlm.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from fedlm.federation.conversations import Conversations
@@ -114,6 +115,21 @@ class Note:
             write_json(self._file, {"last": self.session, "sums": [*self._others[1 - NOTED :], mine]})
 
 
+def not_summed(recipe: Recipe, silos: int) -> str:
+    """Why what so many silos say cannot be added up under the recipe's masks; empty where it can, or there are none."""
+    if (spec := mask_of(recipe)) is None:
+        return ""
+    try:
+        secagg.choose(silos, _risk(spec))
+    except RunError as error:
+        return error.what
+    return ""
+
+
+def _risk(spec: GuardSpec) -> secagg.Risk:
+    return secagg.Risk(spec.dropouts, spec.corrupt, malicious=spec.coordinator == "malicious")
+
+
 def aggregate(
     silos: Conversations,
     note: Note,
@@ -137,7 +153,7 @@ def aggregate(
     spec = mask_of(silos.recipe)
     assert spec is not None
     attempt, number, malicious = note.begin(), vectors.number, spec.coordinator == "malicious"
-    risk = secagg.Risk(spec.dropouts, spec.corrupt, malicious=malicious)
+    risk = _risk(spec)
     named = "" if vectors.verb == "train" else f"{vectors.verb}/"
     seed = hashlib.sha256(f"{silos.dir.run}/{named}{note.session}/{attempt}".encode()).digest()
     aggregation = secagg.Coordinator(

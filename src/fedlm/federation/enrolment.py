@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlm.errors import RunError, UpdateRefused, nearest
+from fedlm.federation.aggregation import not_summed
 from fedlm.federation.disk import disk_errors
 from fedlm.federation.figures import check_card
 from fedlm.federation.memory import release_freed
@@ -18,15 +19,11 @@ from fedlm.federation.sampling import quorum, wanted
 from fedlm.federation.silo import PROTOCOL
 from fedlm.files import read_json, write_json
 from fedlm.messages import Failure, FailureKind, Fields, Reply
-from fedlm.recipe.guards import mask_of
 from fedlm.recipe.schema import Recipe
 from fedlm.training.plan import Plan, parse_plan
 
 if TYPE_CHECKING:
     from fedlm.federation.conversations import Conversations
-
-FEWEST = 3
-"""Silos whose figures hide each other under masks."""
 
 
 class Enrolment:
@@ -164,9 +161,9 @@ class Enrolment:
         self._sort_out()
         for role in ("validation", "test"):
             holders = {name: counts[role] for name, counts in rows.items() if counts[role] > 0}
-            if holders and len(holders) < FEWEST and mask_of(self._recipe) is not None:
-                few = f"{len(holders)} silos have {role} rows: a sum over fewer than {FEWEST} would hide none of them"
-                self._silos.phase(f"{few}, and nothing is measured on those rows")
+            asked = min(len(holders), self._recipe.evaluation.silos or len(holders))
+            if holders and (reason := not_summed(self._recipe, asked)):
+                self._silos.phase(f"nothing is measured on {role} rows, which {len(holders)} silos have: {reason}")
                 holders = {}
             self.measured_rows[role] = holders
 
