@@ -15,23 +15,28 @@ if TYPE_CHECKING:
     from fedlm.recipe.schema import Recipe
 
 
+Target = Annotated[
+    Path, typer.Argument(metavar="RUN|RECIPE", help="A run directory, or a recipe with --base.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one value of the recipe; repeatable.")
+]
+Base = Annotated[bool, typer.Option("--base", help="Measure the base model instead of what was trained.")]
+Round = Annotated[str | None, typer.Option("--round", help="best, last or a number; default: the run's adapter.")]
+"""Which model is measured: what `resolve` takes."""
+
+
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command("eval")(evaluate)
 
 
 def evaluate(
-    target: Annotated[
-        Path, typer.Argument(metavar="RUN|RECIPE", help="A run directory, or a recipe with --base.", show_default=False)
-    ],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one value of the recipe; repeatable.")
-    ] = None,
-    base: Annotated[bool, typer.Option("--base", help="Measure the base model instead of what was trained.")] = False,
+    target: Target,
+    overrides: Overrides = None,
+    base: Base = False,
     role: Annotated[str, typer.Option(help="Which held-out rows: test or validation.")] = "test",
-    round_: Annotated[
-        str | None, typer.Option("--round", help="best, last or a number; default: the run's adapter.")
-    ] = None,
+    round_: Round = None,
     items: Annotated[bool, typer.Option("--items", help="With --json: every row's result, without its text.")] = False,
     harness: Annotated[
         str | None, typer.Option(metavar="TASKS", help="Run these lm-eval tasks instead, e.g. arc_easy,piqa.")

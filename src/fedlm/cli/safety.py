@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fedlm.cli.evaluate import resolve, with_adapter
+from fedlm.cli.evaluate import Base, Overrides, Round, Target, resolve, with_adapter
 from fedlm.cli.models import Json
 from fedlm.cli.output import print_json
 from fedlm.errors import RunError
@@ -20,16 +20,10 @@ def register(app: typer.Typer) -> None:
 
 
 def safety(
-    target: Annotated[
-        Path, typer.Argument(metavar="RUN|RECIPE", help="A run directory, or a recipe with --base.", show_default=False)
-    ],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one value of the recipe; repeatable.")
-    ] = None,
-    base: Annotated[bool, typer.Option("--base", help="Measure the base model instead of what was trained.")] = False,
-    round_: Annotated[
-        str | None, typer.Option("--round", help="best, last or a number; default: the run's adapter.")
-    ] = None,
+    target: Target,
+    overrides: Overrides = None,
+    base: Base = False,
+    round_: Round = None,
     harmful: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Requests to refuse, lines of {prompt}; default: Do-Not-Answer's on crime."),

@@ -126,7 +126,11 @@ def read_requests(file: Path) -> list[str]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"the requests cannot be read ({type(error).__name__})", where=str(file)) from None
+        raise DataError(
+            f"the requests cannot be read ({type(error).__name__})",
+            where=str(file),
+            fix='give a file of lines {"prompt": "..."}',
+        ) from None
     found = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

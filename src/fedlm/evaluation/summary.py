@@ -8,7 +8,7 @@ from typing import Any
 
 from fedlm.evaluation.intervals import wilson
 from fedlm.messages import Fields
-from fedlm.recipe.tasks import FIGURES, figure_of
+from fedlm.recipe.tasks import COUNTS, FIGURES, figure_of
 
 
 def summarise(measured: Mapping[str, Mapping[str, Any]]) -> Fields:
@@ -29,18 +29,7 @@ def summarise(measured: Mapping[str, Mapping[str, Any]]) -> Fields:
     """
     silos = {name: _figures(counts) for name, counts in sorted(measured.items())}
     total = {
-        field: sum(counts.get(field, 0) for _, counts in sorted(measured.items()))
-        for field in (
-            "examples",
-            "loss_sum",
-            "loss_tokens",
-            "choice_correct",
-            "choice_correct_norm",
-            "choice_total",
-            "generation_correct",
-            "generation_parsed",
-            "generation_total",
-        )
+        field: sum(counts.get(field, 0) for _, counts in sorted(measured.items())) for field in (*COUNTS, "loss_sum")
     }
     total["figures"] = added(counts.get("figures", {}) for _, counts in sorted(measured.items()))
     result = _figures(total)

@@ -26,12 +26,12 @@ from fedlm.federation.disk import disk_errors
 from fedlm.federation.identities import SimulatedDirectory
 from fedlm.federation.records import Traffic, reasons
 from fedlm.files import read_json, write_json
-from fedlm.guards.mask import MASKS, OF
+from fedlm.guards.mask import MASKS, OF, risk_of
 from fedlm.messages import Failure, FailureKind, Fields, Reply, Request, Tensors
 from fedlm.privacy import secagg
 from fedlm.privacy.secagg.identity import Directory
 from fedlm.privacy.secagg.message import to_fields
-from fedlm.recipe.guards import GuardSpec, mask_of
+from fedlm.recipe.guards import mask_of
 from fedlm.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 ADDED = ("sent_bytes", "received_bytes")
 """Fields that engines add to a reply."""
-
 
 NOTED = 8
 """Sums that are noted: more than a resumed run repeats of one verb."""
@@ -120,14 +119,10 @@ def not_summed(recipe: Recipe, silos: int) -> str:
     if (spec := mask_of(recipe)) is None:
         return ""
     try:
-        secagg.choose(silos, _risk(spec))
+        secagg.choose(silos, risk_of(spec))
     except RunError as error:
         return error.what
     return ""
-
-
-def _risk(spec: GuardSpec) -> secagg.Risk:
-    return secagg.Risk(spec.dropouts, spec.corrupt, malicious=spec.coordinator == "malicious")
 
 
 def aggregate(
@@ -153,7 +148,6 @@ def aggregate(
     spec = mask_of(silos.recipe)
     assert spec is not None
     attempt, number, malicious = note.begin(), vectors.number, spec.coordinator == "malicious"
-    risk = _risk(spec)
     named = "" if vectors.verb == "train" else f"{vectors.verb}/"
     seed = hashlib.sha256(f"{silos.dir.run}/{named}{note.session}/{attempt}".encode()).digest()
     aggregation = secagg.Coordinator(
@@ -162,7 +156,7 @@ def aggregate(
             round=note.session,
             attempt=attempt,
             silos=cohort,
-            design=secagg.choose(len(cohort), risk),
+            design=secagg.choose(len(cohort), risk_of(spec)),
             seed=seed,
             ring_bits=vectors.ring_bits,
             length=vectors.length,

@@ -14,6 +14,7 @@ from torch import Tensor
 from fedlm.errors import UpdateRefused
 from fedlm.guards.noised import NoisedEncoding, noised_encoding, shown_noised
 from fedlm.messages import Fields
+from fedlm.privacy.secagg.graph import Risk
 from fedlm.privacy.secagg.message import Words
 from fedlm.privacy.secagg.quantise import Encoding, decode, encode
 from fedlm.randomness import numpy_generator
@@ -33,6 +34,11 @@ MASKS = "masks"
 
 OF = "of"
 """Field of the protocol's own verbs: the verb whose answers are added up, where that is not 'train'."""
+
+
+def risk_of(spec: GuardSpec) -> Risk:
+    """What the recipe's mask must withstand, in the protocol's words."""
+    return Risk(spec.dropouts, spec.corrupt, malicious=spec.coordinator == "malicious")
 
 
 def encoding(recipe: Recipe, silos: int, length: int) -> Encoding | NoisedEncoding:

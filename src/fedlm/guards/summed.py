@@ -18,24 +18,12 @@ from fedlm.messages import Fields
 from fedlm.privacy.secagg.message import Words
 from fedlm.recipe.heads import labels_of
 from fedlm.recipe.schema import Recipe
-from fedlm.recipe.tasks import FIGURES
+from fedlm.recipe.tasks import COUNTS, FIGURES
 
 FRACTION, LIMB, LIMBS = 24, 16, 6
 
 LARGEST = 2**53
 """Magnitude of a number; the sum of 2^16 such is within 95 bits."""
-
-COUNTS = (
-    "examples",
-    "loss_tokens",
-    "choice_correct",
-    "choice_correct_norm",
-    "choice_total",
-    "generation_correct",
-    "generation_parsed",
-    "generation_total",
-)
-"""Whole numbers of a measurement, beside `loss_sum` and pairs of sum and count by figure."""
 
 
 def figures_length(recipe: Recipe) -> int:

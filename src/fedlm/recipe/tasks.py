@@ -125,6 +125,18 @@ FIGURES: dict[str, Figure] = {
     "macro_f1": Figure("macro F1", unit=True),
 }
 
+COUNTS = (
+    "examples",
+    "loss_tokens",
+    "choice_correct",
+    "choice_correct_norm",
+    "choice_total",
+    "generation_correct",
+    "generation_parsed",
+    "generation_total",
+)
+"""Whole numbers of a measurement on held-out rows, beside `loss_sum` and a sum and count for each figure."""
+
 WRITTEN: dict[str, tuple[str, ...]] = {
     "exact_match": ("exact_match",),
     "f1": ("f1",),

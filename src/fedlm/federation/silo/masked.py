@@ -24,7 +24,7 @@ from fedlm.federation.silo.state import tensors_digest
 from fedlm.federation.silo.sums import Sums
 from fedlm.files import sync_folder
 from fedlm.guards import REST
-from fedlm.guards.mask import BESIDE, MASKS, OF, encoding, hidden, weight_under
+from fedlm.guards.mask import BESIDE, MASKS, OF, encoding, hidden, risk_of, weight_under
 from fedlm.guards.noised import NoisedEncoding, hidden_noised, least_survivors
 from fedlm.guards.summed import figures_agreed, figures_length, figures_ring, hidden_figures
 from fedlm.messages import Fields, Request, Tensors
@@ -162,7 +162,7 @@ class Masked:
     def _silo(self, silos: int) -> secagg.Silo:
         """The protocol's silo, on the terms of a round of so many."""
         spec, identity = self._spec, self._identity
-        risk = secagg.Risk(spec.dropouts, spec.corrupt, malicious=spec.coordinator == "malicious")
+        risk = risk_of(spec)
         noised = noised_by_silos(self._recipe) and self._verb == "train"
         least = max(self._minimum, least_survivors(self._recipe, silos)) if noised else self._minimum
         return secagg.Silo(self._name, identity.signer, identity.directory, secagg.Policy(risk, least))

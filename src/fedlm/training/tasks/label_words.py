@@ -62,11 +62,10 @@ class WordLoss(CrossEntropy):
 
     def __init__(self, tools: Tools, labels: list[str]) -> None:
         super().__init__(tools)
-        self.labels = labels
+        self.words = first_tokens(tools.tokenizer, labels)
 
     def scores(self, sequences: list[Encoded]) -> Tensor:
-        words = first_tokens(self.tools.tokenizer, self.labels)
-        return choice_logits(self.tools.model, sequences, words, packing=self.tools.spec.packing)
+        return choice_logits(self.tools.model, sequences, self.words, packing=self.tools.spec.packing)
 
 
 def first_tokens(tokenizer: Any, labels: list[str]) -> list[int]:
