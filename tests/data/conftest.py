@@ -37,7 +37,7 @@ def load(tmp_path: Path) -> Callable[..., FederatedData]:
     def run(sources: list[dict[str, Any]] | None = None, seed: int = 0, **data: Any) -> FederatedData:
         if sources is not None:
             data = {"partition": {"kind": "iid", "silos": 1, "min_rows": 1}, **data, "sources": sources}
-        recipe: Any = SimpleNamespace(task="instruct", data=DataSpec.model_validate(data), seed=seed)
+        recipe: Any = SimpleNamespace(task="instruct", data=DataSpec.model_validate(data), seed=seed, privacy=None)
         return load_data(recipe, tmp_path)
 
     return run

@@ -55,7 +55,7 @@ def test_no_test_row_in_training(
         else:
             options = {"by": "label"} if kind == "natural" else {} if kind == "domain" else {"silos": 3}
             data |= {"sources": sources, "partition": {"kind": kind, "min_rows": 1, "alpha": 0.3, **options}}
-        recipe: Any = SimpleNamespace(task="instruct", data=DataSpec.model_validate(data), seed=seed)
+        recipe: Any = SimpleNamespace(task="instruct", data=DataSpec.model_validate(data), seed=seed, privacy=None)
         try:
             federated = load_data(recipe, folder)
         except DataError as fault:  # too few training rows left: said, never an empty silo
@@ -106,7 +106,7 @@ def test_a_seed_of_the_data_holds_against_the_runs(load: Load, jsonl: Callable[.
     dealt: dict[str, Any] = {"partition": {"kind": "iid", "silos": 3}, "split": {"validation": 0.2, "test": 0.2}}
     zero, one = (load(source, seed=seed, **dealt).fingerprint for seed in (0, 1))
     data = DataSpec.model_validate({**dealt, "sources": source, "seed": 0})
-    fixed: Any = SimpleNamespace(task="instruct", data=data, seed=1)
+    fixed: Any = SimpleNamespace(task="instruct", data=data, seed=1, privacy=None)
     assert load_data(fixed, tmp_path).fingerprint == zero != one
 
 

@@ -244,7 +244,8 @@ def test_put_back_to_an_earlier_round_it_pays_again(tiny: Tiny, tmp_path: Path) 
         ((*EXAMPLES, "privacy.epsilon=0"), "greater than 0"),
         ((*EXAMPLES, "privacy.epsilon=1000"), "less than or equal to 100"),
         ((*EXAMPLES, "privacy.delta=1"), "less than 1"),
-        ((*EXAMPLES, "privacy.unit=user"), "unknown value 'user', valid names: example, silo"),
+        ((*EXAMPLES, "privacy.unit=person"), "unknown value 'person', valid names: example, silo, user"),
+        ((*EXAMPLES, "privacy.unit=user"), "needs the column that says whose a row is"),
         ((*EXAMPLES, "training.clip_norm=1.0"), "privacy clips each example's: set it to null"),
         ((*EXAMPLES, "training.steps=null", "training.epochs=1"), "epochs would tell how many rows a silo has"),
         ((*EXAMPLES, "training.gradient_checkpointing=true"), "layers would be read twice"),
@@ -284,7 +285,8 @@ def asked(tiny: Tiny, algorithm: str, unit: str) -> tuple[str, ...] | str:
     method = ALGORITHMS[algorithm]
     changes = [
         *(SILOS if unit == "silo" else EXAMPLES),
-        f"federation.algorithm={{name: {algorithm}{', weights: equal' if unit == 'silo' else ''}}}",
+        *(["privacy.unit=user", "privacy.user='{prompt:.2}'"] if unit == "user" else []),
+        f"federation.algorithm={{name: {algorithm}{', weights: equal' if unit != 'example' else ''}}}",
         f"adapter={{kind: {method.adapters[0]}}}",
         f"federation.rounds={max(2, method.min_rounds)}",
         "data.split={validation: 0, test: 0}",
@@ -307,7 +309,7 @@ def asked(tiny: Tiny, algorithm: str, unit: str) -> tuple[str, ...] | str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("unit", ["example", "silo"])
+@pytest.mark.parametrize("unit", ["example", "user", "silo"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_algorithm_runs_or_is_refused(tiny: Tiny, tmp_path: Path, algorithm: str, unit: str) -> None:
     found = asked(tiny, algorithm, unit)

@@ -35,6 +35,7 @@ from fedlm.messages import Observe, Tensors
 from fedlm.models.export import load_adapter
 from fedlm.privacy.one_run import Audit, simultaneous
 from fedlm.randomness import numpy_generator
+from fedlm.recipe.privacy import IN_TRAINING
 from fedlm.recipe.schema import Recipe
 from fedlm.training.encode import encode_all
 from fedlm.training.sequences import Encoded
@@ -95,7 +96,7 @@ def canary_trials(
     bench.put(begun(recipe, start), whole=True)
     before = _summed(bench, encoded)
     spec = recipe.privacy
-    by_row = spec is None or spec.unit == "example"
+    by_row = spec is None or spec.unit in IN_TRAINING  # a canary is a row, and a user with one row
     words = f"a copy of the run with {included.sum()} of {canaries} canaries planted"
     words += "" if spec is None else f" (budget: epsilon {spec.epsilon:g} at delta {spec.delta:g})"
 
@@ -127,7 +128,8 @@ def _row(kind: str, text: str) -> dict[str, Any]:
     row["hash"] = content_hash(row)
     if kind == "messages":
         row["answers"] = []
-    return {**row, "label": "", "domain": "canaries", "group": "", "row": "canary"}
+    # Each canary is a user by itself, where users are protected.
+    return {**row, "label": "", "domain": "canaries", "group": "", "row": "canary", "user": row["hash"]}
 
 
 def _trained(recipe: Recipe, data: FederatedData, base: Path, observe: Observe | None) -> tuple[Tensors, Tensors]:

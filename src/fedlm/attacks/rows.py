@@ -10,6 +10,7 @@ from fedlm.federation.silo.encoded import task_rows
 from fedlm.randomness import numpy_generator
 from fedlm.recipe.data_checks import all_sources
 from fedlm.recipe.methods import ALGORITHMS
+from fedlm.recipe.privacy import noised_in_training
 from fedlm.recipe.schema import Recipe
 from fedlm.training.batches import batches
 from fedlm.training.encode import encode_all
@@ -78,10 +79,14 @@ def draws_are_known(recipe: Recipe) -> bool:
     """Whether the recipe's seed says which rows a silo took in a round: not where the draw is the silo's secret, where
     others than its own order of rows count, or where it may have stopped early."""
     method = ALGORITHMS[recipe.federation.algorithm.name]
-    by_row = recipe.privacy is not None and recipe.privacy.unit == "example"
     others = recipe.data.selection is not None or recipe.data.augment is not None
     plain = not (method.personal or method.asynchronous or method.zeroth_order or method.losses)
-    return plain and not by_row and not others and not any(c.given for c in recipe.federation.capacity.all)
+    return (
+        plain
+        and not noised_in_training(recipe)
+        and not others
+        and not any(c.given for c in recipe.federation.capacity.all)
+    )
 
 
 def other_sources(recipe: Recipe) -> bool:

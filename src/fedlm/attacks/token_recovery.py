@@ -31,6 +31,7 @@ from fedlm.messages import Observe, Tensors
 from fedlm.models.load import load_base
 from fedlm.recipe.guards import mask_of
 from fedlm.recipe.methods import ALGORITHMS
+from fedlm.recipe.privacy import IN_TRAINING
 from fedlm.recipe.schema import Recipe
 from fedlm.recipe.tasks import TASKS
 from fedlm.training.attention import causal_model
@@ -159,7 +160,7 @@ def _units(recipe: Recipe, found: FirstRound) -> dict[str, list[_Unit]]:
     noise = ""
     if spec is not None:
         noise = (
-            f", with noise for epsilon {spec.epsilon:g}" if spec.unit == "example" else f", clipped to {spec.clip:g}"
+            f", with noise for epsilon {spec.epsilon:g}" if spec.unit in IN_TRAINING else f", clipped to {spec.clip:g}"
         )
     single = [_Unit(u, [list(r.ids) for r in found.rows[silo]]) for silo, u in sorted(found.updates.items())[:SILOS]]
     units = {f"a silo's update, as the coordinator sees it: {how}{noise}": single}

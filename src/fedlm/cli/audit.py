@@ -68,7 +68,7 @@ def run(
       fedlm audit runs/news
       fedlm audit news.yaml
     """
-    from fedlm.report.audit import audit_of, meaning, sentence, write_audit
+    from fedlm.report.audit import audit_of, meaning, sentence, spending, write_audit
 
     found = audit_of(path, attacks)
     page = write_audit(path, found) if path.is_dir() else None
@@ -79,9 +79,8 @@ def run(
     print_table(["what leaves a silo", "when", "how"], [[i.what, i.when, i.protection] for i in found.leaving])
     if (guarantee := found.guarantee) is not None:
         typer.echo(f"{meaning(guarantee)}\nNoise: {guarantee.mechanism}.")
-        spent = [[silo, f"{epsilon:.4g}", f"{guarantee.epsilon:g}"] for silo, epsilon in guarantee.spent.items()]
-        if spent:
-            print_table(["whose rows", "epsilon spent", "budget"], spent)
+        if guarantee.spent:
+            print_table(["whose rows", guarantee.counted, "epsilon spent", "budget"], spending(guarantee))
     print_table(["who", "is trusted with"], [list(pair) for pair in found.trusted])
     typer.echo("Not protected:")
     for line in found.open_ends:

@@ -49,9 +49,16 @@ def _code() -> str:
 
 
 def table_of(
-    located: Located, malformed: str, partition: PartitionSpec | None, redact: RedactSpec | None = None
+    located: Located,
+    malformed: str,
+    partition: PartitionSpec | None,
+    redact: RedactSpec | None = None,
+    user: str | None = None,
 ) -> Table:
     """The source's examples, mapped now or read from the cache.
+
+    Args:
+        user: column or template that says whose row it is, where that is asked for.
 
     Raises:
         MissingExtra: personal data is to be replaced, and a library for that is not installed.
@@ -66,6 +73,8 @@ def table_of(
     identity = [_code(), located.identity, located.domain, mapping, malformed, by]
     if redact is not None:
         identity.append(redact.model_dump(mode="json"))
+    if user is not None:
+        identity.append({"user": user})
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_dir() / "datasets"
     table, note = folder / f"{key}.arrow", folder / f"{key}.json"
@@ -75,7 +84,9 @@ def table_of(
                 if not note.exists():
                     redactor = None if redact is None else Redactor(redact)
                     rows, domain = read_rows(located), located.domain
-                    examples = map_rows(rows, source, malformed, domain=domain, partition=partition, redactor=redactor)
+                    examples = map_rows(
+                        rows, source, malformed, domain=domain, partition=partition, redactor=redactor, user=user
+                    )
                     counts = _write(table, examples, kind, source.path)
                     write_json(note, {**counts, "redacted": {} if redactor is None else redactor.counts})
     except OSError as fault:

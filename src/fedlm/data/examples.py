@@ -8,7 +8,8 @@
     choice      question, choices: list of str, answer: index
     opinion     question, choices: list of str, shares: of a group, list of numbers that add up to 1
 
-and always label, domain, hash (hex SHA-256 of the content), group (what `partition.by` names) and row ('file:line').
+and always label, domain, hash (hex SHA-256 of the content), group (what `partition.by` names), row ('file:line') and
+user (a hash of whose row it is; empty unless `privacy.unit: user` asks).
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from fedlm.data.columns import MalformedRowError, Row, as_share, as_text, compile_text, look_up
+from fedlm.data.columns import MalformedRowError, Row, UnknownColumnError, as_share, as_text, compile_text, look_up
 from fedlm.data.readers import RawRow
 from fedlm.data.redact import Redactor
 from fedlm.errors import DataError
 from fedlm.recipe.expressions import is_template
 from fedlm.recipe.schema import Columns, PartitionSpec, SourceSpec
 
-_COMMON = [(name, pa.string()) for name in ("label", "domain", "hash", "group", "row")]
+_COMMON = [(name, pa.string()) for name in ("label", "domain", "hash", "group", "row", "user")]
 _MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 SCHEMAS = {
     "text": pa.schema([("text", pa.string()), *_COMMON]),
@@ -64,7 +65,7 @@ Example = dict[str, Any]
 
 def kind_of(columns: Columns, where: str) -> str:
     """Which form the mapped columns make. Raises DataError for none, or a mixture of several."""
-    given = set(columns.model_dump(exclude_none=True)) - {"label", "system", "answers"}
+    given = set(columns.model_dump(exclude_none=True)) - {"label", "system", "answers", "user"}
     for names, kind in _FORMS:
         if given == names:
             return kind
@@ -90,6 +91,7 @@ def map_rows(
     domain: str,
     partition: PartitionSpec | None = None,
     redactor: Redactor | None = None,
+    user: str | None = None,
 ) -> Iterator[Example | str]:
     """Turn raw rows into examples, in order; a malformed row becomes its reason where the policy is to skip.
 
@@ -100,6 +102,7 @@ def map_rows(
         domain: the source's name.
         partition: its `by` and `pattern` make the column `group`, which never leaves and stays as it is.
         redactor: replaces personal data in all else that a row says, before its content is hashed.
+        user: column or template that says whose row it is; None for nobody's.
 
     Raises:
         DataError: a malformed row under 'fail', with file and row, without its text.
@@ -108,6 +111,7 @@ def map_rows(
     further = None if source.columns.answers is None else _answers(source.columns.answers)
     labelled = None if source.columns.label is None else compile_text(source.columns.label)
     grouped = None if partition is None or partition.by is None else _group(partition.by, partition.pattern)
+    owner = None if user is None else _user(user)
     for raw in rows:
         try:
             if raw.values is None:
@@ -124,6 +128,7 @@ def map_rows(
             example["hash"] = content_hash(example)
             example |= {**more, "domain": domain, "row": raw.where}
             example["group"] = grouped(raw.values) if grouped else more["label"]
+            example["user"] = owner(raw.values) if owner else ""
         except MalformedRowError as fault:
             if malformed == "fail":
                 raise DataError(
@@ -168,6 +173,22 @@ def _group(by: str, pattern: str | None) -> Callable[[Row], str]:
         return found
 
     return first_group
+
+
+def _user(expression: str) -> Callable[[Row], str]:
+    """Whose row it is, as a hash, so that nothing that shows a row shows a name. White space around it counts for
+    nothing: it would make two users of one."""
+    value = compile_text(expression)
+
+    def hashed(row: Row) -> str:
+        try:
+            return hashlib.sha256(value(row).strip().encode()).hexdigest()
+        except UnknownColumnError:
+            raise
+        except MalformedRowError as fault:
+            raise MalformedRowError(f"the row does not say whose it is (privacy.unit: user): {fault}") from None
+
+    return hashed
 
 
 def _text(columns: Columns) -> Callable[[Row], Example]:

@@ -25,6 +25,7 @@ from fedlm.data.partition import deal
 from fedlm.data.sources import Located, locate
 from fedlm.errors import DataError
 from fedlm.randomness import key, numpy_generator
+from fedlm.recipe.privacy import user_of
 from fedlm.recipe.schema import DataSpec, Recipe, SourceSpec, SplitSpec
 from fedlm.recipe.tasks import TASKS
 
@@ -113,6 +114,11 @@ class FederatedData:
             labels = {values[i]: int(counts[i]) for i in np.flatnonzero(counts)}
         return {"rows": {role: len(part) for role, part in zip(ROLES, parts, strict=True)}, "labels": labels}
 
+    def users(self, name: str) -> int:
+        """Of how many users a silo has training rows; 0 where rows do not say whose they are."""
+        part = self._parts[name][0]
+        return len(set(self._rows.select_columns(["user"]).select(part)["user"][:]) - {"", None})
+
     def with_training_rows(self, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> FederatedData:
         """A copy in which silos have further training rows, given as canonical ones (see `fedlm.data.examples`)."""
         import datasets
@@ -187,7 +193,9 @@ def load_data(recipe: Recipe, base: Path = Path()) -> FederatedData:
     located = [locate(source, base) for source in sources]
     if spec.partition is not None and spec.partition.kind == "domain":
         _check_domains(located)
-    tables = [table_of(found, spec.malformed, spec.partition, spec.redact) for found in located]
+    tables = [
+        table_of(found, spec.malformed, spec.partition, spec.redact, user_of(recipe, found.source)) for found in located
+    ]
     kinds = {table.kind for table in tables}
     if len(kinds) > 1:
         listed = ", ".join(f"{s.path} ({t.kind})" for s, t in zip(sources, tables, strict=True))

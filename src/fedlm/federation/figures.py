@@ -89,6 +89,8 @@ def check_card(silo: str, fields: Fields) -> Fields:
     assert isinstance(card, dict)
     require_numbers(silo, card["rows"], ROLES)
     require_numbers(silo, card["labels"], card["labels"])
+    if "users" in card:
+        require_numbers(silo, card, ["users"])
     return card
 
 

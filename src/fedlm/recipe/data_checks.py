@@ -154,10 +154,11 @@ def _columns(columns: Columns, path: Path) -> Iterator[Problem]:
     for name in type(columns).model_fields:
         value = getattr(columns, name)
         for text in value if isinstance(value, list) else [value]:
-            yield from _template(text, (*path, name))
+            yield from template_problems(text, (*path, name))
 
 
-def _template(text: str | None, path: Path) -> Iterator[Problem]:
+def template_problems(text: str | None, path: Path) -> Iterator[Problem]:
+    """Why a column expression cannot be filled from a row."""
     if text is not None and is_template(text):
         try:
             parse_template(text)
@@ -179,7 +180,7 @@ def _partition(data: DataSpec) -> Iterator[Problem]:
     for field in ("silos", "by", "pattern", "alpha", "shards_per_silo", "max_silos"):
         if field not in uses and changed(part, field):
             yield (*here, field), f"has no effect on a '{part.kind}' partition"
-    yield from _template(part.by, (*here, "by"))
+    yield from template_problems(part.by, (*here, "by"))
     if part.pattern is not None:
         try:
             groups = re.compile(part.pattern).groups

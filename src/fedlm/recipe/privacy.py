@@ -1,9 +1,11 @@
 """Differential privacy in a recipe: whose data is protected, at which epsilon, and what cannot be combined with it.
 
 With `unit: example` each silo adds the noise itself, inside its training (DP-SGD: Abadi et al., CCS 2016), so nobody
-else needs to be trusted. With `unit: silo` whole updates are clipped, and noise is added to their sum (McMahan et al.,
-"Learning Differentially Private Recurrent Language Models", ICLR 2018): by the coordinator, which is trusted then, or
-by every silo under a mask (Kairouz, Liu, Steinke, ICML 2021), so that nobody is.
+else needs to be trusted; with `unit: user` likewise, for all rows of a person that the silo holds (user-level sampling:
+Charles et al., "Fine-Tuning Large Language Models with User-Level Differential Privacy", 2024). With `unit: silo` whole
+updates are clipped, and noise is added to their sum (McMahan et al., "Learning Differentially Private Recurrent
+Language Models", ICLR 2018): by the coordinator, which is trusted then, or by every silo under a mask (Kairouz, Liu,
+Steinke, ICML 2021), so that nobody is.
 """
 
 from __future__ import annotations
@@ -11,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, PositiveInt
 
-from fedlm.recipe.data_checks import Problem, changed
+from fedlm.recipe.data_checks import Problem, all_sources, changed, template_problems
 from fedlm.recipe.guards import MASK, mask_of
 from fedlm.recipe.methods import ALGORITHMS, Method
 from fedlm.recipe.strict import Strict
@@ -21,6 +23,7 @@ from fedlm.recipe.tasks import TASKS
 
 if TYPE_CHECKING:
     from fedlm.recipe.schema import Recipe
+    from fedlm.recipe.source import SourceSpec
 
 LARGEST_EPSILON = 100.0
 """Above it a guarantee is empty: odds may change by e^100."""
@@ -44,19 +47,30 @@ class AdaptiveSpec(Strict):
 class PrivacySpec(Strict):
     """Differential privacy of what leaves, for a whole run."""
 
-    unit: Literal["example", "silo"] = Field(
+    unit: Literal["example", "user", "silo"] = Field(
         description="Whose data is protected as a whole: 'example': one row of a silo, by noise in its training; "
-        "'silo': all rows of an organisation, by noise on the sum of updates: of the silos' own under a mask, else of "
-        "the coordinator's."
+        "'user': all rows of a person in a silo, likewise; 'silo': all rows of an organisation, by noise on the sum of "
+        "updates: of the silos' own under a mask, else of the coordinator's."
     )
     epsilon: Annotated[float, Field(gt=0.0, le=LARGEST_EPSILON)] = Field(
         description="Of the whole run; noise is calibrated to it."
     )
     delta: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
-        description="Below 1 over the units: a silo's rows, or the silos."
+        description="Below 1 over the units: a silo's rows or users, or the silos."
     )
     clip: PositiveFloat = Field(
-        1.0, description="Largest L2 norm of what a unit adds: of an example's gradient, or of a silo's update."
+        1.0,
+        description="Largest L2 norm of what a unit adds: of an example's gradient, of the mean of a user's, "
+        "or of a silo's update.",
+    )
+    user: str | None = Field(
+        None,
+        min_length=1,
+        description="Of `unit: user`: the column, or a template over columns, that says whose a row is. A source's "
+        "`columns.user` goes before it. It stays in the silo.",
+    )
+    user_examples: PositiveInt = Field(
+        4, description="Of `unit: user`: rows of a user that a step takes at most, drawn anew each time."
     )
     adaptive: AdaptiveSpec | None = Field(
         None, description="Of `unit: silo` without a mask: `clip` is where it begins, and moves every round."
@@ -69,6 +83,27 @@ class PrivacySpec(Strict):
         description="Losses, accuracies, counts and times of silos: none leaves, and silos measure nothing; or 'open': "
         "they leave as they are, outside the guarantee.",
     )
+
+
+IN_TRAINING = ("example", "user")
+"""Units that a silo protects by noise inside its training."""
+
+
+def noised_in_training(recipe: Recipe) -> bool:
+    """Whether each silo adds noise to its gradients."""
+    return recipe.privacy is not None and recipe.privacy.unit in IN_TRAINING
+
+
+def by_user(recipe: Recipe) -> bool:
+    """Whether all rows of a person are protected together."""
+    return recipe.privacy is not None and recipe.privacy.unit == "user"
+
+
+def user_of(recipe: Recipe, source: SourceSpec) -> str | None:
+    """The column that says whose the rows of a source are; None where nobody asks."""
+    if recipe.privacy is None or not by_user(recipe):
+        return None
+    return source.columns.user or recipe.privacy.user
 
 
 def noised_by_silos(recipe: Recipe) -> bool:
@@ -87,12 +122,13 @@ def privacy_problems(recipe: Recipe) -> Iterator[Problem]:
     if spec is None:
         return
     name, method = recipe.federation.algorithm.name, ALGORITHMS[recipe.federation.algorithm.name]
-    if reason := not_by_example(name, method) if spec.unit == "example" else not_by_silo(method):
+    if reason := not_by_example(name, method) if spec.unit in IN_TRAINING else not_by_silo(method):
         yield ("privacy", "unit"), f"'{spec.unit}' not with '{name}': {reason}"
     if recipe.search is not None or recipe.in_context is not None:
         yield ("privacy",), "covers training alone, and nothing is trained here"
     yield from _trainings(recipe)
-    yield from (_examples if spec.unit == "example" else _silos)(recipe)
+    yield from (_in_training if spec.unit in IN_TRAINING else _silos)(recipe)
+    yield from _users(recipe, spec)
     for field in ("selection", "augment", "instructions"):
         if getattr(recipe.data, field) is not None:
             yield (
@@ -107,7 +143,7 @@ def privacy_problems(recipe: Recipe) -> Iterator[Problem]:
 
 
 def not_by_example(name: str, method: Method) -> str:
-    """Why updates of this method tell more of an example than noised gradients do; empty where they do not."""
+    """Why updates of this method tell more of a row, or a user, than noised gradients do; empty where they do not."""
     if method.asynchronous:
         return "nobody knows beforehand how often a silo trains"
     if method.zeroth_order or method.losses or name == "fedbiscuit":
@@ -140,35 +176,59 @@ def _trainings(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
-def _examples(recipe: Recipe) -> Iterator[Problem]:
-    training = recipe.training
-    if recipe.privacy is not None and changed(recipe.privacy, "noise"):
-        yield ("privacy", "noise"), "has no effect with `privacy.unit: example`"
-    if recipe.privacy is not None and recipe.privacy.adaptive is not None:
-        yield ("privacy", "adaptive"), "not with `privacy.unit: example`: an example's clip stays what it is"
+def _in_training(recipe: Recipe) -> Iterator[Problem]:
+    training, spec = recipe.training, recipe.privacy
+    assert spec is not None
+    here = f"`privacy.unit: {spec.unit}`"
+    if changed(spec, "noise"):
+        yield ("privacy", "noise"), f"has no effect with {here}"
+    if spec.adaptive is not None:
+        yield ("privacy", "adaptive"), f"not with {here}: an example's clip, or a user's, stays what it is"
     for field, reason in (
-        ("clip_norm", "it clips a step's mean gradient, and privacy clips each example's: set it to null"),
+        ("clip_norm", f"it clips a step's mean gradient, and privacy clips each {spec.unit}'s: set it to null"),
         ("spike_guard", "it skips steps by losses before noise"),
         ("compile", "compiled layers do not show what they read"),
         ("gradient_checkpointing", "layers would be read twice"),
     ):
         if getattr(training, field) not in (None, False):
-            yield ("training", field), f"not with `privacy.unit: example`: {reason}"
+            yield ("training", field), f"not with {here}: {reason}"
     if changed(training, "order"):
-        yield ("training", "order"), "has no effect with `privacy.unit: example`: examples are drawn at random"
+        yield ("training", "order"), f"has no effect with {here}: {spec.unit}s are drawn at random"
     facts = TASKS[recipe.task]
-    if not facts.one_per_row:
+    if not facts.one_per_row and spec.unit == "example":
         yield ("task",), f"'{recipe.task}' cuts a row into many examples, and each would be protected by itself only"
     coupled = {
         "reinforce": "answers are written for a whole step at once",
         "group-preference": "rows are predicted from a context of other rows",
     }
     if recipe.task in coupled:
-        yield ("task",), f"'{recipe.task}' not with `privacy.unit: example`: {coupled[recipe.task]}"
+        yield ("task",), f"'{recipe.task}' not with {here}: {coupled[recipe.task]}"
     if recipe.task == "preference" and recipe.preference.loss == "kto":
-        yield ("preference", "loss"), "'kto' not with `privacy.unit: example`: its baseline is made of other rows"
+        yield ("preference", "loss"), f"'kto' not with {here}: its baseline is made of other rows"
     if recipe.task == "preference" and recipe.preference.weights:
-        yield ("preference", "weights"), "not with `privacy.unit: example`: they depend on how many rows there are"
+        yield ("preference", "weights"), f"not with {here}: they depend on how many rows there are"
+
+
+def _users(recipe: Recipe, spec: PrivacySpec) -> Iterator[Problem]:
+    if not by_user(recipe):
+        for field in ("user", "user_examples"):
+            if changed(spec, field):
+                yield ("privacy", field), f"has no effect with `privacy.unit: {spec.unit}`"
+        return
+    if spec.user is not None:
+        yield from template_problems(spec.user, ("privacy", "user"))
+    algorithm = recipe.federation.algorithm
+    if not ALGORITHMS[algorithm.name].equal_weights and algorithm.weights != "equal":
+        yield (
+            ("federation", "algorithm", "weights"),
+            "'equal' is needed with `privacy.unit: user`: how many rows a silo has tells of its users",
+        )
+    for path, source in all_sources(recipe.data):
+        if user_of(recipe, source) is None:
+            yield (
+                (*path, "columns", "user"),
+                "`privacy.unit: user` needs the column that says whose a row is: name it here, or in `privacy.user`",
+            )
 
 
 def _silos(recipe: Recipe) -> Iterator[Problem]:

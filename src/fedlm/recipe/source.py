@@ -53,6 +53,11 @@ class Columns(Strict):
         None,
         description="Column used by partitioners, plots and `preference.weights`; defaults to the answer's text.",
     )
+    user: str | None = Field(
+        None,
+        description="With `privacy.unit: user`: whose row it is, in place of the column that `privacy.user` names. It "
+        "never leaves the silo.",
+    )
 
 
 class SourceSpec(Strict):

@@ -22,7 +22,7 @@ from fedlm.privacy.mechanisms import describe
 from fedlm.recipe.guards import mask_of
 from fedlm.recipe.load import load_recipe, recipe_hash
 from fedlm.recipe.methods import ALGORITHMS
-from fedlm.recipe.privacy import noised_by_silos, withheld
+from fedlm.recipe.privacy import by_user, noised_by_silos, noised_in_training, withheld
 from fedlm.recipe.schema import Recipe
 from fedlm.report.facts import RunFacts, read_run
 from fedlm.report.format import count, size
@@ -30,6 +30,9 @@ from fedlm.report.markup import card, document, e, table
 from fedlm.report.tried import section
 
 PAGE = "audit.html"
+
+PLURAL = {"example": "rows", "user": "users", "silo": "silos"}
+"""What is protected, by the unit's name."""
 
 OPEN = "in the open, to the coordinator"
 MASKED = "only in the sum over the round's silos (secure aggregation)"
@@ -57,8 +60,15 @@ class Guarantee:
     mechanism: str
     spent: dict[str, float] = field(default_factory=dict)
     """By silo, or of 'every silo'."""
+    protected: dict[str, int] = field(default_factory=dict)
+    """By silo, how many rows or users there are, each of which is protected; of 'every silo', how many silos."""
     by_ledger: bool = False
     """As a ledger in the run directory has it, not as the recipe implies."""
+
+    @property
+    def counted(self) -> str:
+        """What the units are called."""
+        return PLURAL[self.unit]
 
 
 @dataclass(frozen=True)
@@ -140,9 +150,12 @@ def leaving(recipe: Recipe) -> Iterator[Leaving]:
     masked, hidden = mask_of(recipe) is not None, withheld(recipe)
     spec = recipe.privacy
     yield Leaving("versions of fedlm, torch and Python", "once", OPEN)
-    whole_silo = spec is not None and spec.unit == "silo"
     rows = "how many rows it trains on"
-    if hidden and whole_silo:
+    if by_user(recipe):
+        yield Leaving(
+            "of how many users it has rows", "once", f"rounded up to a power of two, {OPEN}" if masked else OPEN
+        )
+    if hidden and spec is not None and spec.unit != "example":
         yield Leaving("whether it has rows to train on", "once", OPEN)
         yield Leaving(rows, "once", KEPT)
     elif masked:
@@ -153,6 +166,8 @@ def leaving(recipe: Recipe) -> Iterator[Leaving]:
     yield Leaving("how many rows it holds out", "once", KEPT if hidden else held)
     labels = KEPT if hidden or masked else f"{OPEN}; not where its policy has `share_labels: false`"
     yield Leaving("rows by label", "once", labels)
+    if by_user(recipe):
+        yield Leaving("whose a row is", "never", KEPT)
 
     if recipe.search is not None:
         yield Leaving("sums of its rows' scores of candidate prompts", "every round", OPEN)
@@ -171,7 +186,7 @@ def _of_training(recipe: Recipe) -> Iterator[Leaving]:
     update = "an update of the adapter" if recipe.adapter.kind != "full" else "an update of the model"
     protections = [OPEN]
     if spec is not None:
-        protections = [NOISED if spec.unit == "example" or masked else CLIPPED]
+        protections = [NOISED if noised_in_training(recipe) or masked else CLIPPED]
     if masked:
         protections = [*([] if spec is None else protections), MASKED]
     smaller = [guard.name for guard in recipe.guards if guard.name != "mask"]
@@ -213,8 +228,10 @@ def _guarantee(recipe: Recipe, facts: RunFacts | None, folder: Path | None) -> G
     spec = recipe.privacy
     if spec is None:
         return None
-    rows = {name: card["rows"]["train"] for name, card in ((facts.data if facts else {}).get("silos") or {}).items()}
-    rows = {name: number for name, number in sorted(rows.items()) if number > 0}
+    cards = (facts.data if facts else {}).get("silos") or {}
+    rows = {name: int(card.get("users", card["rows"]["train"])) for name, card in sorted(cards.items())}
+    rows = {name: number for name, number in rows.items() if number > 0}
+    whole = {"every silo": len(rows)} if rows else {}
     found: dict[str, float] = {}
     ledgers = False
     if noised_by_silos(recipe):
@@ -224,19 +241,21 @@ def _guarantee(recipe: Recipe, facts: RunFacts | None, folder: Path | None) -> G
             found, ledgers = {file.parts[-3]: read_spent(file)[1].epsilon for file in ledgers_of}, True
         elif facts is not None and facts.rounds:
             found = {"every silo": float(facts.rounds[-1].get("epsilon") or 0.0)}
-        return Guarantee(spec.unit, spec.epsilon, spec.delta, words, found, ledgers)
+        return Guarantee(spec.unit, spec.epsilon, spec.delta, words, found, whole, ledgers)
     if spec.unit == "silo":
         words = _noise_on_sums(recipe, len(rows)) if rows else "noise follows from the number of silos"
         if folder is not None and (folder / LEDGER).is_file():
             found, ledgers = {"every silo": read_spent(folder / LEDGER)[1].epsilon}, True
-        return Guarantee(spec.unit, spec.epsilon, spec.delta, words, found, ledgers)
-    words = "noise follows from each silo's number of rows"
+        return Guarantee(spec.unit, spec.epsilon, spec.delta, words, found, whole, ledgers)
+    words = f"noise follows from each silo's number of {PLURAL[spec.unit]}"
     for silo, number in rows.items():
         assert facts is not None and folder is not None
         trained = [line for line in facts.rounds if silo in (line.get("sampled") or [])]
         ledger = folder / "silos" / silo / str(facts.run.get("run")) / LEDGER
         if ledger.is_file():
-            found[silo], ledgers = read_spent(ledger)[1].epsilon, True
+            budget, spent = read_spent(ledger)
+            found[silo], ledgers = spent.epsilon, True
+            rows[silo] = budget.units.get(silo, number)  # a card's may be rounded
             continue
         try:
             mine = cost(recipe, silo, number)
@@ -245,10 +264,9 @@ def _guarantee(recipe: Recipe, facts: RunFacts | None, folder: Path | None) -> G
         found[silo] = mine.epsilon(len(trained))
     if rows:
         smallest = min(rows, key=rows.__getitem__)
-        words = (
-            f"{describe(cost(recipe, smallest, rows[smallest]).mechanism)} a round ('{smallest}', the smallest silo)"
-        )
-    return Guarantee(spec.unit, spec.epsilon, spec.delta, words, found, ledgers)
+        noise = describe(cost(recipe, smallest, rows[smallest]).mechanism)
+        words = f"{noise} a round ('{smallest}', the smallest silo, of {rows[smallest]} {PLURAL[spec.unit]})"
+    return Guarantee(spec.unit, spec.epsilon, spec.delta, words, found, rows, ledgers)
 
 
 def _noise_on_sums(recipe: Recipe, silos: int) -> str:
@@ -262,10 +280,19 @@ def _noise_on_sums(recipe: Recipe, silos: int) -> str:
     )
 
 
+def spending(guarantee: Guarantee) -> list[list[str]]:
+    """A line for each silo, or for every silo: how many units are protected, what is spent, and the budget."""
+    return [
+        [silo, str(guarantee.protected.get(silo, "")), f"{spent:.4g}", f"{guarantee.epsilon:g}"]
+        for silo, spent in guarantee.spent.items()
+    ]
+
+
 def meaning(guarantee: Guarantee) -> str:
     """The guarantee in a sentence."""
     whose = {
         "example": "one row of a silo: what it contributes to the training",
+        "user": "all rows of one person in one silo: what they contribute to the training together",
         "silo": "one whole organisation: what all its rows contribute to the models",
     }[guarantee.unit]
     return (
@@ -288,8 +315,9 @@ def trusted(recipe: Recipe) -> Iterator[tuple[str, str]]:
             "the coordinator",
             f"sums of updates alone, {kind}; not more than {mask.corrupt:.0%} of a round's silos may help it",
         )
-    elif spec is not None and spec.unit == "example":
-        yield "the coordinator", "noised updates, which tell of a row no more than the guarantee says"
+    elif spec is not None and noised_in_training(recipe):
+        unit = {"example": "row", "user": "user"}[spec.unit]
+        yield "the coordinator", f"noised updates, which tell of a {unit} no more than the guarantee says"
     elif spec is not None:
         bit = " and its bit" if spec.adaptive is not None else ""
         yield "the coordinator", f"each silo's clipped update{bit} without noise, and adding the noise"
@@ -313,8 +341,12 @@ def open_ends(recipe: Recipe) -> Iterator[str]:
         yield "The run starts from another run's model: what that tells of rows is not in this budget."
     if spec is not None and spec.unit == "silo" and not masked:
         yield "Noise in floating point: its last bits are no proof against whoever sees them (Mironov, 2012)."
-    if spec is not None and spec.unit == "example":
+    if noised_in_training(recipe):
         yield "How long a silo's round takes depends on which rows were drawn, and can be seen."
+    if by_user(recipe):
+        yield "A person with rows in k silos has the guarantee of each; of all together, k times the epsilon and delta."
+        yield "A person whose rows go by several names has the guarantee of each name."
+    if spec is not None and spec.unit == "example":
         yield "A row that is in several silos, or a person with several rows, has less protection than one row."
     if spec is not None:
         yield "Where a silo fails, the sentence that says why may hold a count of its rows."
@@ -352,8 +384,9 @@ def html_page(found: AuditOfRun) -> str:
         body += [f"<h2>The guarantee</h2><p>{e(meaning(guarantee))}</p>", f"<p>Noise: {e(guarantee.mechanism)}.</p>"]
         if guarantee.spent:
             source = "the ledger" if guarantee.by_ledger else "the recipe and the rounds that were run"
-            rows = [[silo, f"{value:.4g}", f"{guarantee.epsilon:g}"] for silo, value in guarantee.spent.items()]
-            body.append(table(["whose rows", f"epsilon spent, by {source}", "budget"], rows))
+            body.append(
+                table(["whose rows", guarantee.counted, f"epsilon spent, by {source}", "budget"], spending(guarantee))
+            )
     body.append("<h2>Who is trusted with what</h2>" + table(["who", "with"], found.trusted, text=2))
     body.append("<h2>What is not protected</h2><ul>" + _listed(found.open_ends) + "</ul>")
     body.append(section(found.tried))
@@ -367,7 +400,11 @@ def sentence(found: AuditOfRun) -> str:
     masks = "updates are seen only in sums" if mask_of(found.recipe) is not None else ""
     noise = ""
     if found.guarantee is not None:
-        unit = {"example": "each row", "silo": "each organisation"}[found.guarantee.unit]
+        unit = {
+            "example": "each row",
+            "user": "each user, with all rows in a silo,",
+            "silo": "each organisation",
+        }[found.guarantee.unit]
         noise = f"{unit} is protected with epsilon {found.guarantee.epsilon:g} at delta {found.guarantee.delta:g}"
     told = " and ".join(part for part in (masks, noise) if part)
     if not told:

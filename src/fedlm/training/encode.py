@@ -38,6 +38,8 @@ class TokenSet(Sequence[Example]):
     """Examples that a selection of rows did without."""
     states: NDArray[np.float32] | None = None
     """[sequences, width], see `Example`."""
+    users: NDArray[np.int64] | None = None
+    """Of each example, whose it is (see `Example`); None where rows do not say."""
 
     def __len__(self) -> int:
         return (len(self.offsets) - 1) // self.width
@@ -52,7 +54,8 @@ class TokenSet(Sequence[Example]):
         ends = self.offsets[first : last + 1].tolist()
         sequences = tuple(Encoded(self.ids[start:end], self.loss[start:end]) for start, end in pairwise(ends))
         facts = {name: float(values[index]) for name, values in self.facts.items()}
-        return Example(sequences, facts, None if self.states is None else self.states[first:last])
+        states = None if self.states is None else self.states[first:last]
+        return Example(sequences, facts, states, None if self.users is None else int(self.users[index]))
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
@@ -74,7 +77,11 @@ class TokenSet(Sequence[Example]):
 
     @classmethod
     def of(cls, examples: Iterable[Example | Encoded], dropped: int = 0, cut: int = 0) -> TokenSet:
-        """A set of these examples, all of one width and with the same facts; a sequence is an example of its own."""
+        """A set of these examples, all of one width and with the same facts; a sequence is an example of its own.
+
+        Raises:
+            DataError: some say whose they are, and others do not.
+        """
         listed = [e if isinstance(e, Example) else Example((e,)) for e in examples]
         found = [sequence for example in listed for sequence in example.sequences]
         offsets = np.zeros(len(found) + 1, dtype=np.int64)
@@ -82,6 +89,9 @@ class TokenSet(Sequence[Example]):
         ids = np.concatenate([e.ids for e in found]) if found else np.zeros(0, np.int32)
         loss = np.concatenate([e.loss for e in found]) if found else np.zeros(0, np.bool_)
         names = list(listed[0].facts) if listed else []
+        said = [e.user for e in listed if e.user is not None]
+        if said and len(said) < len(listed):
+            raise DataError(f"{len(listed) - len(said)} of {len(listed)} examples do not say whose they are")
         facts = {name: np.array([e.facts[name] for e in listed], np.float32) for name in names}
         return cls(
             ids.astype(np.int32, copy=False),
@@ -91,10 +101,11 @@ class TokenSet(Sequence[Example]):
             cut,
             len(listed[0].sequences) if listed else 1,
             facts,
+            users=np.array(said, np.int64) if said else None,
         )
 
     def save(self, folder: Path) -> None:
-        """Write the arrays as .npy files and the counts as JSON."""
+        """Write the arrays as .npy files and the counts as JSON; whose examples they are is not written."""
         folder.mkdir(parents=True, exist_ok=True)
         for name in _ARRAYS:
             np.save(folder / f"{name}.npy", getattr(self, name), allow_pickle=False)
@@ -171,6 +182,8 @@ def encoded_rows(
                 raise
             faults.append(fault)
             pieces = []
+        if owner := row.get("user"):
+            pieces = [replace(piece, user=int(owner[:15], 16)) for piece in pieces]
         yield from pieces
         found += len(pieces)
         tally.dropped += not pieces

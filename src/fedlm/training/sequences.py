@@ -48,6 +48,8 @@ class Example:
     """Numbers about it that its task knows beforehand, such as a label."""
     states: NDArray[np.float32] | None = None
     """[sequences, width]: the frozen model's mean state of each sequence, for tasks that read no more of it."""
+    user: int | None = None
+    """Whose row it is of, as a number from a hash; None where rows do not say."""
 
     def __len__(self) -> int:
         return sum(len(s) for s in self.sequences)

@@ -37,7 +37,7 @@ from fedlm.federation.silo.reference import Reference
 from fedlm.federation.silo.refusals import RefusedError, StoppedError
 from fedlm.federation.silo.selected import centroids
 from fedlm.federation.silo.session import TimeBudget
-from fedlm.federation.silo.state import StateStore, request_digest, request_key, tensors_digest
+from fedlm.federation.silo.state import StateStore, Trained, request_digest, request_key, tensors_digest
 from fedlm.federation.silo.sums import Sums, model_hash
 from fedlm.federation.silo.trained import keeps_state, train_round
 from fedlm.federation.silo.workbench import POOLED, Workbench
@@ -48,7 +48,7 @@ from fedlm.privacy.calibration import check_budget
 from fedlm.recipe.capacity import Capacity, lesser, parse_capacity
 from fedlm.recipe.guards import mask_of
 from fedlm.recipe.methods import ALGORITHMS
-from fedlm.recipe.privacy import withheld
+from fedlm.recipe.privacy import by_user, noised_in_training, withheld
 from fedlm.training.plan import Plan, parse_plan
 
 log = logging.getLogger("fedlm.silo")
@@ -178,12 +178,15 @@ class Silo:
             fields["card"] = {"rows": {r: len(getattr(data, r)) for r in ("train", "validation", "test")}, "labels": {}}
         else:
             fields["card"] = self.bench.data.card(self.name)
+            if by_user(self.bench.recipe):
+                fields["card"] = {**fields["card"], "users": self.bench.data.users(self.name)}
         if mask_of(self.bench.recipe) is not None:
             fields["card"] = coarse(fields["card"])
         if withheld(self.bench.recipe):
             fields["card"] = sparse(fields["card"], self.bench.recipe)
-        if (private := self.bench.recipe.privacy) is not None and private.unit == "example":
-            check_budget(private.epsilon, private.delta, max(1, int(fields["card"]["rows"]["train"])))
+        if (private := self.bench.recipe.privacy) is not None and noised_in_training(self.bench.recipe):
+            units = fields["card"].get("users", fields["card"]["rows"]["train"])
+            check_budget(private.epsilon, private.delta, max(1, int(units)))
         capacity = parse_capacity(request.fields.get("capacity"))
         if self._limits is not None:
             capacity = lesser(capacity, self._limits.owner)
@@ -245,7 +248,7 @@ class Silo:
         private = self._private(request, digest)
         if held is not None and held.digest == digest:
             if private is not None:
-                private.charge(held.reply, int(held.fields["rows"]))
+                private.charge(held.reply, self._units(held))
             return held.reply, {**held.fields, "repeated": True}
         if held is not None and held.key == key:
             raise RefusedError(f"round {request.round} was already answered for other content under the same attempt")
@@ -274,8 +277,12 @@ class Silo:
             self._store.save(request.run, request.round, trained)
         self._store.keep_only(request.run, {accepted, request.round})
         if private is not None:  # what is stored may leave once it is paid for
-            private.charge(trained.reply, int(trained.fields["rows"]))
+            private.charge(trained.reply, self._units(trained))
         return trained.reply, trained.fields
+
+    def _units(self, trained: Trained) -> int:
+        """Of how many rows, or users, an update was made."""
+        return int(trained.fields["users" if by_user(self.bench.recipe) else "rows"])
 
     def _reference(self, request: Request) -> Reference | None:
         """The policy at the start of the stage; None where full training has overwritten it."""
@@ -284,9 +291,9 @@ class Silo:
         return Reference(self.bench, self._store.folder, request.run)
 
     def _private(self, request: Request, digest: str) -> PrivateRound | None:
-        """Where the recipe protects examples."""
+        """Where the recipe protects examples, or users."""
         recipe = self.bench.recipe
-        if recipe.privacy is None or recipe.privacy.unit != "example":
+        if not noised_in_training(recipe):
             return None
         return PrivateRound(recipe, request, self._store.folder, digest, simulated=self._limits is None)
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fedlm.errors import DataError
+from fedlm.recipe.privacy import by_user
 from fedlm.training.encode import encode_all
 from fedlm.training.stored import stored_tokens
 
@@ -46,7 +47,7 @@ def encoded(bench: Workbench, silo: str) -> TokenSet:
         )
     recipe = bench.recipe
     length, skip = recipe.training.max_length, recipe.data.malformed == "skip"
-    if bench.task.stored:
+    if bench.task.stored and not by_user(recipe):  # files of tokens do not say whose they are
         tokens = stored_tokens(rows, bench.task, bench.tokenizer, length, skip=skip)
     else:
         tokens = encode_all(rows, bench.task, bench.tokenizer, length, skip=skip, silo=silo)

@@ -11,15 +11,20 @@ from fedlm.recipe.schema import Recipe
 def coarse(card: Fields) -> Fields:
     """A data card that says of rows how many there are at most, in powers of two, and nothing of labels: a silo's
     weight is hidden under the mask, and so are counts over rows that it holds out, and this would tell them."""
-    rows = {role: 1 << (int(count) - 1).bit_length() if count else 0 for role, count in card["rows"].items()}
-    return {**card, "rows": rows, "labels": {}}
+    rows = {role: _power_of_two(count) for role, count in card["rows"].items()}
+    users = {"users": _power_of_two(card["users"])} if "users" in card else {}
+    return {**card, "rows": rows, "labels": {}, **users}
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (int(count) - 1).bit_length() if count else 0
 
 
 def sparse(card: Fields, recipe: Recipe) -> Fields:
     """A data card without figures of rows that noise does not cover: none of labels and of what is held out, and of
-    training rows their number only where examples are protected, not their silo."""
+    training rows their number only where examples are protected; where users are, their number in its place."""
     train = int(card["rows"]["train"])
-    if recipe.privacy is not None and recipe.privacy.unit == "silo":
+    if recipe.privacy is not None and recipe.privacy.unit != "example":
         train = min(1, train)
     return {**card, "rows": {"train": train, "validation": 0, "test": 0}, "labels": {}}
 

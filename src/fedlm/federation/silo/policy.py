@@ -26,7 +26,7 @@ from fedlm.recipe.capacity import Capacity
 from fedlm.recipe.load import load_yaml
 from fedlm.recipe.methods import ALGORITHMS, BESIDE, FACTORS
 from fedlm.recipe.presets import is_preset
-from fedlm.recipe.privacy import noised_by_silos
+from fedlm.recipe.privacy import noised_by_silos, noised_in_training
 from fedlm.recipe.schema import ModelSpec, Recipe
 from fedlm.recipe.strict import Strict
 from fedlm.recipe.tasks import TASKS
@@ -231,7 +231,7 @@ def cohort(recipe: Recipe) -> int:
 def epsilon(recipe: Recipe) -> float | None:
     """The epsilon that a run of this recipe spends at most, by noise of this silo's own; None where nothing that the
     silo can see to bounds it: noise of the coordinator's is no matter of this policy."""
-    own = recipe.privacy is not None and (recipe.privacy.unit == "example" or noised_by_silos(recipe))
+    own = noised_in_training(recipe) or noised_by_silos(recipe)
     return recipe.privacy.epsilon if own and recipe.privacy is not None else None
 
 

@@ -1,8 +1,10 @@
-"""A silo's own differential privacy, `privacy.unit: example`: the noise of its training, and what that has cost.
+"""A silo's own differential privacy, `privacy.unit: example` or `user`: the noise of its training, and what that has
+cost.
 
-The silo calibrates the noise to the recipe's budget for its own number of rows, which is public (neighbours differ in
-what one row contributes, Kairouz et al. 2021, definition 1.1). Each round's cost is in its ledger,
-`<root>/<silo>/<run>/ledger.jsonl`, before the update leaves; a round that would exceed the budget does not leave.
+The silo calibrates the noise to the recipe's budget for its own number of units, rows or users, which is public
+(neighbours differ in what one unit contributes, Kairouz et al. 2021, definition 1.1). Each round's cost is in its
+ledger, `<root>/<silo>/<run>/ledger.jsonl`, before the update leaves; a round that would exceed the budget does not
+leave.
 """
 
 from __future__ import annotations
@@ -27,9 +29,11 @@ from fedlm.privacy.ledger import Budget, Event, Ledger
 from fedlm.privacy.mechanisms import Gaussian, Poisson, times
 from fedlm.privacy.noise import gaussian
 from fedlm.privacy.stream import SecretStream
+from fedlm.recipe.privacy import by_user
 from fedlm.recipe.schema import Recipe
 
 if TYPE_CHECKING:
+    from fedlm.training.encode import TokenSet
     from fedlm.training.private.loop import Mechanism, PrivateTrainer
 
 LEDGER = "ledger.jsonl"
@@ -37,11 +41,11 @@ LEDGER = "ledger.jsonl"
 
 @dataclass(frozen=True)
 class Cost:
-    """What rounds of DP-SGD over so many rows cost; all of it is public.
+    """What rounds of DP-SGD over so many units cost; all of it is public.
 
     Args:
-        mechanism: of one round: its steps, each over a Poisson sample of the rows.
-        expected: rows in a step.
+        mechanism: of one round: its steps, each over a Poisson sample of the units.
+        expected: units in a step.
         budget: of the whole run.
     """
 
@@ -55,24 +59,40 @@ class Cost:
         return spent(whole, self.budget.delta).epsilon
 
 
-def cost(recipe: Recipe, silo: str, rows: int) -> Cost:
+def cost(recipe: Recipe, silo: str, units: int) -> Cost:
     """The least noise with which all rounds of the recipe keep its budget.
 
+    Args:
+        units: the silo's rows, or its users.
+
     Raises:
-        PrivacyError: delta is not below 1/rows, or no noise keeps the budget.
+        PrivacyError: delta is not below 1/units, or no noise keeps the budget.
     """
     spec, training = recipe.privacy, recipe.training
     assert spec is not None and training.steps is not None  # the recipe was checked
-    expected = min(training.batch_size, rows)
-    noise = _noise(expected / rows, training.steps * recipe.federation.rounds, spec.epsilon, spec.delta, rows)
-    mechanism = Gaussian("example", "zero-out", noise, Poisson(expected / rows, secret=True), training.steps)
-    return Cost(mechanism, expected, Budget("example", "zero-out", spec.epsilon, spec.delta, {silo: rows}))
+    expected = min(training.batch_size, units)
+    noise = _noise(expected / units, training.steps * recipe.federation.rounds, spec.epsilon, spec.delta, units)
+    mechanism = Gaussian(spec.unit, "zero-out", noise, Poisson(expected / units, secret=True), training.steps)
+    return Cost(mechanism, expected, Budget(spec.unit, "zero-out", spec.epsilon, spec.delta, {silo: units}))
 
 
 @lru_cache(maxsize=256)
-def _noise(rate: float, steps: int, epsilon: float, delta: float, rows: int) -> float | None:
-    asked = Gaussian("example", "zero-out", None, Poisson(rate, secret=True), steps)
-    return calibrate(asked, epsilon, delta, rows).noise_multiplier
+def _noise(rate: float, steps: int, epsilon: float, delta: float, units: int) -> float | None:
+    asked = Gaussian("example", "zero-out", None, Poisson(rate, secret=True), steps)  # whatever a unit is
+    return calibrate(asked, epsilon, delta, units).noise_multiplier
+
+
+def units_of(recipe: Recipe, tokens: TokenSet) -> int:
+    """How many units a silo's examples are of: examples, or users.
+
+    Raises:
+        TrainingError: users are protected, and the examples do not say whose they are.
+    """
+    if not by_user(recipe):
+        return len(tokens)
+    if tokens.users is None:
+        raise TrainingError("users are to be protected, and the silo's examples do not say whose they are")
+    return len(np.unique(tokens.users))
 
 
 class PrivateRound:
@@ -88,12 +108,12 @@ class PrivateRound:
         self._recipe, self._request, self._folder, self._digest = recipe, request, folder, digest
         self._simulated, self._begun = simulated, False
 
-    def trainer(self, rows: int) -> PrivateTrainer:
-        """Trains once, over so many rows.
+    def trainer(self, tokens: TokenSet) -> PrivateTrainer:
+        """Trains once, over these examples.
 
         Raises:
-            TrainingError: a second time in this round.
-            PrivacyError: the recipe's budget is none for so many rows.
+            TrainingError: a second time in this round, or examples do not say whose they are and should.
+            PrivacyError: the recipe's budget is none for so many units.
         """
         from fedlm.training.private.loop import train_private
 
@@ -104,6 +124,7 @@ class PrivateRound:
         run = "" if self._simulated else self._request.run  # its name is another in every simulation of one recipe
         place = (run, self._request.round, self._request.silo, self._digest)
         draws = SecretStream(secret, "draws", *place)
+        picks = SecretStream(secret, "picks", *place)
         noise = SecretStream(secret, "noise", *place)
 
         def normal(shape: torch.Size, deviation: float) -> Tensor:
@@ -111,19 +132,23 @@ class PrivateRound:
 
         return partial(
             train_private,
-            mechanism=self._mechanism(rows),
+            mechanism=self._mechanism(units_of(self._recipe, tokens)),
             draws=np.random.Generator(np.random.Philox(key=draws.words(2))),
+            picks=np.random.Generator(np.random.Philox(key=picks.words(2))),
             noise=normal,
         )
 
-    def charge(self, update: Tensors, rows: int) -> None:
+    def charge(self, update: Tensors, units: int) -> None:
         """Write the round's cost down; the update may leave afterwards. The same update is charged once.
+
+        Args:
+            units: that it was made of.
 
         Raises:
             BudgetExceeded: the budget would be exceeded.
             PrivacyError: the ledger is damaged or open elsewhere.
         """
-        mine, request = cost(self._recipe, self._request.silo, rows), self._request
+        mine, request = cost(self._recipe, self._request.silo, units), self._request
         folder = self._folder / request.run
         with disk_errors(folder, "silo's ledger"):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -133,10 +158,10 @@ class PrivateRound:
                     Event(request.run, request.round, 0, request.silo, mine.mechanism, tensors_digest(update))
                 )
 
-    def _mechanism(self, rows: int) -> Mechanism:
+    def _mechanism(self, units: int) -> Mechanism:
         from fedlm.training.private.loop import Mechanism
 
-        spec, mine = self._recipe.privacy, cost(self._recipe, self._request.silo, rows)
+        spec, mine = self._recipe.privacy, cost(self._recipe, self._request.silo, units)
         assert spec is not None and isinstance(mine.mechanism.sampling, Poisson)
         assert mine.mechanism.noise_multiplier is not None
         return Mechanism(
@@ -145,4 +170,5 @@ class PrivateRound:
             rate=mine.mechanism.sampling.rate,
             expected=mine.expected,
             steps=mine.mechanism.count,
+            user_examples=spec.user_examples if by_user(self._recipe) else None,
         )

@@ -131,7 +131,7 @@ class SiloSession:
         from fedlm.training.loop import train
 
         if self._private is not None:
-            trainer = self._private.trainer(len(self.tokens))
+            trainer = self._private.trainer(self.tokens)
             return partial(trainer, rule=rule, objective=self.objective(purpose))
         if self._plan.shards is None:
             team = self._bench.team(self._plan.processes or 1, chosen)

@@ -107,6 +107,8 @@ def train_round(
         "cut": tokens.cut,
         **outcome.fields,
     }
+    if private is not None and tokens.users is not None:
+        fields["users"] = len(np.unique(tokens.users))
     fields |= _rates(bench, fields["tokens_per_second"], tokens, plan)
     if recipe.data.selection is not None:
         fields[LEFT_OUT] = tokens.left_out

@@ -3,6 +3,9 @@
 An example's gradient g_i is that of its own loss, over all trained parameters together; it enters the sum as
 min(1, C / |g_i|) g_i. However a batch is cut into passes, the sum is the same up to the order of float additions.
 
+Where users are protected, g_i is the mean of the gradients of a user's examples (Charles et al., 2024, user-level
+sampling): the gradient of the mean of their losses. A user then goes through a pass as one example with more sequences.
+
 Ways to get there, which differ in cost alone:
 
 - 'micro': one example at a time by plain autograd. It is the truth that the others are compared with.
@@ -62,57 +65,59 @@ on top, more than fp32 rounding takes away, so that a norm is never found too sm
 
 @dataclass
 class Clipped:
-    """The clipped sum over some examples; everything in it is private."""
+    """The clipped sum over some units, each an example or a user; everything in it is private."""
 
     total: Tensors
     """By parameter, fp32."""
     norms: Tensor
-    """fp64 [examples]: norms before clipping, in the order of the examples; not finite where the gradient was not."""
+    """fp64 [units]: norms before clipping, in the order of the units; not finite where the gradient was not."""
     losses: Tensor
-    """fp32 [examples]"""
+    """fp32 [units]: of a user the mean over its examples."""
 
     @property
     def not_finite(self) -> int:
-        """Examples that added nothing because their gradient was not finite."""
+        """Units that added nothing because their gradient was not finite."""
         return int((~self.norms.isfinite()).sum())
 
 
 def clipped_sum(
     objective: Objective,
     parameters: dict[str, Parameter],
-    examples: Sequence[Example],
+    units: Sequence[Example | Sequence[Example]],
     clip: float,
     *,
     way: Way | None = None,
     micro_tokens: int = MICRO_TOKENS,
 ) -> Clipped:
-    """The sum of clipped gradients of these examples, possibly of none. `.grad` is left as it was.
+    """The sum of clipped gradients of these units, possibly of none. `.grad` is left as it was.
 
     The model is as the caller has set it (training mode, dropout's generators); the objective must not pack.
 
     Args:
+        units: what is clipped as a whole: an example, or the examples of a user, at least one.
         clip: C; infinite for no clipping.
-        micro_tokens: of a pass; an example is never cut.
+        micro_tokens: of a pass; a unit is never cut.
 
     Raises:
         TrainingError: the objective couples examples, or a trained layer has no rule.
         MissingExtra: Opacus is not installed.
     """
-    require_separable(objective, examples)
+    groups = [[unit] if isinstance(unit, Example) else list(unit) for unit in units]
+    require_separable(objective, [example for group in groups for example in group])
     device = next(iter(parameters.values())).device
     total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
-    norms, losses = torch.zeros(len(examples), dtype=torch.float64), torch.zeros(len(examples))
+    norms, losses = torch.zeros(len(groups), dtype=torch.float64), torch.zeros(len(groups))
     if way == "micro":
-        for i, example in enumerate(examples):
-            gradients, losses[i] = alone(objective, parameters, example)
+        for i, group in enumerate(groups):
+            gradients, losses[i] = _mean(objective, parameters, group)
             norms[i] = torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt()
             factor = factors(norms[i : i + 1], clip).item()
             for name, g in gradients.items():
                 total[name].add_(g.nan_to_num(0.0, 0.0, 0.0) if factor == 0.0 else g, alpha=factor)
         return Clipped(total, norms, losses)
     with taped(objective.tools.model, parameters, choice(way)) as tape:
-        for run in passes(examples, parameters, way, micro_tokens):
-            found = _pass(objective, parameters, tape, [examples[i] for i in run])
+        for run in passes(groups, parameters, way, micro_tokens):
+            found = _pass(objective, parameters, tape, [groups[i] for i in run])
             squared = _squared(tape, way)
             norms[run] = squared.sqrt().cpu()
             losses[run] = found.cpu()
@@ -157,18 +162,19 @@ def ghostly(calls: Sequence[Call], way: Way | None) -> bool:
 
 
 def passes(
-    examples: Sequence[Example], parameters: dict[str, Parameter], way: Way | None, micro_tokens: int
+    groups: Sequence[Sequence[Example]], parameters: dict[str, Parameter], way: Way | None, micro_tokens: int
 ) -> Iterator[list[int]]:
-    """Numbers of the examples of each pass: of similar length, of at most `micro_tokens` with their padding, and so few
-    that what is kept of them has its bounds."""
-    longest = [max(len(s) for s in e.sequences) * len(e.sequences) for e in examples]
-    order = sorted(range(len(examples)), key=lambda i: -longest[i])
+    """Numbers of the units of each pass: of as many examples each, of similar length, of at most `micro_tokens` with
+    their padding, and so few that what is kept of them has its bounds."""
+    longest = [max(len(s) for e in g for s in e.sequences) * sum(len(e.sequences) for e in g) for g in groups]
+    order = sorted(range(len(groups)), key=lambda i: (len(groups[i]), -longest[i]))
     numbers = sum(p.numel() for p in parameters.values() if way == "hooks" or p.numel() <= LARGEST_KEPT)
     most, done = max(1, KEPT // max(1, numbers)), 0
     while done < len(order):
         size = max(1, min(most, micro_tokens // longest[order[done]]))
-        yield order[done : done + size]
-        done += size
+        run = [i for i in order[done : done + size] if len(groups[i]) == len(groups[order[done]])]
+        yield run
+        done += len(run)
 
 
 def alone(objective: Objective, parameters: dict[str, Parameter], example: Example) -> tuple[Tensors, Tensor]:
@@ -185,12 +191,21 @@ def alone(objective: Objective, parameters: dict[str, Parameter], example: Examp
     return found, loss.detach()
 
 
+def _mean(objective: Objective, parameters: dict[str, Parameter], group: Sequence[Example]) -> tuple[Tensors, Tensor]:
+    """The mean of the gradients of a unit's examples, one after another, and of their losses."""
+    found, loss = alone(objective, parameters, group[0])
+    for example in group[1:]:
+        gradients, more = alone(objective, parameters, example)
+        found, loss = {name: g + gradients[name] for name, g in found.items()}, loss + more
+    return {name: g / len(group) for name, g in found.items()}, loss / len(group)
+
+
 def taken_down(
     objective: Objective, parameters: dict[str, Parameter], examples: Sequence[Example], way: Way | None
 ) -> tuple[Tape, Tensor]:
     """What one pass over these examples left, and the norms [n] that the way gives, for comparison."""
     with taped(objective.tools.model, parameters, choice(way)) as tape:
-        _pass(objective, parameters, tape, examples)
+        _pass(objective, parameters, tape, [[example] for example in examples])
         return tape, _squared(tape, way).sqrt()
 
 
@@ -201,10 +216,16 @@ def own(tape: Tape, name: str, i: int) -> Tensor | None:
     return _formed(tape, tape.booked[name], slice(i, i + 1))[0] if name in tape.booked else None
 
 
-def _pass(objective: Objective, parameters: dict[str, Parameter], tape: Tape, examples: Sequence[Example]) -> Tensor:
-    """One forward and backward pass over these examples: the tape has it then. Their losses [n]."""
-    tape.begin(len(examples), sum(len(e.sequences) for e in examples))
+def _pass(
+    objective: Objective, parameters: dict[str, Parameter], tape: Tape, groups: Sequence[Sequence[Example]]
+) -> Tensor:
+    """One forward and backward pass over these units, of as many examples each: the tape has it then. The mean losses
+    of their examples [n]."""
+    examples = [example for group in groups for example in group]
+    tape.begin(len(groups), sum(len(e.sequences) for e in examples))
     losses = example_losses(objective, examples)
+    if len(examples) > len(groups):
+        losses = losses.view(len(groups), -1).mean(1)
     losses.sum().backward()  # type: ignore[no-untyped-call]
     if tape.prompt is not None:
         model: Any = objective.tools.model

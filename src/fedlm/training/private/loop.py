@@ -33,8 +33,9 @@ from fedlm.training.objective import Likelihood, Objective, Tools
 from fedlm.training.private.check import check_gradients
 from fedlm.training.private.gradients import MICRO_TOKENS, Way, clipped_sum
 from fedlm.training.private.losses import require_separable
-from fedlm.training.private.sampling import poisson_batches
+from fedlm.training.private.sampling import Indices, poisson_batches, rows_by_user, some_rows
 from fedlm.training.schedule import learning_rate
+from fedlm.training.sequences import Example
 
 Noise = Callable[[torch.Size, float], Tensor]
 """Shape and deviation to independent draws from the normal distribution, on the CPU. It must be the silo's secret."""
@@ -49,19 +50,22 @@ class Mechanism:
     """The subsampled Gaussian mechanism of one round. All of it is public, and none may be computed from rows."""
 
     clip: float
-    """C: what an example adds to a step has at most this norm."""
+    """C: what a unit, an example or a user, adds to a step has at most this norm."""
     noise: float
     """sigma: the deviation of a coordinate's noise is sigma C."""
     rate: float
-    """q: with which probability an example takes part in a step."""
+    """q: with which probability a unit takes part in a step."""
     expected: float
-    """What the noised sum is divided by: the examples expected in a step, q times a public number of them. It is the
+    """What the noised sum is divided by: the units expected in a step, q times a public number of them. It is the
     same whether or not one of them is there, and never the number drawn."""
     steps: int
     """Of the round, whatever is drawn."""
     way: Way | None = None
     """See `fedlm.training.private.gradients`."""
     micro_tokens: int = MICRO_TOKENS
+    user_examples: int | None = None
+    """Users are the units: of one that takes part in a step, at most so many examples, whose gradients' mean is
+    clipped. None: examples are the units."""
 
 
 @dataclass
@@ -70,7 +74,7 @@ class PrivateResult(TrainResult):
     the silo."""
 
     not_finite: int = 0
-    """Times that an example added nothing because its gradient was not finite."""
+    """Times that a unit added nothing because its gradient was not finite."""
 
     WITHHELD: ClassVar[frozenset[str]] = frozenset(
         {
@@ -99,6 +103,7 @@ def train_private(
     *,
     draws: np.random.Generator,
     noise: Noise,
+    picks: np.random.Generator | None = None,
     generator_key: tuple[str | int, ...],
     rule: LocalRule | None = None,
     objective: Objective | None = None,
@@ -107,24 +112,25 @@ def train_private(
     silo: str = "",
     should_stop: Callable[[], bool] | None = None,
 ) -> PrivateResult:
-    """Train `parameters` in place for one round, each example of `data` protected by the mechanism.
+    """Train `parameters` in place for one round, each example of `data`, or user, protected by the mechanism.
 
-    A step draws its examples, sums their clipped gradients, adds noise, divides by what is expected, and lets the
+    A step draws its units, sums their clipped gradients, adds noise, divides by what is expected, and lets the
     optimiser take the result as a gradient. Everything after the noise is a function of it and of public values.
 
     Of `spec` the optimiser, its rates and schedule count; `steps`, `epochs`, `batch_size`, `micro_batch_size`, `order`
     and `packing` do not, in whose place the mechanism says what is done.
 
     Args:
-        draws: of the examples; the silo's secret.
+        draws: of the units; the silo's secret.
+        picks: of a user's examples, where users are the units; the silo's secret.
         noise: its values are drawn by parameter, in their order, once a step; not called where sigma is 0.
         generator_key: (seed, silo, ...) of dropout; the round is added here.
         rule: as in `train`; one that works between steps must say that it does so on noised gradients (`after_noise`).
         should_stop: asked before every step. It may look at the clock and not at the rows.
 
     Raises:
-        TrainingError: something of the recipe is not private, the check of `fedlm.training.private.check` fails, or the
-            parameters are no longer finite.
+        TrainingError: something of the recipe is not private, examples do not say whose they are and should, the check
+            of `fedlm.training.private.check` fails, or the parameters are no longer finite.
         MissingExtra: Opacus is not installed.
     """
     check_length(model, spec.max_length)
@@ -136,6 +142,7 @@ def train_private(
         _load(parameters, rule.start(), silo)
     optimizer = make_optimizer(spec, parameters)
     load_optimizer_state(optimizer, parameters, dict(optimizer_state or {}))
+    units = _units(data, mechanism, picks)
     device, steps = model_device(model), mechanism.steps
     objective = objective or Likelihood(Tools(model, spec))
     result = PrivateResult(0, 0, 0, 0, 0.0, [], 0.0, {})
@@ -143,18 +150,19 @@ def train_private(
     with private_mode(model, objective), seeded(generator_key, window.round, device):
         require_separable(objective, [data[0]])
         check_gradients(objective, parameters, data[0], way=mechanism.way)
-        for step, chosen in enumerate(poisson_batches(len(data), mechanism.rate, steps, draws)):
+        for step, chosen in enumerate(poisson_batches(len(units), mechanism.rate, steps, draws)):
             if should_stop is not None and should_stop():
                 break
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(spec, (window.round * steps + step) / (window.rounds * steps))
             if rule is not None:
                 rule.before(step, parameters)
-            examples = [data[int(i)] for i in chosen]
+            taken = [units.examples(int(i)) for i in chosen]
+            examples = [example for unit in taken for example in unit]
             found = clipped_sum(
                 objective,
                 parameters,
-                examples,
+                taken,
                 mechanism.clip,
                 way=mechanism.way,
                 micro_tokens=mechanism.micro_tokens,
@@ -172,7 +180,7 @@ def train_private(
             result.tokens += sum(len(e) for e in examples)
             result.target_tokens += sum(e.targets for e in examples)
             result.losses.append(float(found.losses.mean()) if examples else 0.0)
-            result.loss_count += len(examples)
+            result.loss_count += len(taken)
             result.not_finite += found.not_finite
             total_loss += float(found.losses.sum())
             if observe is not None:
@@ -183,6 +191,38 @@ def train_private(
     result.figures = objective.figures
     result.seconds = time.perf_counter() - began
     return result
+
+
+@dataclass(frozen=True)
+class _Units:
+    """What is protected as a whole, and the examples with which each takes part in a step."""
+
+    data: TokenSet
+    rows: list[Indices] | None
+    """By user the numbers of its examples; None where each example is a unit."""
+    most: int
+    picks: np.random.Generator | None
+
+    def __len__(self) -> int:
+        return len(self.data) if self.rows is None else len(self.rows)
+
+    def examples(self, unit: int) -> list[Example]:
+        if self.rows is None:
+            return [self.data[unit]]
+        assert self.picks is not None
+        return [self.data[int(i)] for i in some_rows(self.rows[unit], self.most, self.picks)]
+
+
+def _units(data: TokenSet, mechanism: Mechanism, picks: np.random.Generator | None) -> _Units:
+    if mechanism.user_examples is None:
+        return _Units(data, None, 1, None)
+    if data.users is None or picks is None or mechanism.user_examples < 1:
+        raise TrainingError(
+            "users are to be protected, and the examples do not say whose they are",
+            where="privacy.user",
+            fix="name the column that says it",
+        )
+    return _Units(data, rows_by_user(data.users), mechanism.user_examples, picks)
 
 
 def noised(total: Tensor, mechanism: Mechanism, noise: Noise) -> Tensor:

@@ -4,8 +4,8 @@ DP-SGD bounds what one example adds to a step. That holds only if nothing else i
 divisor, not a baseline, not the weight of its neighbours. An objective is admitted here by name, with its own rule, or
 refused with the reason.
 
-The unit is one `Example`. A task that makes several of a row (a selector asks in both orders, a long document is cut)
-protects each of them, and a row as a group of as many.
+The unit is one `Example`, or all of a user's together. A task that makes several of a row (a selector asks in both
+orders, a long document is cut) protects each of them, and a row as a group of as many; a user with all of them.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class Preference(Task):
                 other = examples[(i + len(examples) // 2) % len(examples)].sequences[0]
                 assert self.recipe is not None
                 sequences = (sequences[0], mismatched(sequences[0], other, self.recipe.training.max_length))
-            found.append(Example(sequences, facts))
+            found.append(Example(sequences, facts, user=example.user))
         return found
 
     def _weights(self, examples: Sequence[Example], silo: str) -> list[float]:
