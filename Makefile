@@ -53,6 +53,7 @@ bench: $(VENV)/.stamp-dev  ## the benchmarks of docs/benchmarks.md, on an idle m
 
 docs: $(VENV)/.stamp-docs  ## the documentation, into site/
 	$(BIN)/fedlm recipe reference --out docs/recipe-reference.md
+	$(BIN)/fedlm recipe matrix --out docs/composition.md
 	$(BIN)/mkdocs build --strict --quiet
 	@echo "Open site/index.html"
 

@@ -10,7 +10,7 @@ import typer
 
 from fedlm.cli.output import print_json
 from fedlm.cli.recipe_memory import memory
-from fedlm.errors import RecipeError
+from fedlm.errors import RecipeError, nearest
 
 Recipe = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
 Overrides = Annotated[
@@ -28,6 +28,7 @@ def register(app: typer.Typer) -> None:
     group.command("memory")(memory)
     group.command("schema")(schema)
     group.command("reference")(reference)
+    group.command("matrix")(matrix)
     app.add_typer(group, name="recipe")
 
 
@@ -145,4 +146,32 @@ def reference(
         typer.echo(write_reference(), nl=False)
     else:
         out.write_text(write_reference(), encoding="utf-8")
+        typer.echo(f"Wrote {out}.")
+
+
+def matrix(
+    algorithm: Annotated[
+        str | None, typer.Option("--algorithm", help="Only this one, with every reason in words.", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the page; - prints it.")] = Path("-"),
+) -> None:
+    """Say which algorithms, tasks, guards and kinds of privacy can be combined, each by loading a recipe that has it.
+
+    \b
+    Examples:
+      fedlm recipe matrix --algorithm krum
+      fedlm recipe matrix --out docs/composition.md
+    """
+    from fedlm.recipe.composition_page import write_page, write_text
+    from fedlm.recipe.methods import ALGORITHMS
+
+    if algorithm is not None and algorithm not in ALGORITHMS:
+        raise RecipeError(
+            f"unknown algorithm '{algorithm}'", where="--algorithm", fix=nearest(algorithm, sorted(ALGORITHMS))
+        )
+    text = write_page() if algorithm is None else write_text(algorithm)
+    if str(out) == "-":
+        typer.echo(text, nl=False)
+    else:
+        out.write_text(text, encoding="utf-8")
         typer.echo(f"Wrote {out}.")

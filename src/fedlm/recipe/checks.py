@@ -143,8 +143,8 @@ def _options(recipe: Recipe) -> Iterator[Problem]:
     """Options that belong to another algorithm."""
     algorithm = recipe.federation.algorithm
     for field in [f for f in type(algorithm).model_fields if f not in ("name", "weights", "server_lr")]:
-        owners = sorted(name for name, method in ALGORITHMS.items() if field in method.options)
-        if algorithm.name not in owners and changed(algorithm, field):
+        if field not in ALGORITHMS[algorithm.name].options and changed(algorithm, field):
+            owners = sorted(name for name, method in ALGORITHMS.items() if field in method.options)
             yield (
                 ("federation", "algorithm", field),
                 f"has no effect with '{algorithm.name}' (it belongs to {', '.join(owners)})",

@@ -178,6 +178,7 @@ def _trainings(recipe: Recipe) -> Iterator[Problem]:
 
 def _in_training(recipe: Recipe) -> Iterator[Problem]:
     training, spec = recipe.training, recipe.privacy
+    unread = ALGORITHMS[recipe.federation.algorithm.name].without
     assert spec is not None
     here = f"`privacy.unit: {spec.unit}`"
     if changed(spec, "noise"):
@@ -190,7 +191,7 @@ def _in_training(recipe: Recipe) -> Iterator[Problem]:
         ("compile", "compiled layers do not show what they read"),
         ("gradient_checkpointing", "layers would be read twice"),
     ):
-        if getattr(training, field) not in (None, False):
+        if field not in unread and getattr(training, field) not in (None, False):
             yield ("training", field), f"not with {here}: {reason}"
     if changed(training, "order"):
         yield ("training", "order"), f"has no effect with {here}: {spec.unit}s are drawn at random"
@@ -201,6 +202,8 @@ def _in_training(recipe: Recipe) -> Iterator[Problem]:
         "reinforce": "answers are written for a whole step at once",
         "group-preference": "rows are predicted from a context of other rows",
     }
+    if spec.unit == "example":
+        coupled["selector"] = "a row is asked in both orders, and each question would be protected by itself only"
     if recipe.task in coupled:
         yield ("task",), f"'{recipe.task}' not with {here}: {coupled[recipe.task]}"
     if recipe.task == "preference" and recipe.preference.loss == "kto":

@@ -20,6 +20,7 @@ from fedlm.training.objective import Likelihood, Objective, Tools
 from fedlm.training.sequences import Encoded, Example
 from fedlm.training.tasks.base import REFERENCE
 from fedlm.training.tasks.classify import LABEL, CrossEntropy
+from fedlm.training.tasks.label_words import WordLoss
 from fedlm.training.tasks.preference import PreferenceObjective
 from fedlm.training.tasks.reward import BradleyTerry
 from tests.training.helpers import sequence
@@ -80,6 +81,10 @@ def task(name: str, model: Module, spec: TrainingSpec = SPEC) -> tuple[Objective
         return Likelihood(tools), texts()
     if name == "classify":
         return CrossEntropy(tools), [Example(whole(e).sequences, {LABEL: i % 3}) for i, e in enumerate(texts())]
+    if name == "label-words":
+        words = WordLoss(tools, [])
+        words.words = [30, 40, 50]
+        return words, [Example((sequence((i + 1, 5 + 5 * i % 17), answer=1),), {LABEL: i % 3}) for i in range(6)]
     if name == "reward":
         return BradleyTerry(tools, RewardSpec(center=0.01)), [whole(e) for e in pairs()]
     preference = PreferenceSpec(loss=name, beta=0.3)  # type: ignore[arg-type]

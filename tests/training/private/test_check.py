@@ -39,7 +39,7 @@ def test_every_kind_passes_and_is_left_as_it_was(kind: str, base: Any) -> None:
     assert all(torch.equal(before[n], after[n]) and after[n].grad is None for n in before)
 
 
-@pytest.mark.parametrize("name", ["classify", "reward", "dpo", "orpo"])
+@pytest.mark.parametrize("name", ["classify", "label-words", "reward", "dpo", "orpo"])
 def test_objectives_pass_in_bf16_too(name: str, base: Any) -> None:
     base.to(torch.bfloat16).config.dtype = torch.bfloat16
     objective, examples = task(name, made(base, "lora", {"classify": 3, "reward": 1}.get(name, 0)))

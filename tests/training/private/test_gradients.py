@@ -51,7 +51,7 @@ def test_every_kind_in_every_way(kind: str, way: Way | None, base: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-@pytest.mark.parametrize("name", ["classify", "reward", "dpo", "ipo", "simpo", "orpo"])
+@pytest.mark.parametrize("name", ["classify", "label-words", "reward", "dpo", "ipo", "simpo", "orpo"])
 @pytest.mark.parametrize("way", [None, "ghost"])
 def test_objectives_of_one_and_of_several_sequences(kind: str, name: str, way: Way | None, base: Any) -> None:
     check(*task(name, made(base, kind, {"classify": 3, "reward": 1}.get(name, 0))), way)

@@ -161,7 +161,7 @@ def test_passes_of_any_size_train_alike(base: Any) -> None:
     assert furthest(ends[0], ends[1]) < 1e-5 > furthest(ends[0], ends[2])
 
 
-@pytest.mark.parametrize("name", ["classify", "reward", "dpo", "orpo"])
+@pytest.mark.parametrize("name", ["classify", "label-words", "reward", "dpo", "orpo"])
 def test_other_objectives_train(name: str, base: Any) -> None:
     """Without noise the loss falls, and the objective packs again afterwards."""
     model = made(base, "lora", {"classify": 3, "reward": 1}.get(name, 0))

@@ -23,10 +23,14 @@ from fedlm.messages import Tensors
 from fedlm.training.attention import causal_model
 from fedlm.training.objective import Objective
 from fedlm.training.private.gradients import Way, alone, own, taken_down, without_dropout
+from fedlm.training.private.losses import ONE_TARGET
 from fedlm.training.sequences import Encoded, Example
 
 LENGTHS = (7, 19, 12)
 """Tokens of the examples' sequences, and one more for each further one."""
+
+TARGETS = 4
+"""Of a sequence that has any: its last tokens."""
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 """Relative to the norm of a parameter's gradient, by the model's dtype. Sums in another order differ by about 1e-6 in
@@ -59,7 +63,7 @@ def check_gradients(
         return
     model = objective.tools.model
     config = causal_model(model).config
-    examples = probes(like, int(config.vocab_size))
+    examples = probes(like, int(config.vocab_size), 1 if isinstance(objective, ONE_TARGET) else TARGETS)
     precision = torch.float32 if config.dtype == torch.float32 else torch.bfloat16
     with without_dropout(model), _nothing_at_zero(parameters):
         tape, norms = taken_down(objective, parameters, examples, way)
@@ -112,15 +116,16 @@ def compare(found: Callable[[str, int], Tensor | None], apart: Iterable[Tensors]
     return torch.tensor(norms, dtype=torch.float64)
 
 
-def probes(like: Example, vocabulary: int) -> list[Example]:
-    """Three examples of this form and different lengths, of drawn tokens. Their facts are 0."""
+def probes(like: Example, vocabulary: int, most: int = TARGETS) -> list[Example]:
+    """Three examples of this form and different lengths, of drawn tokens, with so many targets where it has any. Their
+    facts are 0."""
     generator = np.random.Generator(np.random.Philox(0))
     found = []
     for length in LENGTHS:
         sequences = []
         for place, sequence in enumerate(like.sequences):
             size = length + place
-            targets = np.arange(size) >= (size - 4 if sequence.loss.any() else size)
+            targets = np.arange(size) >= (size - most if sequence.loss.any() else size)
             sequences.append(Encoded(generator.integers(0, vocabulary, size).astype(np.int32), targets))
         found.append(Example(tuple(sequences), dict.fromkeys(like.facts, 0.0)))
     return found

@@ -31,6 +31,9 @@ from fedlm.training.tasks.selector import LetterLoss
 MEANS = (CrossEntropy, WordLoss, BradleyTerry, LetterLoss)
 """Objectives whose terms are one for each example and whose divisor is the number of examples."""
 
+ONE_TARGET = (WordLoss, LetterLoss)
+"""Objectives that read one target of a sequence, its last token."""
+
 
 def example_losses(objective: Objective, examples: Sequence[Example]) -> Tensor:
     """What the objective gives each example as the only one of a step [n], fp32, differentiable.
