@@ -15,7 +15,7 @@ from fedlm.recipe.guards import GUARDS
 from fedlm.recipe.load import load_recipe
 from fedlm.recipe.methods import ALGORITHMS
 from fedlm.recipe.starters import read_template
-from fedlm.report.audit import CLIPPED, KEPT, MASKED, NOISED, OPEN, AuditOfRun, audit_of, html_page, leaving
+from fedlm.report.audit import CLIPPED, KEPT, MASKED, NOISED, OPEN, AuditOfRun, audit_of, html_page, leaving, open_ends
 from tests.federation.conftest import Tiny
 
 EXAMPLES = (
@@ -105,13 +105,24 @@ def test_without_its_silos_ledgers_a_run_is_accounted_from_its_rounds(tiny: Tiny
 
 @pytest.mark.parametrize(
     ("template", "told"),
-    [("prompt-search", "sums of its rows' scores"), ("in-context", "answers written with its rows in context")],
+    [("prompt-search", "sums of its rows' scores"), ("in-context", "log-probabilities of each question's choices")],
 )
 def test_without_training_no_update_leaves_and_what_does_is_listed(template: str, told: str, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(read_template(template))
     found = [item.what for item in leaving(load_recipe(file, ()))]
     assert any(told in what for what in found) and not any("update" in what for what in found)
+
+
+def test_noise_on_text_is_told_per_token_and_labels_do_not_leave(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(read_template("in-context"))
+    plain, noised = load_recipe(file, ()), load_recipe(file, ["in_context.token_epsilon=20"])
+    assert "No noise" in " ".join(open_ends(plain)) and "e^600" in " ".join(open_ends(noised))
+    (answers,) = [item for item in leaving(noised) if "log-probabilities" in item.what]
+    assert "epsilon 20 a token" in answers.protection
+    labels = [item.protection for recipe in (noised, plain) for item in leaving(recipe) if "label" in item.what]
+    assert labels[0] == KEPT != labels[1]
 
 
 def test_a_recipe_can_be_asked_before_it_is_run(tiny: Tiny, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from fedlm.federation.asking import Asking
 from fedlm.federation.in_context import answer_questions, checked, fuse, load_queries
 from fedlm.federation.silo import Silo, Workbench, answered
 from fedlm.federation.silo.own import OwnSilo
+from fedlm.federation.silo.perturbed import perturbed_rows
 from fedlm.federation.silo.text import pack_text
 from fedlm.messages import Failure, FailureKind, Reply, Request
 from fedlm.models.chat import render
@@ -120,7 +123,7 @@ def test_without_examples_it_is_the_models_own_answer(folder: Path) -> None:
     recipe = recipe_of(folder)
     bench = Workbench(recipe, load_data(recipe, folder))
     bench.load()
-    found, _ = answered.answer(bench, "s0", request(recipe, folder, [], alone=True))
+    found, _ = answered.answer(bench, "s0", request(recipe, folder, [], alone=True), folder, simulated=True)
     rows = load_queries(recipe, folder)
     expected = score_choices(bench.model, bench.tokenizer, rows, "instruct", batch_tokens=2048)
     whole = torch.cat([torch.tensor(p).log_softmax(0) for p in expected.logprobs])
@@ -139,7 +142,7 @@ def test_the_nearest_own_rows_stand_before_a_question(folder: Path, monkeypatch:
 
     monkeypatch.setattr(answered, "render", rendered)
     queries = load_queries(recipe, folder)
-    answered.answer(bench, "s0", request(recipe, folder, []))
+    answered.answer(bench, "s0", request(recipe, folder, []), folder, simulated=True)
     own = {r["question"]: r["choices"][r["answer"]] for r in bench.silo_data("s0").train}
     assert len(texts) == len(queries)
     for query, turns in zip(queries, texts, strict=True):
@@ -158,7 +161,7 @@ def test_the_nearest_own_rows_stand_before_a_question(folder: Path, monkeypatch:
 
     texts.clear()  # from the second round on: before them, another question with the answer that was agreed on
     agreed = [1] * len(queries)
-    answered.answer(bench, "s0", request(recipe, folder, agreed))
+    answered.answer(bench, "s0", request(recipe, folder, agreed), folder, simulated=True)
     answers = {query["question"]: query["choices"][1] for query in queries}
     for query, turns in zip(queries, texts, strict=True):
         assert len(turns) == 7 and turns[0]["content"] != query["question"]
@@ -176,7 +179,7 @@ def test_a_question_never_sees_its_own_row_and_too_many_examples_are_left_out(
     monkeypatch.setattr(answered, "render", lambda t, turns, add: (seen.append(len(turns)), render(t, turns, add))[1])
     monkeypatch.setattr(answered, "context_length", lambda _: 150)
     tensors = pack_text({"queries": [[row["question"], row["choices"]]], "answers": []})
-    answered.answer(bench, "s0", Request("s0", "answer", "run", 0, 0, tensors))
+    answered.answer(bench, "s0", Request("s0", "answer", "run", 0, 0, tensors), folder, simulated=True)
     whole = 2 * (len(bench.silo_data("s0").train) - 1) + 1
     assert seen[0] == whole and seen[-1] < whole, "9 others, of which 150 tokens hold fewer"
 
@@ -201,6 +204,91 @@ def test_a_request_is_checked_before_any_work(folder: Path, tmp_path: Path, valu
     silo = Silo("s0", Workbench(recipe, load_data(recipe, folder)), tmp_path)
     answer = silo.handle(Request("s0", "answer", "run", 0, 0, pack_text(value)))
     assert isinstance(answer, Failure) and why in answer.reason
+
+
+# ---------------------------------------------------------------- noise on text
+
+NOISED = "in_context.token_epsilon"
+
+
+def noised(folder: Path, epsilon: float, *changes: str, secret: bytes = bytes(32)) -> tuple[Any, list[tuple[str, str]]]:
+    """A silo's rows, and what is shown of them."""
+    recipe = recipe_of(folder, f"{NOISED}={epsilon}", *changes)
+    bench = Workbench(recipe, load_data(recipe, folder))
+    bench.load()
+    return bench.silo_data("s0").train, perturbed_rows(bench, "s0", secret, epsilon)
+
+
+def test_rows_are_drawn_anew_alike_whenever_they_are_the_same_rows(folder: Path) -> None:
+    rows, shown = noised(folder, 8.0)
+    plain = [(row["question"], row["choices"][row["answer"]]) for row in rows]
+    assert len(shown) == len(plain) and not set(shown) & set(plain)
+    assert noised(folder, 8.0)[1] == shown
+    assert noised(folder, 8.0, secret=bytes([1]) * 32)[1] != shown, "it follows from the secret"
+    other = noised(folder, 8.0, "data.sources.0.where={site: s0}", "data.sources.0.max_rows=9")[1]
+    assert not set(other) & set(shown), "of other rows it is drawn anew, also of those that stayed"
+    assert not set(noised(folder, 8.0001)[1]) & set(shown)
+    nearly = noised(folder, 100.0)[1]
+    assert sum(a == b for pair, true in zip(nearly, plain, strict=True) for a, b in zip(pair, true, strict=True)) > 10
+
+
+def test_equal_rows_are_drawn_apart(folder: Path, tmp_path: Path) -> None:
+    row = json.dumps({"question": "the bank lent money", "choices": ["bank", "dose"], "answer": 0, "site": "s0"})
+    (tmp_path / "rows.jsonl").write_text(f"{row}\n" * 3)
+    (tmp_path / "asked.jsonl").write_text(row)
+    (tmp_path / "recipe.yaml").write_text((folder / "recipe.yaml").read_text())
+    _, shown = noised(tmp_path, 4.0)
+    assert len(set(shown)) == 3
+
+
+def test_an_answer_among_choices_that_all_rows_have_is_one_of_them(folder: Path, tmp_path: Path) -> None:
+    """By randomised response: at an epsilon of log 3 three times in four the true one of two."""
+    rows = [{"text": f"bank {n}", "label": "yes" if n % 3 else "no", "site": "s0"} for n in range(400)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "recipe.yaml").write_text((folder / "recipe.yaml").read_text())
+    columns = "data.sources.0.columns={question: text, choices: ['yes', 'no'], answer: label}"
+    found, shown = noised(tmp_path, math.log(3), columns)
+    same = [said == row["choices"][row["answer"]] for row, (_, said) in zip(found, shown, strict=True)]
+    assert {said for _, said in shown} == {"yes", "no"} and 0.68 < sum(same) / 400 < 0.82
+
+
+def test_what_leaves_is_made_of_the_drawn_rows_alone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With other rows behind the same drawn ones the reply has the same bits."""
+    recipe = recipe_of(folder, f"{NOISED}=8")
+    drawn = [("the drawn bank", "money"), ("another dose", "books"), ("science was", "school")]
+    monkeypatch.setattr(answered, "perturbed_rows", lambda *_: drawn)
+    told = []
+    for silo in ("s0", "s1"):
+        silo_ = Silo(silo, Workbench(recipe, load_data(recipe, folder)), tmp_path / silo)
+        reply = silo_.handle(replace(request(recipe, folder, []), silo=silo))
+        assert isinstance(reply, Reply)
+        told.append(reply.tensors["logps"])
+    assert torch.equal(*told)
+
+
+def test_no_other_verb_tells_of_rows_and_the_card_counts_no_labels(folder: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(folder, f"{NOISED}=8", "data.sources.0.columns.label=site")
+    silo = Silo("s0", Workbench(recipe, load_data(recipe, folder)), tmp_path)
+    for verb in ("train", "evaluate", "profile", "pairs", "score"):
+        refused = silo.handle(Request("s0", verb, "run", 0, 0, {}, {"role": "train"}))
+        assert isinstance(refused, Failure) and refused.kind is FailureKind.REFUSED, verb
+        assert "only answers have noise in this run" in refused.reason or verb in ("profile", "pairs", "score"), verb
+    card = silo.handle(Request("s0", "hello", "run", -1, 0, {}, {}))
+    assert (
+        isinstance(card, Reply) and card.fields["card"]["labels"] == {} and card.fields["card"]["rows"]["train"] == 10
+    )
+
+
+def test_a_run_with_noise_goes_through_and_ends_alike(folder: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(folder, f"{NOISED}=12", "federation.rounds=1", "in_context.peers=2")
+    for name in ("one", "two"):
+        assert answer_questions(recipe, base=folder, run_dir=tmp_path / name).questions == 9
+    assert facts(tmp_path / "one") == facts(tmp_path / "two")
+    plain = recipe_of(folder, "federation.rounds=1", "in_context.peers=2")
+    answer_questions(plain, base=folder, run_dir=tmp_path / "plain")
+    assert facts(tmp_path / "plain") != facts(tmp_path / "one")
 
 
 # ---------------------------------------------------------------- whole runs
@@ -327,6 +415,8 @@ def test_organisations_answer_alike_and_must_allow_it(folder: Path, tmp_path: Pa
         ("in_context.queries.role=test", "all of them are questions"),
         ("in_context.queries.path=pypi:x", "pypi:"),
         ("federation.rounds=1", "no effect in a single round"),
+        ("in_context.token_epsilon=0", "greater than 0"),
+        ("in_context.token_epsilon=101", "less than or equal to 100"),
         ("search={candidates: [x]}", "drop this or `search`"),
         ("task=preference", "only 'instruct'"),
     ],

@@ -29,6 +29,7 @@ from fedlm.federation.silo.spent import Spent, check_bytes, update_bytes
 from fedlm.guards import get_chain
 from fedlm.messages import Reply, Request
 from fedlm.models.adapters import initial_tensors
+from fedlm.recipe.prompting import InContextSpec
 from fedlm.recipe.schema import ModelSpec, Recipe
 
 SHA = "ab" * 32
@@ -184,6 +185,25 @@ def test_what_no_recipe_can_do_yet_refuses_every_recipe(
         assert refusal.value.line == line
     with pytest.raises(Forbidden, match=told):
         check_counting(rules, recipe())
+
+
+def test_text_in_context_needs_as_much_noise_as_the_owner_asks_for(policy: Callable[[str], Policy]) -> None:
+    rules = policy("allow: [hello, answer]\nprivacy: {max_token_epsilon: 20}")
+    columns = {"question": "q", "choices": "c", "answer": "a"}
+    queries = {"path": "asked.jsonl", "columns": columns}
+
+    def asked(epsilon: float | None) -> Recipe:
+        return recipe().model_copy(update={"in_context": InContextSpec(queries=queries, token_epsilon=epsilon)})
+
+    (
+        check_recipe(rules, asked(20.0)),
+        check_recipe(rules, recipe()),
+        check_recipe(policy("allow: [answer]"), asked(None)),
+    )
+    for epsilon, told in ((None, "asks for no noise"), (21.0, "has an epsilon of 21 a token")):
+        with pytest.raises(Forbidden, match=told) as refusal:
+            check_recipe(rules, asked(epsilon))
+        assert refusal.value.line == "privacy.max_token_epsilon"
 
 
 # ------------------------------------------------------------------------------------------------ bytes and days

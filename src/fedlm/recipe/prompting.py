@@ -9,6 +9,7 @@ from pydantic import Field, PositiveInt
 
 from fedlm.errors import RunError
 from fedlm.recipe.data_checks import all_sources, changed, kind_of, origin_problems
+from fedlm.recipe.privacy import LARGEST_EPSILON
 from fedlm.recipe.source import SourceSpec
 from fedlm.recipe.strict import Strict
 
@@ -72,9 +73,25 @@ class InContextSpec(Strict):
         description="From the second round on: other questions shown with the answers that silos agreed on, those most "
         "like it.",
     )
+    token_epsilon: Annotated[float, Field(gt=0.0, le=LARGEST_EPSILON)] | None = Field(
+        None,
+        description="Noise on text: every token of a row's question and answer is drawn anew in the silo before the "
+        "model sees the row, so that no two tokens are told apart by more than a factor of e^token_epsilon, and alike "
+        "ones by less; epsilons of a row's tokens add up. Default: rows are shown as they are.",
+    )
     fusion: Literal["mean", "vote"] = Field(
         "mean", description="Answers become one by their mean log-probabilities, or by majority, ties by the mean."
     )
+
+
+def frozen(recipe: Recipe) -> bool:
+    """Whether nothing is trained."""
+    return recipe.search is not None or recipe.in_context is not None
+
+
+def drawn_anew(recipe: Recipe) -> bool:
+    """Whether rows get noise, token by token, before anything is made of them."""
+    return recipe.in_context is not None and recipe.in_context.token_epsilon is not None
 
 
 def untrained(data: Any) -> Any:

@@ -23,6 +23,7 @@ from fedlm.recipe.guards import mask_of
 from fedlm.recipe.load import load_recipe, recipe_hash
 from fedlm.recipe.methods import ALGORITHMS
 from fedlm.recipe.privacy import by_user, noised_by_silos, noised_in_training, withheld
+from fedlm.recipe.prompting import drawn_anew, frozen
 from fedlm.recipe.schema import Recipe
 from fedlm.report.facts import RunFacts, read_run
 from fedlm.report.format import count, size
@@ -164,20 +165,21 @@ def leaving(recipe: Recipe) -> Iterator[Leaving]:
         yield Leaving(rows, "once", OPEN)
     held = f"rounded up to a power of two, {OPEN}" if masked else OPEN
     yield Leaving("how many rows it holds out", "once", KEPT if hidden else held)
-    labels = KEPT if hidden or masked else f"{OPEN}; not where its policy has `share_labels: false`"
-    yield Leaving("rows by label", "once", labels)
+    labels = f"{OPEN}; not where its policy has `share_labels: false`"
+    yield Leaving("rows by label", "once", KEPT if hidden or masked or drawn_anew(recipe) else labels)
     if by_user(recipe):
         yield Leaving("whose a row is", "never", KEPT)
 
     if recipe.search is not None:
         yield Leaving("sums of its rows' scores of candidate prompts", "every round", OPEN)
     if recipe.in_context is not None:
-        yield Leaving("answers written with its rows in context, which may repeat them", "every question", OPEN)
+        epsilon = recipe.in_context.token_epsilon
+        noise = "" if epsilon is None else f"of rows whose tokens were drawn anew (epsilon {epsilon:g} a token), "
+        yield Leaving("log-probabilities of each question's choices, with rows in context", "every round", noise + OPEN)
     if recipe.search is None and recipe.in_context is None:
         yield from _of_training(recipe)
     yield Leaving("when it answers, and the size of what it sends", "every exchange", "seen by whoever carries it")
-    unseen = "text, tokens, or any row" if recipe.in_context is None else "a row as it is, or its tokens"
-    yield Leaving(unseen, "never", KEPT)
+    yield Leaving("text, tokens, or any row", "never", KEPT)
 
 
 def _of_training(recipe: Recipe) -> Iterator[Leaving]:
@@ -321,9 +323,13 @@ def trusted(recipe: Recipe) -> Iterator[tuple[str, str]]:
     elif spec is not None:
         bit = " and its bit" if spec.adaptive is not None else ""
         yield "the coordinator", f"each silo's clipped update{bit} without noise, and adding the noise"
+    elif drawn_anew(recipe):
+        yield "the coordinator", "answers, which tell of a row's tokens no more than the noise on them lets through"
+    elif frozen(recipe):
+        yield "the coordinator", "each silo's figures, which tell whether a guess fits its rows"
     else:
         yield "the coordinator", "each silo's update, from which rows can be reconstructed"
-    if spec is None:
+    if spec is None and not frozen(recipe):
         yield "whoever gets the models", "what they have memorised"
     yield "whoever carries the messages", "nothing but their sizes and times (mutual TLS over a network)"
 
@@ -331,6 +337,9 @@ def trusted(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def open_ends(recipe: Recipe) -> Iterator[str]:
     """What this recipe leaves unprotected."""
     spec, masked = recipe.privacy, mask_of(recipe) is not None
+    if frozen(recipe):
+        yield from _of_figures(recipe)
+        return
     if spec is None:
         yield "No differential privacy: the final model, and each update or sum, may tell of single rows."
     if spec is None and not masked:
@@ -353,6 +362,19 @@ def open_ends(recipe: Recipe) -> Iterator[str]:
     if masked and not withheld(recipe):
         yield "Sums of figures have no noise: what they tell of all silos together is not bounded."
     yield "A silo that trains on false rows is not found out by any of this."
+
+
+def _of_figures(recipe: Recipe) -> Iterator[str]:
+    """The same where nothing is trained."""
+    epsilon = recipe.in_context.token_epsilon if recipe.in_context is not None else None
+    if epsilon is None:
+        yield "No noise: whoever asks on purpose can tell by the figures whether a guessed text is among the rows."
+        return
+    yield (
+        f"Epsilons add up over tokens: two rows of 30 tokens that differ in all of them are told apart by at most "
+        f"e^{30 * epsilon:g}, and by less the more alike their tokens are."
+    )
+    yield "How many tokens a row has is not hidden, and the same rows cost again under another model or epsilon."
 
 
 # ---------------------------------------------------------------- the page
@@ -407,6 +429,10 @@ def sentence(found: AuditOfRun) -> str:
         }[found.guarantee.unit]
         noise = f"{unit} is protected with epsilon {found.guarantee.epsilon:g} at delta {found.guarantee.delta:g}"
     told = " and ".join(part for part in (masks, noise) if part)
+    if drawn_anew(found.recipe):
+        return "Each token of a row is drawn anew before the model sees it; what is guaranteed holds for a token."
+    if not told and frozen(found.recipe):
+        return "Nothing protects figures: the coordinator is trusted with each silo's."
     if not told:
         return "Nothing protects updates: the coordinator is trusted with each silo's, and users with the model."
     return told[0].upper() + told[1:] + "."

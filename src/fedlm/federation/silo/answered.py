@@ -7,7 +7,8 @@ function of the silo's rows and the request alone, so a repeat is answered alike
 
 Likeness is the cosine between means of the model's own last hidden states, relative to the silo's mean. A row whose
 question is the one that is asked is not shown. Where not everything fits into the model's context, what is least like
-the question is left out first.
+the question is left out first. Where the recipe asks for noise on text, all this is done with rows that were drawn anew
+(`fedlm.federation.silo.perturbed`).
 
 Request, tensors: `text`, JSON (see `pack_text`): {"queries": [[question, [choice, ...]], ...], "answers": [index,
 ...]}, no answers in the first round. Fields: `alone`: true to show nothing. Reply, tensors: `logps` fp32, all
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,7 +31,9 @@ from fedlm.evaluation.choice import encode_after
 from fedlm.evaluation.scoring import grouped_nll
 from fedlm.federation.memory import peak_rss
 from fedlm.federation.silo.instructions import embeddings, most_alike
+from fedlm.federation.silo.perturbed import perturbed_rows
 from fedlm.federation.silo.scored import among
+from fedlm.federation.silo.secret import secret_of
 from fedlm.federation.silo.text import unpack_text
 from fedlm.messages import Fields, Request, Tensors
 from fedlm.models.chat import render
@@ -47,8 +51,12 @@ Shown = tuple[str, str]
 """A question and its answer."""
 
 
-def answer(bench: Workbench, silo: str, request: Request) -> tuple[Tensors, Fields]:
+def answer(bench: Workbench, silo: str, request: Request, folder: Path, *, simulated: bool) -> tuple[Tensors, Fields]:
     """The reply to a request (see above).
+
+    Args:
+        folder: the silo's private one, where the secret is that noise on its rows follows from.
+        simulated: a test key in place of a secret one.
 
     Raises:
         DataError: the recipe asks no questions, the request is not of this form or too large, or the silo's rows are no
@@ -59,7 +67,9 @@ def answer(bench: Workbench, silo: str, request: Request) -> tuple[Tensors, Fiel
         raise DataError("the recipe asks no questions, so none is answered", where="in_context")
     queries, agreed = read_queries(request.tensors)
     with bench.as_reference():
-        shown = [[] for _ in queries] if request.fields.get("alone") else _shown(bench, silo, queries, agreed)
+        shown: list[list[Shown]] = [[] for _ in queries]
+        if not request.fields.get("alone"):
+            shown = _shown(bench, silo, queries, agreed, _rows(bench, silo, folder, simulated))
         groups = [_encoded(bench, query, rows) for query, rows in zip(queries, shown, strict=True)]
         scored = grouped_nll(
             bench.model, groups, batch_tokens=bench.recipe.evaluation.batch_tokens,
@@ -102,14 +112,12 @@ def _is_query(value: Any) -> bool:
     return 2 <= len(value[1]) <= MOST_CHOICES and all(isinstance(t, str) and len(t) <= QUERY_CHARACTERS for t in texts)
 
 
-def _shown(bench: Workbench, silo: str, queries: Sequence[Query], agreed: Sequence[int]) -> list[list[Shown]]:
+def _shown(
+    bench: Workbench, silo: str, queries: Sequence[Query], agreed: Sequence[int], rows: Sequence[Shown]
+) -> list[list[Shown]]:
     """What stands before each question, the least alike first: others' agreed answers, then the silo's own rows."""
-    recipe, data = bench.recipe, bench.silo_data(silo)
-    spec = recipe.in_context
+    spec = bench.recipe.in_context
     assert spec is not None
-    if data.kind != "choice" or len(data.train) == 0:
-        raise DataError("this silo has no training rows of questions with choices to show")
-    rows = [(str(row["question"]), str(row["choices"][int(row["answer"])])) for row in data.train]
     asked = _states(bench, [question for question, _ in queries])
     if silo not in bench.described:
         bench.described[silo] = _states(bench, [question for question, _ in rows])
@@ -123,6 +131,26 @@ def _shown(bench: Workbench, silo: str, queries: Sequence[Query], agreed: Sequen
         then = [rows[i] for i in by_row if rows[i][0] != question][: spec.examples]
         found.append([*reversed(first), *reversed(then)])
     return found
+
+
+def _rows(bench: Workbench, silo: str, folder: Path, simulated: bool) -> list[Shown]:
+    """Question and answer of each of the silo's rows, as they may be shown; found once.
+
+    Raises:
+        DataError: they are no questions with choices.
+    """
+    spec, data = bench.recipe.in_context, bench.silo_data(silo)
+    assert spec is not None
+    if data.kind != "choice" or len(data.train) == 0:
+        raise DataError("this silo has no training rows of questions with choices to show")
+    if silo not in bench.shown:
+        if spec.token_epsilon is None:
+            found = [(str(row["question"]), str(row["choices"][int(row["answer"])])) for row in data.train]
+        else:
+            secret = secret_of(folder, (bench.recipe.seed, silo) if simulated else None)
+            found = perturbed_rows(bench, silo, secret, spec.token_epsilon)
+        bench.shown[silo] = found
+    return bench.shown[silo]
 
 
 def _states(bench: Workbench, texts: Sequence[str]) -> NDArray[np.float64]:

@@ -27,7 +27,7 @@ from fedlm.federation.disk import disk_errors
 from fedlm.federation.identities import Identity, simulated
 from fedlm.federation.memory import peak_rss
 from fedlm.federation.silo.augmented import centres
-from fedlm.federation.silo.leaving import coarse, quiet, sparse, told, without_noise
+from fedlm.federation.silo.leaving import quiet, told, told_of_rows, without_noise
 from fedlm.federation.silo.masked import VERBS as MASK_VERBS
 from fedlm.federation.silo.masked import Masked, serves
 from fedlm.federation.silo.measured import held_out, measured
@@ -180,10 +180,7 @@ class Silo:
             fields["card"] = self.bench.data.card(self.name)
             if by_user(self.bench.recipe):
                 fields["card"] = {**fields["card"], "users": self.bench.data.users(self.name)}
-        if mask_of(self.bench.recipe) is not None:
-            fields["card"] = coarse(fields["card"])
-        if withheld(self.bench.recipe):
-            fields["card"] = sparse(fields["card"], self.bench.recipe)
+        fields["card"] = told_of_rows(fields["card"], self.bench.recipe)
         if (private := self.bench.recipe.privacy) is not None and noised_in_training(self.bench.recipe):
             units = fields["card"].get("users", fields["card"]["rows"]["train"])
             check_budget(private.epsilon, private.delta, max(1, int(units)))
@@ -360,7 +357,7 @@ class Silo:
 
         self.bench.load(self._plan(request).model(self.bench.recipe.model))
         with self._stoppable():
-            return answer(self.bench, self.name, request)
+            return answer(self.bench, self.name, request, self._store.folder, simulated=self._limits is None)
 
     def _kept(self, request: Request) -> Tensors:
         """The private state of this silo's last round that counts, where its model is part of that.

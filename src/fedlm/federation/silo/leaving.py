@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from fedlm.federation.silo.trained import WITHIN
 from fedlm.messages import Fields, Observe
+from fedlm.recipe.guards import mask_of
 from fedlm.recipe.privacy import withheld
+from fedlm.recipe.prompting import drawn_anew
 from fedlm.recipe.schema import Recipe
+
+
+def told_of_rows(card: Fields, recipe: Recipe) -> Fields:
+    """A data card as it may leave."""
+    if mask_of(recipe) is not None:
+        card = coarse(card)
+    if withheld(recipe):
+        card = sparse(card, recipe)
+    return {**card, "labels": {}} if drawn_anew(recipe) else card
 
 
 def coarse(card: Fields) -> Fields:
@@ -46,6 +57,8 @@ def told(fields: Fields, recipe: Recipe) -> Fields:
 
 def without_noise(recipe: Recipe, verb: str) -> str:
     """Why the answer to a verb would tell of rows what no noise covers; empty where it does not."""
+    if drawn_anew(recipe) and verb not in ("hello", "answer"):
+        return f"only answers have noise in this run (in_context.token_epsilon), and '{verb}' tells of rows without it"
     if recipe.privacy is None or verb in ("hello", "train"):
         return ""
     if verb == "evaluate":

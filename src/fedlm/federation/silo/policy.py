@@ -63,6 +63,10 @@ class PrivacyRules(Strict):
         None, description="Largest epsilon of differential privacy of rows, by noise of this silo's own."
     )
     per: Literal["month", "year", "run"] = Field("run", description="What `max_epsilon` is for.")
+    max_token_epsilon: PositiveFloat | None = Field(
+        None,
+        description="Rows are shown in context only with noise on their text, of at most this epsilon for a token.",
+    )
 
 
 class Policy(Strict):
@@ -258,7 +262,20 @@ def check_recipe(policy: Policy, recipe: Recipe) -> None:
         check_verb(policy, "score")
     if recipe.in_context is not None:
         check_verb(policy, "answer")
+        _check_text(policy, recipe.in_context.token_epsilon)
     local_model(policy, recipe.model)
+
+
+def _check_text(policy: Policy, asked: float | None) -> None:
+    """Forbidden unless text that is shown in context has as much noise as the owner asks for."""
+    limit = policy.privacy.max_token_epsilon
+    if limit is not None and (asked is None or asked > limit):
+        what = "asks for no noise" if asked is None else f"has an epsilon of {asked:g} a token"
+        raise Forbidden(
+            f"this silo's policy lets rows be shown in context only with noise on their text, of an epsilon of at most "
+            f"{limit:g} a token (privacy.max_token_epsilon), and the recipe {what} (in_context.token_epsilon)",
+            "privacy.max_token_epsilon",
+        )
 
 
 def check_counting(policy: Policy, recipe: Recipe) -> None:

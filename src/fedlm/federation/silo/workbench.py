@@ -81,6 +81,8 @@ class Workbench:
         """What was put on the model last."""
         self.described: dict[str, NDArray[np.float64]] = {}
         """By silo, the base's mean states of its questions [rows, width], while it learns in context."""
+        self.shown: dict[str, list[tuple[str, str]]] = {}
+        """By silo, questions and answers of its rows as they may be shown in context."""
         self._aside: dict[tuple[str, str | None], tuple[Any, FirstValues]] = {}
         """Models in other types of weights than the one that stands here, for simulated silos that have those."""
 
