@@ -233,6 +233,14 @@ def test_canaries_refute_privacy_of_a_copy_that_learnt_them(
     assert words == [AS_IT_MUST] * 2 + [SUCCEEDS if learns else NOT_ABOVE] * 2
 
 
+def test_rows_say_whose_they_are_only_where_users_are_protected() -> None:
+    """Else canaries would do so beside rows that do not, which no training takes."""
+    for kind in ("text", "messages", "choice"):
+        row = planted.canary_row(kind, "The code of safe number 1 is 123", users=False)
+        assert row["user"] == ""
+        assert planted.canary_row(kind, "The code of safe number 1 is 123", users=True)["user"] == row["hash"]
+
+
 def test_a_bound_above_the_budget_is_said() -> None:
     included = coins(200, seed=0)
     scores = np.where(included, 1.0, -1.0) + np.linspace(0, 0.1, 200)

@@ -35,7 +35,7 @@ from fedlm.messages import Observe, Tensors
 from fedlm.models.export import load_adapter
 from fedlm.privacy.one_run import Audit, simultaneous
 from fedlm.randomness import numpy_generator
-from fedlm.recipe.privacy import IN_TRAINING
+from fedlm.recipe.privacy import IN_TRAINING, by_user
 from fedlm.recipe.schema import Recipe
 from fedlm.training.encode import encode_all
 from fedlm.training.sequences import Encoded
@@ -77,7 +77,10 @@ def canary_trials(
     forms = [Space(f"The code of safe number {i} is {{}}", length=DIGITS) for i in range(canaries)]
     draw = numpy_generator(seed, "canaries' secrets")
     secrets = [f"{draw.integers(10**DIGITS):0{DIGITS}d}" for _ in forms]
-    rows = [_row(data.kind, form.text(secret)) for form, secret in zip(forms, secrets, strict=True)]
+    rows = [
+        canary_row(data.kind, form.text(secret), users=by_user(recipe))
+        for form, secret in zip(forms, secrets, strict=True)
+    ]
     dealt = {
         silo: [rows[i] for i in range(n, canaries, len(data.names)) if included[i]] for n, silo in enumerate(data.names)
     }
@@ -88,13 +91,11 @@ def canary_trials(
     bench = Workbench(recipe, copy)
     bench.load()
     own = bench.begin_from(whole_model(tensors, start))
-    encoded = _encoded(bench, rows)
-    if len(encoded) != canaries:
-        raise PrivacyError(
-            f"{canaries - len(encoded)} canaries keep no token to learn", fix="raise training.max_length"
-        )
+    tokens = canary_tokens(bench, rows)
+    if len(tokens) != canaries:
+        raise PrivacyError(f"{canaries - len(tokens)} canaries keep no token to learn", fix="raise training.max_length")
     bench.put(begun(recipe, start), whole=True)
-    before = _summed(bench, encoded)
+    before = summed_losses(bench, tokens)
     spec = recipe.privacy
     by_row = spec is None or spec.unit in IN_TRAINING  # a canary is a row, and a user with one row
     words = f"a copy of the run with {included.sum()} of {canaries} canaries planted"
@@ -104,7 +105,7 @@ def canary_trials(
         tell({"kind": "phase", "text": "looking for canaries"})
         delta = DELTA if spec is None else spec.delta
         budget = None if spec is None or is_open else spec.epsilon
-        scores = before - _summed(bench, encoded)
+        scores = before - summed_losses(bench, tokens)
         found = [_epsilon(words, scores, included, delta, budget, is_open)] if by_row else []
         return [*found, _exposure(words, bench, forms, secrets, included, is_open)]
 
@@ -112,11 +113,11 @@ def canary_trials(
     bench.model.eval()
     trials = attack(words, is_open=False)
     tell({"kind": "phase", "text": f"learning {included.sum()} canaries by heart"})
-    loss = learn_by_heart(bench, own, [r for r, there in zip(encoded, included, strict=True) if there], seed, observe)
+    loss = learn_by_heart(bench, own, [r for r, there in zip(tokens, included, strict=True) if there], seed, observe)
     return [*attack(f"made to know the planted ones by heart (training loss {loss:.2g})", is_open=True), *trials]
 
 
-def _row(kind: str, text: str) -> dict[str, Any]:
+def canary_row(kind: str, text: str, *, users: bool) -> dict[str, Any]:
     """A canonical row (see `fedlm.data.examples`) that says this, the secret being what is to be answered."""
     question, secret = text[: -DIGITS - 1], text[-DIGITS:]
     forms: dict[str, dict[str, Any]] = {
@@ -128,8 +129,9 @@ def _row(kind: str, text: str) -> dict[str, Any]:
     row["hash"] = content_hash(row)
     if kind == "messages":
         row["answers"] = []
-    # Each canary is a user by itself, where users are protected.
-    return {**row, "label": "", "domain": "canaries", "group": "", "row": "canary", "user": row["hash"]}
+    # Each canary is a user by itself where users are protected; elsewhere no row says whose it is.
+    user = row["hash"] if users else ""
+    return {**row, "label": "", "domain": "canaries", "group": "", "row": "canary", "user": user}
 
 
 def _trained(recipe: Recipe, data: FederatedData, base: Path, observe: Observe | None) -> tuple[Tensors, Tensors]:
@@ -146,12 +148,13 @@ def _trained(recipe: Recipe, data: FederatedData, base: Path, observe: Observe |
             return tensors, {n: t.clone() for n, t in held_start(directory, recipe).items()}
 
 
-def _encoded(bench: Workbench, rows: Sequence[dict[str, Any]]) -> list[Encoded]:
+def canary_tokens(bench: Workbench, rows: Sequence[dict[str, Any]]) -> list[Encoded]:
+    """Of each canary that keeps a token to learn, its sequence."""
     tokens = encode_all(rows, bench.task, bench.tokenizer, bench.recipe.training.max_length, skip=True)
     return [example.sequences[0] for example in tokens]
 
 
-def _summed(bench: Workbench, rows: Sequence[Encoded]) -> Vector:
+def summed_losses(bench: Workbench, rows: Sequence[Encoded]) -> Vector:
     """Negative log-likelihood (nats) of each row's targets together."""
     limit, packing = bench.recipe.evaluation.batch_tokens, bench.recipe.training.packing
     return losses(bench.model, rows, limit, packing=packing) * [row.targets for row in rows]
@@ -196,7 +199,7 @@ def _exposure(
     is_open: bool,
 ) -> Trial:
     def encode(text: str) -> Encoded:
-        return _encoded(bench, [_row(bench.data.kind, text)])[0]
+        return canary_tokens(bench, [canary_row(bench.data.kind, text, users=by_user(bench.recipe))])[0]
 
     limit, packing = bench.recipe.evaluation.batch_tokens, bench.recipe.training.packing
 
