@@ -89,7 +89,7 @@ def step_of(side: str, model: Any) -> Callable[[], None]:
             Window(0, 1),
             mechanism,
             draws=np.random.default_rng(0),
-            noise=lambda shape, std: torch.normal(0.0, std, shape, generator=generator),
+            noise=lambda _, shape, std: torch.normal(0.0, std, shape, generator=generator),
             generator_key=(0, "a"),
         )
 

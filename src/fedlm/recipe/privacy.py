@@ -1,11 +1,11 @@
 """Differential privacy in a recipe: whose data is protected, at which epsilon, and what cannot be combined with it.
 
-With `unit: example` each silo adds the noise itself, inside its training (DP-SGD: Abadi et al., CCS 2016), so nobody
-else needs to be trusted; with `unit: user` likewise, for all rows of a person that the silo holds (user-level sampling:
-Charles et al., "Fine-Tuning Large Language Models with User-Level Differential Privacy", 2024). With `unit: silo` whole
-updates are clipped, and noise is added to their sum (McMahan et al., "Learning Differentially Private Recurrent
-Language Models", ICLR 2018): by the coordinator, which is trusted then, or by every silo under a mask (Kairouz, Liu,
-Steinke, ICML 2021), so that nobody is.
+With `unit: example` each silo adds the noise itself, inside its training (DP-SGD: Abadi et al., CCS 2016; DP-FTRL:
+Kairouz et al., ICML 2021), so nobody else needs to be trusted; with `unit: user` likewise, for all rows of a person
+that the silo holds (user-level sampling: Charles et al., "Fine-Tuning Large Language Models with User-Level
+Differential Privacy", 2024). With `unit: silo` whole updates are clipped, and noise is added to their sum (McMahan et
+al., "Learning Differentially Private Recurrent Language Models", ICLR 2018): by the coordinator, which is trusted then,
+or by every silo under a mask (Kairouz, Liu, Steinke, ICML 2021), so that nobody is.
 """
 
 from __future__ import annotations
@@ -62,6 +62,16 @@ class PrivacySpec(Strict):
         1.0,
         description="Largest L2 norm of what a unit adds: of an example's gradient, of the mean of a user's, "
         "or of a silo's update.",
+    )
+    mechanism: Literal["dp-sgd", "dp-ftrl"] = Field(
+        "dp-sgd",
+        description="Of `unit: example` and `user`: rows, or users, of a step are drawn at random in secret (dp-sgd); "
+        "or come in a fixed cyclic order, with noise that is correlated across steps (dp-ftrl).",
+    )
+    bands: PositiveInt | None = Field(
+        None,
+        description="Of dp-ftrl: steps over which noise is correlated, at most the batches in a pass over the silo's "
+        "rows. Default: those with the least error of sums over steps, at most 32.",
     )
     user: str | None = Field(
         None,
@@ -183,6 +193,8 @@ def _in_training(recipe: Recipe) -> Iterator[Problem]:
     here = f"`privacy.unit: {spec.unit}`"
     if changed(spec, "noise"):
         yield ("privacy", "noise"), f"has no effect with {here}"
+    if spec.bands is not None and spec.mechanism != "dp-ftrl":
+        yield ("privacy", "bands"), "has no effect without `privacy.mechanism: dp-ftrl`"
     if spec.adaptive is not None:
         yield ("privacy", "adaptive"), f"not with {here}: an example's clip, or a user's, stays what it is"
     for field, reason in (
@@ -194,7 +206,7 @@ def _in_training(recipe: Recipe) -> Iterator[Problem]:
         if field not in unread and getattr(training, field) not in (None, False):
             yield ("training", field), f"not with {here}: {reason}"
     if changed(training, "order"):
-        yield ("training", "order"), f"has no effect with {here}: {spec.unit}s are drawn at random"
+        yield ("training", "order"), f"has no effect with {here}: the mechanism says which {spec.unit}s are in a step"
     facts = TASKS[recipe.task]
     if not facts.one_per_row and spec.unit == "example":
         yield ("task",), f"'{recipe.task}' cuts a row into many examples, and each would be protected by itself only"
@@ -236,6 +248,9 @@ def _users(recipe: Recipe, spec: PrivacySpec) -> Iterator[Problem]:
 
 def _silos(recipe: Recipe) -> Iterator[Problem]:
     algorithm = recipe.federation.algorithm
+    for field in ("mechanism", "bands"):
+        if recipe.privacy is not None and changed(recipe.privacy, field):
+            yield ("privacy", field), "has no effect with `privacy.unit: silo`"
     if not ALGORITHMS[algorithm.name].equal_weights and algorithm.weights != "equal":
         yield (
             ("federation", "algorithm", "weights"),

@@ -266,8 +266,8 @@ def _guarantee(recipe: Recipe, facts: RunFacts | None, folder: Path | None) -> G
         found[silo] = mine.epsilon(len(trained))
     if rows:
         smallest = min(rows, key=rows.__getitem__)
-        noise = describe(cost(recipe, smallest, rows[smallest]).mechanism)
-        words = f"{noise} a round ('{smallest}', the smallest silo, of {rows[smallest]} {PLURAL[spec.unit]})"
+        noise = cost(recipe, smallest, rows[smallest]).words()
+        words = f"{noise} ('{smallest}', the smallest silo, of {rows[smallest]} {PLURAL[spec.unit]})"
     return Guarantee(spec.unit, spec.epsilon, spec.delta, words, found, rows, ledgers)
 
 

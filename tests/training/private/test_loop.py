@@ -18,6 +18,8 @@ from fedlm.algorithms.fedprox import Proximal
 from fedlm.algorithms.scaffold import VARIATE, ControlVariates
 from fedlm.errors import TrainingError
 from fedlm.models.adapters import trainable
+from fedlm.privacy.cycle import CorrelatedNoise, plan
+from fedlm.privacy.matrix import banded_square_root
 from fedlm.recipe.preference import PreferenceSpec
 from fedlm.recipe.schema import TrainingSpec
 from fedlm.training.encode import TokenSet
@@ -45,7 +47,7 @@ def mechanism(**changes: Any) -> Mechanism:
 
 def normal(seed: int = 7) -> Any:
     generator = torch.Generator().manual_seed(seed)
-    return lambda shape, std: torch.normal(0.0, std, shape, generator=generator)
+    return lambda _, shape, std: torch.normal(0.0, std, shape, generator=generator)
 
 
 def fit(model: Any, m: Mechanism, s: TrainingSpec | None = None, **more: Any) -> PrivateResult:
@@ -180,6 +182,37 @@ def test_the_optimisers_moments_go_on(base: Any) -> None:
     first = fit(parts, mechanism(), s, draws=draws, noise=noise)
     fit(parts, mechanism(), s, draws=draws, noise=noise, optimizer_state=first.optimizer_state)
     assert furthest(values(whole), values(parts)) < 1e-6
+
+
+def cycled(steps: int, first: int = 0, bands: int | None = None) -> Any:
+    cycle = plan("example", 8, 2, steps, 2.0, 1e-3, bands)
+    rows = CorrelatedNoise(cycle, bytes(32), ("run",), first)
+    return lambda name, shape, std: std * torch.from_numpy(rows(name, shape.numel())).float().view(shape)
+
+
+def test_a_cycle_goes_on_from_round_to_round(base: Any) -> None:
+    """Two rounds of three steps are one of six, to the bit: the same batches, and noise that goes on."""
+    whole, parts = made(copy.deepcopy(base), "lora"), made(base, "lora")
+    once = fit(whole, mechanism(cycle=4, steps=6, expected=2.0), noise=cycled(6))
+    took = [fit(parts, mechanism(cycle=4, expected=2.0), noise=cycled(6, 3 * r), window=Window(r, 2)) for r in (0, 1)]
+    assert furthest(values(whole), values(parts)) == 0.0
+    assert once.losses == took[0].losses + took[1].losses and once.examples == 12
+
+
+def test_correlated_noise_takes_itself_back(base: Any) -> None:
+    """Where clipping leaves only noise, 16 steps of SGD move a number by the sum of theirs: its deviation is that of
+    the last row of the summing matrix times C^-1 (to 1 %), two thirds of what independent noise gives."""
+    moved = []
+    for bands in (4, 1):
+        model = made(copy.deepcopy(base), "full")
+        before = values(model)
+        m = mechanism(cycle=4, steps=16, clip=1e-6, noise=1e5, expected=2.0)
+        fit(model, m, noise=cycled(16, bands=bands))
+        total = torch.cat([(before[n] - v).flatten() for n, v in values(model).items()])
+        moved.append(float(total.std()) / (0.1 * 1e5 * 1e-6 / 2.0))
+        true = np.linalg.norm(np.ones(16) @ np.linalg.inv(banded_square_root(16, bands)))
+        assert moved[-1] == pytest.approx(true, rel=0.01)
+    assert moved[0] < 0.7 * moved[1]
 
 
 def test_fedprox_pulls_after_the_noise_and_scaffold_is_refused(base: Any) -> None:

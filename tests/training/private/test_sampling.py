@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from fedlm.errors import TrainingError
-from fedlm.training.private.sampling import poisson_batches
+from fedlm.training.private.sampling import cyclic_batches, poisson_batches
 
 
 def drawn(examples: int, rate: float, steps: int, seed: int = 0) -> np.ndarray:
@@ -45,3 +45,22 @@ def test_same_generator_same_batches_and_empty_ones_come_up() -> None:
 def test_refusals(examples: int, rate: float, steps: int) -> None:
     with pytest.raises(TrainingError):
         poisson_batches(examples, rate, steps, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(("units", "batches"), [(7, 3), (9, 3), (5, 5), (6, 1)])
+def test_in_a_cycle_each_comes_back_after_exactly_one_pass(units: int, batches: int) -> None:
+    """Over rounds of four steps that are asked for one after the other, as over all at once."""
+    rounds = [list(cyclic_batches(units, batches, 4 * r, 4, np.random.default_rng(3))) for r in range(4)]
+    steps = [set(batch.tolist()) for found in rounds for batch in found]
+    whole = list(cyclic_batches(units, batches, 0, 16, np.random.default_rng(3)))
+    assert steps == [set(batch.tolist()) for batch in whole]
+    assert {len(batch) for batch in whole} <= {units // batches, -(-units // batches)}
+    for unit in range(units):
+        mine = [step for step, batch in enumerate(steps) if unit in batch]
+        assert mine == list(range(mine[0], 16, batches)) and mine[0] < batches
+
+
+def test_no_cycle_without_units() -> None:
+    for units, batches, steps in ((3, 4, 1), (3, 0, 1), (3, 2, 0)):
+        with pytest.raises(TrainingError, match="cannot be taken in"):
+            cyclic_batches(units, batches, 0, steps, np.random.default_rng(0))

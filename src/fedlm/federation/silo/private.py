@@ -4,7 +4,7 @@ cost.
 The silo calibrates the noise to the recipe's budget for its own number of units, rows or users, which is public
 (neighbours differ in what one unit contributes, Kairouz et al. 2021, definition 1.1). Each round's cost is in its
 ledger, `<root>/<silo>/<run>/ledger.jsonl`, before the update leaves; a round that would exceed the budget does not
-leave.
+leave. With `mechanism: dp-ftrl` all steps of the run are one release, charged in full before the first update leaves.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ from torch import Tensor
 
 from fedlm.errors import TrainingError
 from fedlm.federation.disk import disk_errors
+from fedlm.federation.silo import cycled
 from fedlm.federation.silo.secret import secret_of
 from fedlm.federation.silo.state import tensors_digest
 from fedlm.messages import Request, Tensors
 from fedlm.privacy.accounting import spent
 from fedlm.privacy.calibration import calibrate
+from fedlm.privacy.chain import Chain
+from fedlm.privacy.cycle import CorrelatedNoise, Cycle, plan
 from fedlm.privacy.ledger import Budget, Event, Ledger
-from fedlm.privacy.mechanisms import Gaussian, Poisson, times
+from fedlm.privacy.mechanisms import Gaussian, Poisson, describe, times
 from fedlm.privacy.noise import gaussian
 from fedlm.privacy.stream import SecretStream
 from fedlm.recipe.privacy import by_user
@@ -41,22 +44,34 @@ LEDGER = "ledger.jsonl"
 
 @dataclass(frozen=True)
 class Cost:
-    """What rounds of DP-SGD over so many units cost; all of it is public.
+    """What rounds of DP-SGD, or a run of DP-FTRL, over so many units cost; all of it is public.
 
     Args:
-        mechanism: of one round: its steps, each over a Poisson sample of the units.
+        mechanism: of one round: its steps, each over a Poisson sample of the units; with a cycle, of the whole run.
         expected: units in a step.
         budget: of the whole run.
+        cycle: of DP-FTRL.
     """
 
     mechanism: Gaussian
     expected: float
     budget: Budget
+    cycle: Cycle | None = None
 
     def epsilon(self, rounds: int) -> float:
         """Spent by so many rounds."""
-        whole = [times(self.mechanism, self.mechanism.count * rounds)] if rounds else []
+        each = 1 if self.cycle is not None else rounds
+        whole = [times(self.mechanism, self.mechanism.count * each)] if rounds else []
         return spent(whole, self.budget.delta).epsilon
+
+    def words(self) -> str:
+        """The noise, in a few words."""
+        if self.cycle is None:
+            return f"{describe(self.mechanism)} a round"
+        return (
+            f"{describe(self.mechanism)} for the whole run: each is in every {self.cycle.batches}th of "
+            f"{self.cycle.steps} steps, whose noise is correlated over {self.cycle.bands}"
+        )
 
 
 def cost(recipe: Recipe, silo: str, units: int) -> Cost:
@@ -70,10 +85,15 @@ def cost(recipe: Recipe, silo: str, units: int) -> Cost:
     """
     spec, training = recipe.privacy, recipe.training
     assert spec is not None and training.steps is not None  # the recipe was checked
+    budget = Budget(spec.unit, "zero-out", spec.epsilon, spec.delta, {silo: units})
+    if spec.mechanism == "dp-ftrl":
+        steps = training.steps * recipe.federation.rounds
+        cycle = plan(spec.unit, units, training.batch_size, steps, spec.epsilon, spec.delta, spec.bands)
+        return Cost(cycle.mechanism, cycle.expected, budget, cycle)
     expected = min(training.batch_size, units)
     noise = _noise(expected / units, training.steps * recipe.federation.rounds, spec.epsilon, spec.delta, units)
     mechanism = Gaussian(spec.unit, "zero-out", noise, Poisson(expected / units, secret=True), training.steps)
-    return Cost(mechanism, expected, Budget(spec.unit, "zero-out", spec.epsilon, spec.delta, {silo: units}))
+    return Cost(mechanism, expected, budget)
 
 
 @lru_cache(maxsize=256)
@@ -108,6 +128,14 @@ class PrivateRound:
         self._recipe, self._request, self._folder, self._digest = recipe, request, folder, digest
         self._simulated, self._begun = simulated, False
 
+    @property
+    def _run(self) -> str:
+        """Names the run in what draws are keyed by: its own name is another in every simulation of one recipe."""
+        return "" if self._simulated else self._request.run
+
+    def _secret(self) -> bytes:
+        return secret_of(self._folder, (self._recipe.seed, self._request.silo) if self._simulated else None)
+
     def trainer(self, tokens: TokenSet) -> PrivateTrainer:
         """Trains once, over these examples.
 
@@ -120,19 +148,29 @@ class PrivateRound:
         if self._begun:
             raise TrainingError("private training is accounted for once in a round, and this method trains twice")
         self._begun = True
-        secret = secret_of(self._folder, None if not self._simulated else (self._recipe.seed, self._request.silo))
-        run = "" if self._simulated else self._request.run  # its name is another in every simulation of one recipe
+        secret, run = self._secret(), self._run
         place = (run, self._request.round, self._request.silo, self._digest)
         draws = SecretStream(secret, "draws", *place)
         picks = SecretStream(secret, "picks", *place)
         noise = SecretStream(secret, "noise", *place)
+        mine, correlated = cost(self._recipe, self._request.silo, units_of(self._recipe, tokens)), None
+        if mine.cycle is not None:  # the same in every round, whatever is asked
+            whole = (run, self._request.silo, cycled.plan_hash(mine.cycle))
+            draws = SecretStream(secret, "order", *whole)
+            steps = self._recipe.training.steps
+            assert steps is not None
+            correlated = CorrelatedNoise(mine.cycle, secret, whole, self._request.round * steps)
 
-        def normal(shape: torch.Size, deviation: float) -> Tensor:
-            return torch.from_numpy(gaussian(noise, deviation, shape.numel()).astype(np.float32)).view(shape)
+        def normal(name: str, shape: torch.Size, deviation: float) -> Tensor:
+            if correlated is None:
+                found = gaussian(noise, deviation, shape.numel())
+            else:
+                found = deviation * correlated(name, shape.numel())
+            return torch.from_numpy(found.astype(np.float32)).view(shape)
 
         return partial(
             train_private,
-            mechanism=self._mechanism(units_of(self._recipe, tokens)),
+            mechanism=self._mechanism(mine),
             draws=np.random.Generator(np.random.Philox(key=draws.words(2))),
             picks=np.random.Generator(np.random.Philox(key=picks.words(2))),
             noise=normal,
@@ -146,29 +184,45 @@ class PrivateRound:
 
         Raises:
             BudgetExceeded: the budget would be exceeded.
-            PrivacyError: the ledger is damaged or open elsewhere.
+            PrivacyError: the ledger is damaged or open elsewhere; or the noise of this round is used up.
         """
         mine, request = cost(self._recipe, self._request.silo, units), self._request
         folder = self._folder / request.run
         with disk_errors(folder, "silo's ledger"):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if mine.cycle is not None:
+                self._charge_once(folder, mine, mine.cycle, tensors_digest(update))
+                return
             with Ledger(folder / LEDGER, mine.budget) as ledger:
                 ledger.charge(
                     # The same bytes cost nothing more in another attempt, and other bytes are another event anyway.
                     Event(request.run, request.round, 0, request.silo, mine.mechanism, tensors_digest(update))
                 )
 
-    def _mechanism(self, units: int) -> Mechanism:
+    def _charge_once(self, folder: Path, mine: Cost, cycle: Cycle, content: str) -> None:
+        """Pay for the whole run, once, and hold each round to one content. Whatever stops it in between, what has left
+        is paid for and known."""
+        request = self._request
+        key = "".join(f"{word:016x}" for word in SecretStream(self._secret(), "key", self._run, request.silo).words(2))
+        with Chain(folder / cycled.FILE) as chain:
+            cycled.begin(chain, cycle, key, charged=(folder / LEDGER).exists())
+            new = cycled.is_new(chain, request.round, content)
+            with Ledger(folder / LEDGER, mine.budget) as ledger:
+                ledger.charge(Event(request.run, 0, 0, request.silo, mine.mechanism, cycled.plan_hash(cycle)))
+            if new:
+                cycled.note(chain, request.round, content)
+
+    def _mechanism(self, mine: Cost) -> Mechanism:
         from fedlm.training.private.loop import Mechanism
 
-        spec, mine = self._recipe.privacy, cost(self._recipe, self._request.silo, units)
-        assert spec is not None and isinstance(mine.mechanism.sampling, Poisson)
-        assert mine.mechanism.noise_multiplier is not None
+        spec, steps, noise = self._recipe.privacy, self._recipe.training.steps, mine.mechanism.noise_multiplier
+        assert spec is not None and steps is not None and noise is not None
         return Mechanism(
             clip=spec.clip,
-            noise=mine.mechanism.noise_multiplier,
-            rate=mine.mechanism.sampling.rate,
+            noise=noise if mine.cycle is None else mine.cycle.deviation,
+            rate=mine.mechanism.sampling.rate if isinstance(mine.mechanism.sampling, Poisson) else 1.0,
             expected=mine.expected,
-            steps=mine.mechanism.count,
+            steps=steps,
             user_examples=spec.user_examples if by_user(self._recipe) else None,
+            cycle=None if mine.cycle is None else mine.cycle.batches,
         )

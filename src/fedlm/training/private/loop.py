@@ -1,4 +1,4 @@
-"""The private local loop: DP-SGD beside `fedlm.training.loop.train`, step for step."""
+"""The private local loop: DP-SGD, or DP-FTRL, beside `fedlm.training.loop.train`, step for step."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ from fedlm.training.objective import Likelihood, Objective, Tools
 from fedlm.training.private.check import check_gradients
 from fedlm.training.private.gradients import MICRO_TOKENS, Way, clipped_sum
 from fedlm.training.private.losses import require_separable
-from fedlm.training.private.sampling import Indices, poisson_batches, rows_by_user, some_rows
+from fedlm.training.private.sampling import Indices, cyclic_batches, poisson_batches, rows_by_user, some_rows
 from fedlm.training.schedule import learning_rate
 from fedlm.training.sequences import Example
 
-Noise = Callable[[torch.Size, float], Tensor]
-"""Shape and deviation to independent draws from the normal distribution, on the CPU. It must be the silo's secret."""
+Noise = Callable[[str, torch.Size, float], Tensor]
+"""A parameter's name, its shape and a deviation to draws from the normal distribution, on the CPU: independent, or
+correlated from one step to the next as the mechanism says. They must be the silo's secret."""
 
 
 PrivateTrainer = Callable[..., "PrivateResult"]
@@ -47,14 +48,18 @@ PrivateTrainer = Callable[..., "PrivateResult"]
 
 @dataclass(frozen=True)
 class Mechanism:
-    """The subsampled Gaussian mechanism of one round. All of it is public, and none may be computed from rows."""
+    """What is done in the steps of one round. All of it is public, and none may be computed from rows.
+
+    Without a cycle it is the subsampled Gaussian mechanism (DP-SGD); with one, units take part in a fixed order, and
+    the noise is correlated across steps (DP-FTRL: Kairouz et al., ICML 2021).
+    """
 
     clip: float
     """C: what a unit, an example or a user, adds to a step has at most this norm."""
     noise: float
-    """sigma: the deviation of a coordinate's noise is sigma C."""
+    """sigma: the deviation of a coordinate's noise, of the fresh one where it is correlated, is sigma C."""
     rate: float
-    """q: with which probability a unit takes part in a step."""
+    """q: with which probability a unit takes part in a step; with a cycle not read."""
     expected: float
     """What the noised sum is divided by: the units expected in a step, q times a public number of them. It is the
     same whether or not one of them is there, and never the number drawn."""
@@ -66,6 +71,8 @@ class Mechanism:
     user_examples: int | None = None
     """Users are the units: of one that takes part in a step, at most so many examples, whose gradients' mean is
     clipped. None: examples are the units."""
+    cycle: int | None = None
+    """Batches of all units, one after the other over the steps of the whole run. None: units are drawn at random."""
 
 
 @dataclass
@@ -123,7 +130,8 @@ def train_private(
     Args:
         draws: of the units; the silo's secret.
         picks: of a user's examples, where users are the units; the silo's secret.
-        noise: its values are drawn by parameter, in their order, once a step; not called where sigma is 0.
+        noise: its values are drawn by parameter, in their order, once a step; not called where sigma is 0. With a cycle
+            those of step t of the run, the round's first being window.round * steps.
         generator_key: (seed, silo, ...) of dropout; the round is added here.
         rule: as in `train`; one that works between steps must say that it does so on noised gradients (`after_noise`).
         should_stop: asked before every step. It may look at the clock and not at the rows.
@@ -150,7 +158,7 @@ def train_private(
     with private_mode(model, objective), seeded(generator_key, window.round, device):
         require_separable(objective, [data[0]])
         check_gradients(objective, parameters, data[0], way=mechanism.way)
-        for step, chosen in enumerate(poisson_batches(len(units), mechanism.rate, steps, draws)):
+        for step, chosen in enumerate(_batches(len(units), mechanism, window, draws)):
             if should_stop is not None and should_stop():
                 break
             for group in optimizer.param_groups:
@@ -168,7 +176,7 @@ def train_private(
                 micro_tokens=mechanism.micro_tokens,
             )
             for name, parameter in parameters.items():
-                parameter.grad = noised(found.total[name], mechanism, noise).to(parameter.dtype)
+                parameter.grad = noised(name, found.total[name], mechanism, noise).to(parameter.dtype)
             if rule is not None:
                 rule.correct(parameters)
             optimizer.step()
@@ -225,10 +233,16 @@ def _units(data: TokenSet, mechanism: Mechanism, picks: np.random.Generator | No
     return _Units(data, rows_by_user(data.users), mechanism.user_examples, picks)
 
 
-def noised(total: Tensor, mechanism: Mechanism, noise: Noise) -> Tensor:
-    """(sum + N(0, sigma^2 C^2)) / expected; the sum is changed in place."""
+def _batches(units: int, mechanism: Mechanism, window: Window, draws: np.random.Generator) -> Iterator[Indices]:
+    if mechanism.cycle is None:
+        return poisson_batches(units, mechanism.rate, mechanism.steps, draws)
+    return cyclic_batches(units, mechanism.cycle, window.round * mechanism.steps, mechanism.steps, draws)
+
+
+def noised(name: str, total: Tensor, mechanism: Mechanism, noise: Noise) -> Tensor:
+    """(sum + N(0, sigma^2 C^2)) / expected for a parameter; the sum is changed in place."""
     if mechanism.noise > 0:
-        total += noise(total.shape, mechanism.noise * mechanism.clip).to(total)
+        total += noise(name, total.shape, mechanism.noise * mechanism.clip).to(total)
     return total.div_(mechanism.expected)
 
 

@@ -3,6 +3,8 @@ do.
 
 Amplification by sampling is proved for exactly this draw (Abadi et al., CCS 2016, section 3; Mironov, Talwar and Zhang,
 2019). Shuffled batches of a fixed size are another mechanism, which costs more privacy than such a proof says.
+
+Or in a fixed cyclic order, for DP-FTRL, which counts on no sampling but on how far apart a unit's steps are.
 """
 
 from __future__ import annotations
@@ -36,6 +38,22 @@ def poisson_batches(units: int, rate: float, steps: int, generator: np.random.Ge
     if steps < 1 or units < 1:
         raise TrainingError(f"private training needs steps and examples, and has {steps} and {units}")
     return (np.flatnonzero(generator.random(units) < rate).astype(np.int64) for _ in range(steps))
+
+
+def cyclic_batches(units: int, batches: int, first: int, steps: int, order: np.random.Generator) -> Iterator[Indices]:
+    """Numbers, in rising order, of the units of steps `first` up to `first + steps`: all units lie in so many batches,
+    once and for all, and step t takes batch t modulo their number. No two batches differ by more than one unit.
+
+    Args:
+        order: of the units; the same generator afresh in every round gives the same batches.
+
+    Raises:
+        TrainingError: there are no steps, or more batches than units.
+    """
+    if steps < 1 or not 1 <= batches <= units or first < 0:
+        raise TrainingError(f"{units} examples cannot be taken in {batches} batches over {steps} steps from {first}")
+    parts = [np.sort(part).astype(np.int64) for part in np.array_split(order.permutation(units), batches)]
+    return (parts[step % batches] for step in range(first, first + steps))
 
 
 def rows_by_user(users: NDArray[np.int64]) -> list[Indices]:
