@@ -48,16 +48,13 @@ from fedlm.privacy.mechanisms import Gaussian
 from fedlm.randomness import numpy_generator
 from fedlm.recipe.load import load_recipe
 from fedlm.recipe.schema import Recipe
-from parts.small_model import small_model
+from parts.small_model import news_model
 
-TOPIC = "sports"
 ARTICLES, PIECES, LETTERS, ASKED = 16, 4, 200, 5
 SHADOWS, TARGETS = 80, 30
 """With the property, and as many without it."""
 NOISED = 30
 """Shadows that are trained by DP-SGD."""
-EARLY = 1 / 3
-"""Of all articles, those that the model was trained on."""
 SUMS, DELTA = (2, 4, 8), 0.01
 EPSILONS = {"silo": (100.0, 8.0, 1.0), "example": (8.0,)}
 RECIPE = """
@@ -75,17 +72,11 @@ Updates = dict[str, Tensors]
 # -------------------------------------------------------------------------------- silos
 
 
-def prepare(out: Path, shadows: int, targets: int, steps: int) -> None:
+def prepare(out: Path, shadows: int, targets: int, *, quick: bool) -> None:
     """OUT/model, and every silo's rows: shadow-*, target-*, each -with or -none."""
     if (out / "prepared").exists():
         return
-    found = articles()
-    sport = [a["text"] for a in found if a["topic"] == TOPIC]
-    other = [a["text"] for a in found if a["topic"] != TOPIC]
-    early = [take(pool, round(EARLY * len(pool))) for pool in (sport, other)]
-    if not (out / "model").exists():
-        loss = small_model(out / "model", [*early[0], *early[1]], steps)
-        print(f"the model's loss on its own text: {loss:.2f} nats", flush=True)
+    sport, other = news_model(out / "model", articles(), quick=quick)
     kinds = (("with", ARTICLES // 2), ("none", 0))
     for number, (kind, half) in itertools.product(range(targets), kinds):
         write_silo(out, f"target-{number:03}-{kind}", take(sport, half) + take(other, ARTICLES - half))
@@ -253,7 +244,7 @@ def main() -> None:
         return
     arms, began = options.arms.split(","), time.perf_counter()
     shadows, targets = (10, 10) if options.quick else (SHADOWS, TARGETS)
-    prepare(out, shadows, targets, 5 if options.quick else 300)
+    prepare(out, shadows, targets, quick=options.quick)
     start = initial_tensors(recipe_of(out, ["target-000-none"], []))
     few = ["training.steps=1"] if options.quick else []
     print(f"prepared: {time.perf_counter() - began:.0f} s", flush=True)

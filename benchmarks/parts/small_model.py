@@ -16,7 +16,23 @@ from fedlm.models.presets import config_of
 from fedlm.randomness import torch_generator
 from fedlm.recipe.presets import PRESETS
 
-VOCABULARY, LENGTH, BATCH, RATE = 2048, 64, 16, 3e-3
+VOCABULARY, LENGTH, BATCH, RATE, STEPS = 2048, 64, 16, 3e-3, 300
+TOPIC, EARLY = "sports", 1 / 3
+"""Of articles, those that `news_model` is trained on."""
+
+
+def news_model(folder: Path, articles: Sequence[dict[str, str]], *, quick: bool) -> tuple[list[str], list[str]]:
+    """Trains the model on a third of the articles on `TOPIC` and of the others, where it is not in this folder yet.
+
+    Returns:
+        The texts that are left: on the topic, and others.
+    """
+    pools = [[a["text"] for a in articles if (a["topic"] == TOPIC) == on] for on in (True, False)]
+    early = [pool[: round(EARLY * len(pool))] for pool in pools]
+    if not (folder / "tokenizer.json").exists():
+        loss = small_model(folder, [*early[0], *early[1]], 5 if quick else STEPS)
+        print(f"the model's loss on its own text: {loss:.2f} nats", flush=True)
+    return pools[0][len(early[0]) :], pools[1][len(early[1]) :]
 
 
 def small_model(folder: Path, texts: Sequence[str], steps: int) -> float:
