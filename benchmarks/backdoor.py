@@ -20,7 +20,8 @@ once more with trigger and target (`fedlm.attacks.silos.backdoored`); what they 
 Counted on held-out articles: accuracy without the trigger; success, the share of articles of other topics that are
 called `sports` with the trigger. Intervals are Wilson's. `fltrust` has an eleventh silo with 80 clean rows, its root.
 `bulyan` needs 4 f + 3 silos, and so is told of one bad one.
-`flame~X` is flame with noise of X times the median norm, all values together.
+`flame~X` is flame with noise of X times the median norm, all values together; `norm-bound~X` has M = X in place of the
+median norm, which is about 1 here.
 
 An arm that is in OUT/results.json is not run again.
 """
@@ -83,6 +84,7 @@ RULES: dict[str, dict[str, Any]] = {
     "foolsgold": {},
 }
 NOISE = (0.0, 0.1, 0.3, 1.0, 3.0)
+BOUNDS = (0.5, 0.25, 0.1)
 ATTACKS = ("none", "adaptive", "replace", "rows")
 CLASSIFY = """
 name: topics
@@ -193,10 +195,15 @@ def tell(what: str) -> Callable[[dict[str, Any]], None]:
     return observe
 
 
-def split(rule: str) -> tuple[str, dict[str, Any], float | None]:
-    """The method, its options, and flame's noise as a multiple of the median norm."""
-    base, _, noise = rule.partition("~")
-    return base, RULES[base], float(noise) if noise else None
+def settings_of(rule: str, values: int) -> tuple[str, dict[str, Any]]:
+    """The method and its options: flame's noise is told for all values together, and set for each."""
+    base, _, number = rule.partition("~")
+    if not number:
+        return base, RULES[base]
+    return base, RULES[base] | {
+        "flame": {"noise": float(number) / values**0.5},
+        "norm-bound": {"norm_bound": float(number)},
+    }[base]
 
 
 class Attacker:
@@ -245,12 +252,10 @@ class Attacker:
 
 def run_arm(out: Path, rule: str, attack: str, options: argparse.Namespace, values: int) -> Path:
     """The finished run of an arm."""
-    method, settings, noise = split(rule)
+    method, settings = settings_of(rule, values)
     algorithm: dict[str, Any] = {"name": method, **settings}
     if method in ("fedavg", "norm-bound", "rfa"):
         algorithm["weights"] = "equal"
-    if noise is not None:
-        algorithm["noise"] = noise / values**0.5
     silos = {name(i): name(i) + ("-bad" if i < BAD and attack != "none" else "") for i in range(SILOS)}
     if method == "fltrust":
         silos["root"] = "root"
@@ -328,7 +333,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/backdoor"))
     parser.add_argument("--quick", action="store_true", help="a check of the script: few steps and rounds")
-    parser.add_argument("--rules", help="names, with commas; default: all, and flame's noises without attack")
+    parser.add_argument("--rules", help="names, with commas; default: all, with and without further settings")
     parser.add_argument("--attacks", default=",".join(ATTACKS))
     parser.add_argument("--rounds", type=int, default=4, help="of an arm")
     parser.add_argument("--set", dest="changes", action="append", default=[], help="another setting of every arm")
@@ -342,7 +347,7 @@ def main() -> None:
         print(table(results))
         return
     prepare(out)
-    warm(out, 2 if options.quick else 25)
+    warm(out, 2 if options.quick else 60)
     judge = Judge(out)
     values = sum(v.numel() for v in run_tensors(out / "warm")[0].values())
     results |= {"values": values, "silos": SILOS, "bad": BAD, "start": judge.counts(out / "warm")}
@@ -350,7 +355,8 @@ def main() -> None:
     rules = options.rules.split(",") if options.rules else list(RULES)
     arms = [(rule, attack) for rule in rules for attack in options.attacks.split(",")]
     if not options.rules:
-        arms += [(f"flame~{noise:g}", attack) for noise in NOISE for attack in ("none", "adaptive")]
+        more = [f"flame~{noise:g}" for noise in NOISE] + [f"norm-bound~{bound:g}" for bound in BOUNDS]
+        arms += [(rule, attack) for rule in more for attack in ("none", "adaptive")]
     first = ("adaptive", "replace", "none", "rows")
     arms.sort(key=lambda arm: (arm[1] == "rows", arm[0] != "fedavg", first.index(arm[1])))
     for rule, attack in arms:
