@@ -78,7 +78,7 @@ def rounds(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"steps": 3},
+        {"steps": 2},
         {"micro_batch_size": 2, "keep_optimizer": True, "spike_guard": 6.0},
         {"batch_size": 1, "packing": False, "optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "keep_optimizer": True},
         {"gradient_checkpointing": True, "clip_norm": 0.5, "keep_optimizer": True},
@@ -92,7 +92,8 @@ def test_shards_end_where_one_process_does(
     """To 1e-5 in every loss, weight and kept moment, over three rounds.
 
     Where moments begin anew each round, AdamW divides rounding by rounding at near-zero gradients: after 15 steps a
-    few weights of 100,000 differ by 2e-5, between orders of sums in one process as here. So nine steps in that case.
+    few weights of 100,000 differ by 2e-5, between orders of sums in one process as here, and after nine one by 1.2e-5
+    on some processors. So six steps in that case.
     """
     s = spec(**changes)
     if s.batch_size == 38:  # beyond `CHUNK` on each rank, where the output matrix is applied by itself
