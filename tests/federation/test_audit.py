@@ -15,7 +15,8 @@ from fedlm.recipe.guards import GUARDS
 from fedlm.recipe.load import load_recipe
 from fedlm.recipe.methods import ALGORITHMS
 from fedlm.recipe.starters import read_template
-from fedlm.report.audit import CLIPPED, KEPT, MASKED, NOISED, OPEN, AuditOfRun, audit_of, html_page, leaving, open_ends
+from fedlm.report.audit import CLIPPED, KEPT, MASKED, NOISED, OPEN, AuditOfRun, audit_of, html_page, leaving
+from fedlm.report.trust import open_ends
 from tests.federation.conftest import Tiny
 
 EXAMPLES = (
