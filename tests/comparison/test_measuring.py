@@ -12,7 +12,8 @@ from fedlm.comparison.measuring import measure_on_silos
 from fedlm.data.federated import load_data
 from fedlm.errors import RunError
 from fedlm.federation.silo import Silo, Workbench
-from fedlm.federation.silo.policy import Forbidden, Policy, check_request
+from fedlm.federation.silo.policy import Policy, check_request
+from fedlm.federation.silo.refusals import Forbidden
 from fedlm.messages import Failure, FailureKind, Request
 from tests.algorithms.observed import Observed, federate
 from tests.federation.conftest import Tiny, tiny, users_cache

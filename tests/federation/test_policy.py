@@ -13,9 +13,7 @@ import torch
 from fedlm.errors import RecipeError, RunError
 from fedlm.federation.silo.holdings import load_holdings
 from fedlm.federation.silo.policy import (
-    Forbidden,
     Policy,
-    PrivacyRules,
     check_counting,
     check_hours,
     check_recipe,
@@ -25,6 +23,8 @@ from fedlm.federation.silo.policy import (
     load_policy,
     local_model,
 )
+from fedlm.federation.silo.privacy_rules import PrivacyRules
+from fedlm.federation.silo.refusals import Forbidden
 from fedlm.federation.silo.spent import Spent, check_bytes, update_bytes
 from fedlm.guards import get_chain
 from fedlm.messages import Reply, Request

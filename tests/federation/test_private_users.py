@@ -15,8 +15,10 @@ import torch
 
 from fedlm.data.federated import load_data
 from fedlm.errors import DataError, RecipeError, RunError, TrainingError
-from fedlm.federation.silo.policy import Forbidden, check_privacy, epsilon, load_policy
+from fedlm.federation.silo.policy import load_policy
+from fedlm.federation.silo.privacy_rules import check_privacy, epsilon
 from fedlm.federation.silo.private import PrivateRound, cost, units_of
+from fedlm.federation.silo.refusals import Forbidden
 from fedlm.messages import Failure, Reply, Request
 from fedlm.privacy.ledger import read_spent
 from fedlm.privacy.mechanisms import Poisson
@@ -190,10 +192,10 @@ def test_an_owner_limits_it_as_any_noise_of_the_silos_own(people: Tiny, tmp_path
         (tmp_path / "policy.yaml").write_text(f"privacy: {{max_epsilon: {limit}}}\n")
         policy = load_policy(tmp_path / "policy.yaml")
         if allowed:
-            check_privacy(policy, recipe)
+            check_privacy(policy.privacy, policy.min_cohort, recipe)
         else:
             with pytest.raises(Forbidden, match="epsilon"):
-                check_privacy(policy, recipe)
+                check_privacy(policy.privacy, policy.min_cohort, recipe)
 
 
 def test_the_audit_says_who_is_protected_and_how_many(people: Tiny, tmp_path: Path) -> None:

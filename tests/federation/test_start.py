@@ -233,7 +233,8 @@ def source(tiny: Tiny, site: str) -> dict[str, Any]:
 
 
 def test_a_silo_without_the_base_is_told_which(tiny: Tiny, tmp_path: Path) -> None:
-    from fedlm.federation.silo.policy import Forbidden, Policy, local_model
+    from fedlm.federation.silo.policy import Policy, local_model
+    from fedlm.federation.silo.refusals import Forbidden
 
     spec = tiny.recipe().model.model_copy(update={"source": "/at/coordinator/runs/pretrained/adapter"})
     with pytest.raises(Forbidden, match="the model 'pretrained/adapter' lies on the coordinator's disk"):

@@ -25,7 +25,8 @@ from fedlm.federation.rundir import Checkpoint, Progress, RunDir
 from fedlm.federation.silo import agreements
 from fedlm.federation.silo.own import parse_recipe
 from fedlm.federation.silo.pairs import PairTables
-from fedlm.federation.silo.policy import Forbidden, Policy
+from fedlm.federation.silo.policy import Policy
+from fedlm.federation.silo.refusals import Forbidden
 from fedlm.federation.silo.spent import Spent
 from fedlm.federation.silo.state import StateStore, Trained
 from fedlm.files import sha256_file

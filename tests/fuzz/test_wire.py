@@ -32,8 +32,8 @@ from fedlm.federation.figures import LARGEST, check_card, check_counts, check_tr
 from fedlm.federation.silo.answered import read_queries
 from fedlm.federation.silo.pairs import PairTables
 from fedlm.federation.silo.pairs import checked as checked_lines
-from fedlm.federation.silo.policy import Forbidden
 from fedlm.federation.silo.received import Received, UnsyncedError
+from fedlm.federation.silo.refusals import Forbidden
 from fedlm.federation.silo.scored import read_candidates
 from fedlm.federation.silo.text import pack_text, unpack_text
 from fedlm.federation.updates import check_update

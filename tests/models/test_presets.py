@@ -16,7 +16,8 @@ from fedlm.errors import ModelError, RecipeError
 from fedlm.federation import coordinator
 from fedlm.federation.api import new_run, run_recipe, using
 from fedlm.federation.silo.own import OwnSilo
-from fedlm.federation.silo.policy import Forbidden, Policy, local_model
+from fedlm.federation.silo.policy import Policy, local_model
+from fedlm.federation.silo.refusals import Forbidden
 from fedlm.files import read_tensors
 from fedlm.models.fingerprint import fingerprint
 from fedlm.models.load import load_base, load_tokenizer, resolve

@@ -201,7 +201,7 @@ def _target(target: Path, data: Path | None, silo: str | None) -> _Target:
 def _own_rows(recipe: Recipe, file: Path, silo: str) -> tuple[Recipe, FederatedData, Path]:
     """The recipe with a silo's own text, that text, and the folder that its paths start from."""
     from fedlm.federation.silo.holdings import load_holdings
-    from fedlm.federation.silo.policy import Forbidden
+    from fedlm.federation.silo.refusals import Forbidden
 
     text = load_holdings(file)
     try:

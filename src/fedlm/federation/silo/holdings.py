@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from fedlm.errors import FedlmError, RecipeError
-from fedlm.federation.silo.policy import Forbidden
+from fedlm.federation.silo.refusals import Forbidden
 from fedlm.recipe.data_checks import all_sources, data_problems
 from fedlm.recipe.load import load_yaml
 from fedlm.recipe.redact import RedactSpec

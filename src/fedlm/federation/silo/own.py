@@ -29,17 +29,17 @@ from fedlm.federation.silo.holdings import load_holdings
 from fedlm.federation.silo.hours import local_day
 from fedlm.federation.silo.masked import serves
 from fedlm.federation.silo.policy import (
-    Forbidden,
     check_counting,
     check_hours,
     check_recipe,
     check_request,
     check_rows,
     check_verb,
-    epsilon,
     load_policy,
     local_model,
 )
+from fedlm.federation.silo.privacy_rules import epsilon
+from fedlm.federation.silo.refusals import Forbidden
 from fedlm.federation.silo.spent import Spent, check_bytes
 from fedlm.federation.silo.workbench import Workbench
 from fedlm.messages import Failure, FailureKind, Fields, Observe, Reply, Request

@@ -13,20 +13,20 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
 
 from fedlm.data.packages import is_package
 from fedlm.errors import RecipeError, nearest
 from fedlm.federation.silo.hours import checked_hours, checked_zone, next_opening
 from fedlm.federation.silo.masked import serves
+from fedlm.federation.silo.privacy_rules import PrivacyRules, check_privacy, check_text
+from fedlm.federation.silo.refusals import Forbidden
 from fedlm.messages import Request
 from fedlm.models.catalogue import CATALOGUE
-from fedlm.privacy.secagg.graph import MOST
 from fedlm.recipe.capacity import Capacity
 from fedlm.recipe.load import load_yaml
 from fedlm.recipe.methods import ALGORITHMS, BESIDE, FACTORS
 from fedlm.recipe.presets import is_preset
-from fedlm.recipe.privacy import noised_by_silos, noised_in_training
 from fedlm.recipe.schema import ModelSpec, Recipe
 from fedlm.recipe.strict import Strict
 from fedlm.recipe.tasks import TASKS
@@ -38,35 +38,9 @@ PINNED = "pinned"
 """In `models`: fetch it from where the recipe says, which is pinned to its bytes."""
 
 
-class Forbidden(Exception):
-    """The silo's owner does not allow this; the text says what, and what is allowed. It is sent to the coordinator.
-
-    Attributes:
-        line: the name of the policy's line that says so; None where it is no line's doing.
-    """
-
-    def __init__(self, reason: str, line: str | None = None) -> None:
-        self.line = line
-        super().__init__(reason)
-
-
 AdapterKind = Literal[
     "lora", "lora-sb", "ia3", "full", "prompt", "p-tuning", "prefix", "prompt-projection", "predictor"
 ]
-
-
-class PrivacyRules(Strict):
-    """What a recipe must do to protect updates and rows."""
-
-    require_masks: bool = Field(False, description="Updates leave only under masks that cancel in the sum.")
-    max_epsilon: PositiveFloat | None = Field(
-        None, description="Largest epsilon of differential privacy of rows, by noise of this silo's own."
-    )
-    per: Literal["month", "year", "run"] = Field("run", description="What `max_epsilon` is for.")
-    max_token_epsilon: PositiveFloat | None = Field(
-        None,
-        description="Rows are shown in context only with noise on their text, of at most this epsilon for a token.",
-    )
 
 
 class Policy(Strict):
@@ -192,53 +166,6 @@ def check_hours(policy: Policy, now: datetime) -> None:
         raise Forbidden(f"this silo's policy has quiet hours now (quiet_hours){when}", "quiet_hours")
 
 
-def check_privacy(policy: Policy, recipe: Recipe) -> None:
-    """Forbidden unless the recipe protects updates as the owner asks.
-
-    The three functions below say what a recipe does; a way to protect updates is made known there.
-    """
-    if policy.privacy.require_masks and not masked(recipe):
-        raise Forbidden(
-            "this silo's policy lets an update leave only under masks (privacy.require_masks), and the recipe has no "
-            "guard 'mask'",
-            "privacy.require_masks",
-        )
-    if cohort(recipe) < policy.min_cohort:
-        raise Forbidden(
-            f"this silo's policy lets an update be read only in a sum of {policy.min_cohort} silos (min_cohort), and "
-            "the recipe has no guard 'mask': the coordinator would read each by itself",
-            "min_cohort",
-        )
-    limit, spent = policy.privacy.max_epsilon, epsilon(recipe)
-    if limit is not None and (spent is None or spent > limit):
-        what = "does not bound it" if spent is None else f"spends {spent:g}"
-        raise Forbidden(
-            f"this silo's policy allows an epsilon of {limit:g} per {policy.privacy.per} (privacy.max_epsilon), and "
-            f"the recipe {what}",
-            "privacy.max_epsilon",
-        )
-
-
-def masked(recipe: Recipe) -> bool:
-    """Whether the coordinator sees sums of updates alone."""
-    return any(guard.name == "mask" for guard in recipe.guards)
-
-
-def cohort(recipe: Recipe) -> int:
-    """Of how many silos' updates the coordinator sees sums at least, as far as the recipe says; how many they are in a
-    round the silo sees before it masks anything, and does not take part in a smaller sum."""
-    if not masked(recipe):
-        return 1
-    return recipe.federation.sample if isinstance(recipe.federation.sample, int) else MOST
-
-
-def epsilon(recipe: Recipe) -> float | None:
-    """The epsilon that a run of this recipe spends at most, by noise of this silo's own; None where nothing that the
-    silo can see to bounds it: noise of the coordinator's is no matter of this policy."""
-    own = noised_in_training(recipe) or noised_by_silos(recipe)
-    return recipe.privacy.epsilon if own and recipe.privacy is not None else None
-
-
 def check_recipe(policy: Policy, recipe: Recipe) -> None:
     """Forbidden unless the owner allows every part of this recipe, its sizes included."""
     _among("task", recipe.task, policy.tasks, "tasks")
@@ -257,32 +184,20 @@ def check_recipe(policy: Policy, recipe: Recipe) -> None:
             "the reward model is a run on the coordinator's disk, and rewards are given here: use a reward that can be "
             "checked (reinforce.reward.kind: answer, f1 or number)"
         )
-    check_privacy(policy, recipe)
+    check_privacy(policy.privacy, policy.min_cohort, recipe)
     if recipe.search is not None:
         check_verb(policy, "score")
     if recipe.in_context is not None:
         check_verb(policy, "answer")
-        _check_text(policy, recipe.in_context.token_epsilon)
+        check_text(policy.privacy, recipe.in_context.token_epsilon)
     local_model(policy, recipe.model)
-
-
-def _check_text(policy: Policy, asked: float | None) -> None:
-    """Forbidden unless text that is shown in context has as much noise as the owner asks for."""
-    limit = policy.privacy.max_token_epsilon
-    if limit is not None and (asked is None or asked > limit):
-        what = "asks for no noise" if asked is None else f"has an epsilon of {asked:g} a token"
-        raise Forbidden(
-            f"this silo's policy lets rows be shown in context only with noise on their text, of an epsilon of at most "
-            f"{limit:g} a token (privacy.max_token_epsilon), and the recipe {what} (in_context.token_epsilon)",
-            "privacy.max_token_epsilon",
-        )
 
 
 def check_counting(policy: Policy, recipe: Recipe) -> None:
     """Forbidden unless the owner allows a tokenizer to be trained for this recipe, whose model is not used."""
     check_verb(policy, "pairs")
     _among("task", recipe.task, policy.tasks, "tasks")
-    check_privacy(policy, recipe)
+    check_privacy(policy.privacy, policy.min_cohort, recipe)
 
 
 def check_rows(policy: Policy, recipe: Recipe, rows: int, sequences: int | None) -> None:

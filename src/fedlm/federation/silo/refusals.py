@@ -15,3 +15,15 @@ class RefusedError(Exception):
 
 class StoppedError(Exception):
     """The coordinator no longer waits for this reply."""
+
+
+class Forbidden(Exception):
+    """The silo's owner does not allow this; the text says what, and what is allowed. It is sent to the coordinator.
+
+    Attributes:
+        line: the name of the policy's line that says so; None where it is no line's doing.
+    """
+
+    def __init__(self, reason: str, line: str | None = None) -> None:
+        self.line = line
+        super().__init__(reason)

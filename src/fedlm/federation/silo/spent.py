@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fedlm.errors import RunError
 from fedlm.federation.disk import disk_errors
-from fedlm.federation.silo.policy import Forbidden, Policy
+from fedlm.federation.silo.policy import Policy
+from fedlm.federation.silo.refusals import Forbidden
 from fedlm.federation.silo.state import request_digest, request_key
 from fedlm.files import write_json
 from fedlm.guards import get_chain
