@@ -200,6 +200,8 @@ def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("privacy: {require_masks: true}", "privacy.require_masks"),
         ("privacy: {max_epsilon: 3}", "privacy.max_epsilon"),
+        ("privacy: {unit: example}", "privacy.unit"),
+        ("privacy: {unit: silo}", "privacy.unit"),
         ("min_cohort: 3", "min_cohort"),
         ("max_bytes_per_round: 100", "max_bytes_per_round"),
         ("max_rank: 1", "max_rank"),

@@ -173,6 +173,7 @@ def test_without_quiet_hours_it_always_answers() -> None:
         ("privacy: {require_masks: true}", "privacy.require_masks", "only under masks.*no guard 'mask'"),
         ("min_cohort: 2", "min_cohort", "a sum of 2 silos"),
         ("privacy: {max_epsilon: 8, per: year}", "privacy.max_epsilon", "epsilon of 8 per year.*does not bound it"),
+        ("privacy: {unit: example}", "privacy.unit", "each row is protected.*no section `privacy`"),
     ],
 )
 def test_what_no_recipe_can_do_yet_refuses_every_recipe(
@@ -185,6 +186,53 @@ def test_what_no_recipe_can_do_yet_refuses_every_recipe(
         assert refusal.value.line == line
     with pytest.raises(Forbidden, match=told):
         check_counting(rules, recipe())
+
+
+EQUAL = {"algorithm": {"name": "fedavg", "weights": "equal"}}
+ITS_OWN = {"steps": 4, "clip_norm": None}
+BUDGET = {"epsilon": 8, "delta": 0.001}
+PROMISES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "example": {"training": ITS_OWN, "privacy": {"unit": "example", **BUDGET}},
+    "user": {"training": ITS_OWN, "privacy": {"unit": "user", "user": "who", **BUDGET}, "federation": EQUAL},
+    "silo": {"privacy": {"unit": "silo", **BUDGET}, "federation": EQUAL},
+    "masked silo": {"privacy": {"unit": "silo", **BUDGET}, "federation": EQUAL, "guards": [{"name": "mask"}]},
+    "mask": {"guards": [{"name": "mask"}]},
+}
+"""What recipes may promise, the strongest and the weakest of it."""
+
+
+@pytest.mark.parametrize(
+    ("unit", "enough", "whose"),
+    [
+        ("example", {"example", "user"}, "each row is"),
+        ("user", {"user"}, "all rows of a person together are"),
+        ("silo", {"masked silo"}, "the silo as a whole is"),
+    ],
+)
+def test_an_owner_insists_on_whose_data_is_protected(
+    policy: Callable[[str], Policy], unit: str, enough: set[str], whose: str
+) -> None:
+    """Only by noise of the silo's own: the coordinator's is none of what the owner can rely on."""
+    rules = policy(f"privacy: {{unit: {unit}}}\nallow: [hello, pairs]")
+    said = {
+        "none": "no section `privacy`",
+        "mask": "no section `privacy`",
+        "silo": "leaves noise to the coordinator",
+        "masked silo": "has `privacy.unit: silo`",
+    }
+    for name, promise in PROMISES.items():
+        check_recipe(policy("min_rows: 1"), recipe(**promise))  # it is this line alone that refuses
+        for check in (check_recipe, check_counting):
+            if name in enough:
+                check(rules, recipe(**promise))
+                continue
+            with pytest.raises(Forbidden) as refusal:
+                check(rules, recipe(**promise))
+            told = str(refusal.value)
+            assert refusal.value.line == "privacy.unit"
+            assert whose in told and f"(privacy.unit: {unit})" in told and "; it needs `privacy.unit: " in told
+            assert said.get(name, f"has `privacy.unit: {name}`") in told
 
 
 def test_text_in_context_needs_as_much_noise_as_the_owner_asks_for(policy: Callable[[str], Policy]) -> None:
@@ -354,6 +402,7 @@ def test_chat_templates_come_from_the_owner_too(policy: Callable[[str], Policy],
         ("max_rounds_per_day: 1.5", ":1: max_rounds_per_day"),
         ("min_cohort: 0", ":1: min_cohort"),
         ("privacy:\n  max_epsilon: -1\n", r":2: privacy\.max_epsilon"),
+        ("privacy:\n  unit: person\n", r":2: privacy\.unit"),
         ("privacy: {per: week}", "unknown value 'week'"),
         ("", "the policy is empty.*fedlm silo policy --example"),
         ("- a", "a policy is a mapping"),

@@ -15,6 +15,7 @@ import torch
 
 from fedlm.data.federated import load_data
 from fedlm.errors import DataError, RecipeError, RunError, TrainingError
+from fedlm.federation.silo.own import OwnSilo
 from fedlm.federation.silo.policy import load_policy
 from fedlm.federation.silo.privacy_rules import check_privacy, epsilon
 from fedlm.federation.silo.private import PrivateRound, cost, units_of
@@ -25,6 +26,7 @@ from fedlm.privacy.mechanisms import Poisson
 from fedlm.report.audit import KEPT, NOISED, audit_of, html_page, leaving, meaning, sentence
 from fedlm.training.encode import TokenSet
 from tests.federation.conftest import RECIPE, WORDS, Tiny
+from tests.federation.own_silos import data_file, greeting
 from tests.federation.test_private import OneSilo, lines, run
 from tests.training.private.helpers import texts
 
@@ -196,6 +198,36 @@ def test_an_owner_limits_it_as_any_noise_of_the_silos_own(people: Tiny, tmp_path
         else:
             with pytest.raises(Forbidden, match="epsilon"):
                 check_privacy(policy.privacy, policy.min_cohort, recipe)
+
+
+def test_who_insists_on_users_names_the_column_and_it_counts(
+    people: Tiny, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    """A recipe that calls every row another person's would make `unit: example` of it."""
+    recipe = people.recipe(
+        *USERS, WHOLE, "data.sources=[]", "data.partition=null", "data.at_silos=true", "privacy.user=prompt"
+    )
+    (tmp_path / "rows.jsonl").write_bytes((people.base / "rows.jsonl").read_bytes())
+    rules = tmp_path / "policy.yaml"
+    rules.write_text(f"models: {{{tiny_model_dir.name}: {tiny_model_dir}}}\nprivacy: {{unit: user}}\n")
+
+    def owner(columns: str, policy: Path = rules) -> OwnSilo:
+        source = (
+            f"{{path: rows.jsonl, where: {{site: site0}}, columns: {{prompt: prompt, response: response{columns}}}}}"
+        )
+        return OwnSilo("site0", tmp_path / "states", data_file(tmp_path, f"sources: [{source}]\n"), policy)
+
+    greet = Request("site0", "hello", "run", -1, fields=greeting(recipe))
+    reply = owner(", user: person").handle(greet)
+    assert isinstance(reply, Reply) and reply.fields["card"]["users"] == PEOPLE
+    with pytest.raises(RecipeError, match="the recipe would choose it") as caught:
+        owner("")
+    assert caught.value.where == f"{tmp_path / 'data.yaml'}: sources.0.columns" and "user: COLUMN" in str(caught.value)
+    with pytest.raises(RecipeError, match="the recipe would say whose a row is"):
+        OwnSilo("site0", tmp_path / "states", data_file(tmp_path, "share_of_recipe: true\n"), rules)
+    rules.write_text(f"models: {{{tiny_model_dir.name}: {tiny_model_dir}}}\n")  # who does not insist need not say
+    trusting = owner("").handle(Request("site0", "hello", "other", -1, fields=greeting(recipe)))
+    assert isinstance(trusting, Reply) and trusting.fields["card"]["users"] == 30
 
 
 def test_the_audit_says_who_is_protected_and_how_many(people: Tiny, tmp_path: Path) -> None:

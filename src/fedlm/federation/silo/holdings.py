@@ -151,6 +151,28 @@ class OwnText:
             source["path"] = str(folder / source["path"])
         return found
 
+    def check_users(self) -> None:
+        """For an owner who insists that persons are protected: nobody else is to say whose a row is.
+
+        Raises:
+            RecipeError: a source here has no `columns.user`, so that the recipe's `privacy.user` would count.
+        """
+        if self.spec.share_of_recipe:
+            raise RecipeError(
+                "the policy insists that persons are protected (privacy.unit: user), and the recipe would say whose a "
+                "row is",
+                where=f"{self.file}: share_of_recipe",
+                fix="describe the text in `sources`, and name the column in each one's `columns.user`",
+            )
+        for index, source in enumerate(self.spec.sources):
+            if source.columns.user is None:
+                raise RecipeError(
+                    "the policy insists that persons are protected (privacy.unit: user), and the column that says "
+                    "whose a row is, is not named here: the recipe would choose it",
+                    where=f"{self.file}: sources.{index}.columns",
+                    fix="add `user: COLUMN`",
+                )
+
     @property
     def base(self) -> Path:
         """The folder that relative paths start from."""

@@ -76,7 +76,8 @@ class OwnSilo:
             no part in that.
 
     Raises:
-        RecipeError: the data file or the policy cannot be read or asks for something impossible.
+        RecipeError: the data file or the policy cannot be read or asks for something impossible; or the policy
+            insists on users, and the data file does not say whose a row is.
     """
 
     def __init__(
@@ -91,6 +92,8 @@ class OwnSilo:
         self.name, self._identity = name, identity
         self.policy = load_policy(policy_file)
         self._text = load_holdings(data_file)
+        if self.policy.privacy.unit == "user":
+            self._text.check_users()
         self._states = state_root
         self._observe = observe
         self._spent, self._log = Spent(self._folder), AuditLog(self._folder / auditlog.FILE)

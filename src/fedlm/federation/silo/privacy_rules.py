@@ -18,6 +18,12 @@ class PrivacyRules(Strict):
     """What a recipe must do to protect updates and rows."""
 
     require_masks: bool = Field(False, description="Updates leave only under masks that cancel in the sum.")
+    unit: Literal["example", "user", "silo"] | None = Field(
+        None,
+        description="Whose data a recipe must protect as a whole, by noise of this silo's own: each row ('example', "
+        "which 'user' does as well); all rows of a person, told by a column that this silo's data file names ('user'); "
+        "or this silo as one, by noise that silos add under masks ('silo').",
+    )
     max_epsilon: PositiveFloat | None = Field(
         None, description="Largest epsilon of differential privacy of rows, by noise of this silo's own."
     )
@@ -31,7 +37,7 @@ class PrivacyRules(Strict):
 def check_privacy(rules: PrivacyRules, min_cohort: int, recipe: Recipe) -> None:
     """Forbidden unless the recipe protects updates as the owner asks.
 
-    The three functions below say what a recipe does; a way to protect updates is made known there.
+    The functions below say what a recipe does; a way to protect updates is made known there.
 
     Args:
         min_cohort: silos that an update must be read together with, itself included.
@@ -48,6 +54,7 @@ def check_privacy(rules: PrivacyRules, min_cohort: int, recipe: Recipe) -> None:
             "the recipe has no guard 'mask': the coordinator would read each by itself",
             "min_cohort",
         )
+    _check_unit(rules, recipe)
     limit, spent = rules.max_epsilon, epsilon(recipe)
     if limit is not None and (spent is None or spent > limit):
         what = "does not bound it" if spent is None else f"spends {spent:g}"
@@ -56,6 +63,40 @@ def check_privacy(rules: PrivacyRules, min_cohort: int, recipe: Recipe) -> None:
             f"the recipe {what}",
             "privacy.max_epsilon",
         )
+
+
+_INSISTED = {
+    "example": ("each row is", ("example", "user"), "`privacy.unit: example` or `user`"),
+    "user": ("all rows of a person together are", ("user",), "`privacy.unit: user`"),
+    "silo": ("the silo as a whole is", ("silo",), "`privacy.unit: silo` and the guard 'mask'"),
+}
+"""By the unit that an owner insists on: what it means, which units do it, and what the recipe says then."""
+
+
+def _check_unit(rules: PrivacyRules, recipe: Recipe) -> None:
+    """Forbidden unless noise of the silo's own protects the unit that the owner insists on."""
+    if rules.unit is None:
+        return
+    whose, enough, needed = _INSISTED[rules.unit]
+    if unit(recipe) in enough:
+        return
+    if recipe.privacy is None:
+        what = "the recipe has no section `privacy`"
+    elif unit(recipe) is None:
+        what = f"the recipe leaves noise to the coordinator (privacy.unit: {recipe.privacy.unit}, and no guard 'mask')"
+    else:
+        what = f"the recipe has `privacy.unit: {recipe.privacy.unit}`"
+    raise Forbidden(
+        f"this silo's policy takes part only where {whose} protected by noise of the silo's own (privacy.unit: "
+        f"{rules.unit}), and {what}; it needs {needed}",
+        "privacy.unit",
+    )
+
+
+def unit(recipe: Recipe) -> str | None:
+    """Whose data a run of this recipe protects as a whole by noise of this silo's own; None where there is none."""
+    own = noised_in_training(recipe) or noised_by_silos(recipe)
+    return recipe.privacy.unit if own and recipe.privacy is not None else None
 
 
 def masked(recipe: Recipe) -> bool:
@@ -74,8 +115,7 @@ def cohort(recipe: Recipe) -> int:
 def epsilon(recipe: Recipe) -> float | None:
     """The epsilon that a run of this recipe spends at most, by noise of this silo's own; None where nothing that the
     silo can see to bounds it: noise of the coordinator's is no matter of this policy."""
-    own = noised_in_training(recipe) or noised_by_silos(recipe)
-    return recipe.privacy.epsilon if own and recipe.privacy is not None else None
+    return recipe.privacy.epsilon if recipe.privacy is not None and unit(recipe) is not None else None
 
 
 def check_text(rules: PrivacyRules, asked: float | None) -> None:
