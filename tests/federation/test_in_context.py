@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,15 @@ from fedlm.federation.silo import Silo, Workbench, answered
 from fedlm.federation.silo.own import OwnSilo
 from fedlm.federation.silo.perturbed import perturbed_rows
 from fedlm.federation.silo.text import pack_text
+from fedlm.federation.silo.token_ledger import Draw, TokenBudget
 from fedlm.messages import Failure, FailureKind, Reply, Request
 from fedlm.models.chat import render
 from fedlm.models.fingerprint import fingerprint
 from fedlm.recipe.load import InvalidRecipeError, load_recipe
 from fedlm.recipe.schema import Recipe
 from tests.federation.own_silos import Network, data_file
+
+FREE = TokenBudget(None, "run", date(2030, 1, 1))
 
 WORDS = ["patient", "dose", "medicine", "bank", "money", "school", "science", "books"]
 
@@ -123,7 +127,7 @@ def test_without_examples_it_is_the_models_own_answer(folder: Path) -> None:
     recipe = recipe_of(folder)
     bench = Workbench(recipe, load_data(recipe, folder))
     bench.load()
-    found, _ = answered.answer(bench, "s0", request(recipe, folder, [], alone=True), folder, simulated=True)
+    found, _ = answered.answer(bench, "s0", request(recipe, folder, [], alone=True), folder, FREE, simulated=True)
     rows = load_queries(recipe, folder)
     expected = score_choices(bench.model, bench.tokenizer, rows, "instruct", batch_tokens=2048)
     whole = torch.cat([torch.tensor(p).log_softmax(0) for p in expected.logprobs])
@@ -142,7 +146,7 @@ def test_the_nearest_own_rows_stand_before_a_question(folder: Path, monkeypatch:
 
     monkeypatch.setattr(answered, "render", rendered)
     queries = load_queries(recipe, folder)
-    answered.answer(bench, "s0", request(recipe, folder, []), folder, simulated=True)
+    answered.answer(bench, "s0", request(recipe, folder, []), folder, FREE, simulated=True)
     own = {r["question"]: r["choices"][r["answer"]] for r in bench.silo_data("s0").train}
     assert len(texts) == len(queries)
     for query, turns in zip(queries, texts, strict=True):
@@ -161,7 +165,7 @@ def test_the_nearest_own_rows_stand_before_a_question(folder: Path, monkeypatch:
 
     texts.clear()  # from the second round on: before them, another question with the answer that was agreed on
     agreed = [1] * len(queries)
-    answered.answer(bench, "s0", request(recipe, folder, agreed), folder, simulated=True)
+    answered.answer(bench, "s0", request(recipe, folder, agreed), folder, FREE, simulated=True)
     answers = {query["question"]: query["choices"][1] for query in queries}
     for query, turns in zip(queries, texts, strict=True):
         assert len(turns) == 7 and turns[0]["content"] != query["question"]
@@ -179,7 +183,7 @@ def test_a_question_never_sees_its_own_row_and_too_many_examples_are_left_out(
     monkeypatch.setattr(answered, "render", lambda t, turns, add: (seen.append(len(turns)), render(t, turns, add))[1])
     monkeypatch.setattr(answered, "context_length", lambda _: 150)
     tensors = pack_text({"queries": [[row["question"], row["choices"]]], "answers": []})
-    answered.answer(bench, "s0", Request("s0", "answer", "run", 0, 0, tensors), folder, simulated=True)
+    answered.answer(bench, "s0", Request("s0", "answer", "run", 0, 0, tensors), folder, FREE, simulated=True)
     whole = 2 * (len(bench.silo_data("s0").train) - 1) + 1
     assert seen[0] == whole and seen[-1] < whole, "9 others, of which 150 tokens hold fewer"
 
@@ -216,7 +220,7 @@ def noised(folder: Path, epsilon: float, *changes: str, secret: bytes = bytes(32
     recipe = recipe_of(folder, f"{NOISED}={epsilon}", *changes)
     bench = Workbench(recipe, load_data(recipe, folder))
     bench.load()
-    return bench.silo_data("s0").train, perturbed_rows(bench, "s0", secret, epsilon)
+    return bench.silo_data("s0").train, perturbed_rows(bench, "s0", secret, epsilon)[0]
 
 
 def test_rows_are_drawn_anew_alike_whenever_they_are_the_same_rows(folder: Path) -> None:
@@ -258,7 +262,7 @@ def test_what_leaves_is_made_of_the_drawn_rows_alone(
     """With other rows behind the same drawn ones the reply has the same bits."""
     recipe = recipe_of(folder, f"{NOISED}=8")
     drawn = [("the drawn bank", "money"), ("another dose", "books"), ("science was", "school")]
-    monkeypatch.setattr(answered, "perturbed_rows", lambda *_: drawn)
+    monkeypatch.setattr(answered, "perturbed_rows", lambda *_: (drawn, Draw("0" * 64, "1" * 64, 8.0)))
     told = []
     for silo in ("s0", "s1"):
         silo_ = Silo(silo, Workbench(recipe, load_data(recipe, folder)), tmp_path / silo)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -68,7 +69,16 @@ def run(
       fedlm audit runs/news
       fedlm audit news.yaml
     """
-    from fedlm.report.audit import audit_of, meaning, sentence, spending, write_audit
+    from fedlm.report.audit import (
+        TOKEN_HEAD,
+        TOKEN_SUM,
+        audit_of,
+        meaning,
+        sentence,
+        spending,
+        spent_by_token,
+        write_audit,
+    )
 
     found = audit_of(path, attacks)
     page = write_audit(path, found) if path.is_dir() else None
@@ -81,6 +91,9 @@ def run(
         typer.echo(f"{meaning(guarantee)}\nNoise: {guarantee.mechanism}.")
         if guarantee.spent:
             print_table(["whose rows", guarantee.counted, "epsilon spent", "budget"], spending(guarantee))
+    if found.tokens:
+        print_table(["silo", TOKEN_HEAD], spent_by_token(found))
+        typer.echo(TOKEN_SUM)
     print_table(["who", "is trusted with"], [list(pair) for pair in found.trusted])
     typer.echo("Not protected:")
     for line in found.open_ends:
@@ -102,12 +115,15 @@ def log(
     Ends with code 1 where a line was changed, removed, inserted or moved. Lines that were cut off the end, or a log
     that was made anew as a whole, show only against a head that you noted elsewhere: give it with --head.
 
+    Where the silo has drawn text anew (in_context.token_epsilon), it also says what that has cost, by its ledger.
+
     \b
     Examples:
       fedlm audit log hospital-a/state/hospital-a/_audit.jsonl
       fedlm audit log hospital-a --head 5f1c...
     """
     from fedlm.federation.silo.auditlog import read
+    from fedlm.federation.silo.token_ledger import tokens_spent
 
     if head is not None and not re.fullmatch("[0-9a-f]{64}", head):
         raise RunError(
@@ -118,7 +134,9 @@ def log(
     if as_json:
         faults = [{"line": fault.line, "what": fault.what} for fault in found.faults]
         intact = {"intact": not faults, "faults": faults, "head": found.head, "unfinished": found.unfinished}
-        print_json({"file": str(path), **intact, "lines": found.lines})
+        spent = tokens_spent(path.parent)
+        tokens = None if spent is None else asdict(spent)
+        print_json({"file": str(path), **intact, "noise_on_text": tokens, "lines": found.lines})
     else:
         _show(found)
         for fault in found.faults:
@@ -130,6 +148,10 @@ def log(
         typer.echo(f"{len(found.lines)} lines, {kind}. Head: {found.head}")
         if head is None:
             typer.echo("Note the head elsewhere: only against it (--head) does a log that was cut at its end show.")
+        if (spent := tokens_spent(path.parent)) is not None:
+            typer.echo(
+                f"Noise on text has cost a token an epsilon of {spent.epsilon:.4g} at most (draws: {spent.draws})."
+            )
     if found.faults:
         raise typer.Exit(1)
 

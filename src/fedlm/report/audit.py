@@ -16,6 +16,8 @@ from fedlm.attacks.trial import Tried, read_tried
 from fedlm.errors import PrivacyError, RunError
 from fedlm.federation.noise import adaptive_of, mechanism_of
 from fedlm.federation.silo.private import LEDGER, cost
+from fedlm.federation.silo.token_ledger import FILE as TOKENS
+from fedlm.federation.silo.token_ledger import tokens_spent
 from fedlm.files import write_atomic
 from fedlm.privacy.ledger import read_spent
 from fedlm.privacy.mechanisms import describe
@@ -86,6 +88,8 @@ class AuditOfRun:
     rounds: int | None = None
     sent: dict[str, float] = field(default_factory=dict)
     """Bytes that each silo sent in training, over all rounds."""
+    tokens: dict[str, float] = field(default_factory=dict)
+    """By silo whose ledger of noise on text is in the run directory: epsilon that a token has spent, of all draws."""
     tried: Tried = field(default_factory=lambda: Tried(""))
     """Attacks, and what came of them."""
 
@@ -97,6 +101,7 @@ class AuditOfRun:
             "guarantee": None if self.guarantee is None else asdict(self.guarantee),
             "trusted": [{"who": who, "with": what} for who, what in self.trusted],
             "not_protected": list(self.open_ends),
+            "token_epsilon_spent": self.tokens,
             "bytes_sent": self.sent,
             "attacks": self.tried.as_json(),
         }
@@ -111,7 +116,7 @@ def audit_of(path: Path, attacks: Path | None = None) -> AuditOfRun:
     Raises:
         FedlmError: it is neither, a ledger is damaged, or attacks were tried on another recipe.
     """
-    facts = read_run(path) if path.is_dir() else None
+    facts = read_run(path, untrained=True) if path.is_dir() else None
     recipe = load_recipe(path / "recipe.yaml" if facts else path, ())
     if attacks is not None and not attacks.is_file():
         raise RunError(
@@ -129,7 +134,7 @@ def _answers(name: str, recipe: Recipe, facts: RunFacts | None, folder: Path | N
     rounds = None
     if facts is not None:
         rounds = len(facts.rounds)
-        for line in facts.rounds:
+        for line in [] if frozen(recipe) else facts.rounds:  # without training bytes are not counted by silo
             for silo, figures in (line.get("silos") or {}).items():
                 sent[silo] = sent.get(silo, 0.0) + float(figures.get("bytes_up") or 0)
     return AuditOfRun(
@@ -141,7 +146,13 @@ def _answers(name: str, recipe: Recipe, facts: RunFacts | None, folder: Path | N
         tuple(open_ends(recipe)),
         rounds,
         sent,
+        _tokens(folder),
     )
+
+
+def _tokens(folder: Path | None) -> dict[str, float]:
+    silos = [] if folder is None else [file.parent for file in sorted((folder / "silos").glob(f"*/{TOKENS}"))]
+    return {silo.name: told.epsilon for silo in silos if (told := tokens_spent(silo)) is not None}
 
 
 # ---------------------------------------------------------------- what leaves
@@ -291,6 +302,15 @@ def spending(guarantee: Guarantee) -> list[list[str]]:
     ]
 
 
+TOKEN_HEAD = "epsilon a token, by the silo's ledger"
+TOKEN_SUM = "Epsilons of different draws of a silo's rows add up; the same draw costs once. It is no epsilon of a row."
+
+
+def spent_by_token(found: AuditOfRun) -> list[list[str]]:
+    """A line for each silo with a ledger of noise on text."""
+    return [[silo, f"{epsilon:.4g}"] for silo, epsilon in found.tokens.items()]
+
+
 def meaning(guarantee: Guarantee) -> str:
     """The guarantee in a sentence."""
     whose = {
@@ -337,6 +357,8 @@ def html_page(found: AuditOfRun) -> str:
             body.append(
                 table(["whose rows", guarantee.counted, f"epsilon spent, by {source}", "budget"], spending(guarantee))
             )
+    if found.tokens:
+        body += [f"<h2>Noise on text</h2><p>{e(TOKEN_SUM)}</p>", table(["silo", TOKEN_HEAD], spent_by_token(found))]
     body.append("<h2>Who is trusted with what</h2>" + table(["who", "with"], found.trusted, text=2))
     body.append("<h2>What is not protected</h2><ul>" + _listed(found.open_ends) + "</ul>")
     body.append(section(found.tried))

@@ -166,8 +166,11 @@ def spread(values: Iterable[float], key: str) -> dict[str, float]:
     return {"mean": fmean(numbers), "worst": worst, "deviation": pstdev(numbers)}
 
 
-def read_run(folder: Path) -> RunFacts:
+def read_run(folder: Path, *, untrained: bool = False) -> RunFacts:
     """Read whatever a run directory holds.
+
+    Args:
+        untrained: also of a run that trains nothing.
 
     Raises:
         RunError: there is no run here, or one of its files is damaged.
@@ -188,7 +191,7 @@ def read_run(folder: Path) -> RunFacts:
     if recipe.exists():
         facts.recipe_text = recipe.read_text(encoding="utf-8")
         facts.recipe = _optional(recipe, _parse_yaml)
-    if facts.recipe and any(facts.recipe.get(part) for part in ("search", "in_context")):
+    if not untrained and facts.recipe and any(facts.recipe.get(part) for part in ("search", "in_context")):
         raise RunError(
             "a run of `fedlm prompt` trains nothing, so it has no report",
             where=str(folder),

@@ -77,4 +77,7 @@ def _of_figures(recipe: Recipe) -> Iterator[str]:
         f"Epsilons add up over tokens: two rows of 30 tokens that differ in all of them are told apart by at most "
         f"e^{30 * epsilon:g}, and by less the more alike their tokens are."
     )
-    yield "How many tokens a row has is not hidden, and the same rows cost again under another model or epsilon."
+    yield (
+        "How many tokens a row has is not hidden, and the same rows cost again under another model or epsilon: each "
+        "silo's ledger adds that up."
+    )

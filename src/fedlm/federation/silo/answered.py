@@ -35,6 +35,7 @@ from fedlm.federation.silo.perturbed import perturbed_rows
 from fedlm.federation.silo.scored import among
 from fedlm.federation.silo.secret import secret_of
 from fedlm.federation.silo.text import unpack_text
+from fedlm.federation.silo.token_ledger import TokenBudget, charge
 from fedlm.messages import Fields, Request, Tensors
 from fedlm.models.chat import render
 from fedlm.recipe.prompting import MOST_CHOICES, MOST_QUERIES, QUERY_CHARACTERS
@@ -51,14 +52,19 @@ Shown = tuple[str, str]
 """A question and its answer."""
 
 
-def answer(bench: Workbench, silo: str, request: Request, folder: Path, *, simulated: bool) -> tuple[Tensors, Fields]:
+def answer(
+    bench: Workbench, silo: str, request: Request, folder: Path, budget: TokenBudget, *, simulated: bool
+) -> tuple[Tensors, Fields]:
     """The reply to a request (see above).
 
     Args:
-        folder: the silo's private one, where the secret is that noise on its rows follows from.
+        folder: the silo's private one, where the secret is that noise on its rows follows from, and the ledger of what
+            that has cost.
+        budget: what it may cost.
         simulated: a test key in place of a secret one.
 
     Raises:
+        RefusedError: noise on the rows would cost more than the owner allows.
         DataError: the recipe asks no questions, the request is not of this form or too large, or the silo's rows are no
             questions with choices.
     """
@@ -69,8 +75,9 @@ def answer(bench: Workbench, silo: str, request: Request, folder: Path, *, simul
     with bench.as_reference():
         shown: list[list[Shown]] = [[] for _ in queries]
         if not request.fields.get("alone"):
-            shown = _shown(bench, silo, queries, agreed, _rows(bench, silo, folder, simulated))
-        groups = [_encoded(bench, query, rows) for query, rows in zip(queries, shown, strict=True)]
+            rows = _rows(bench, silo, request.run, folder, budget, simulated)
+            shown = _shown(bench, silo, queries, agreed, rows)
+        groups = [_encoded(bench, query, before) for query, before in zip(queries, shown, strict=True)]
         scored = grouped_nll(
             bench.model, groups, batch_tokens=bench.recipe.evaluation.batch_tokens,
             packing=bench.recipe.training.packing,
@@ -133,11 +140,12 @@ def _shown(
     return found
 
 
-def _rows(bench: Workbench, silo: str, folder: Path, simulated: bool) -> list[Shown]:
-    """Question and answer of each of the silo's rows, as they may be shown; found once.
+def _rows(bench: Workbench, silo: str, run: str, folder: Path, budget: TokenBudget, simulated: bool) -> list[Shown]:
+    """Question and answer of each of the silo's rows, as they may be shown; found once, and paid for.
 
     Raises:
         DataError: they are no questions with choices.
+        RefusedError, PrivacyError, RunError: see `fedlm.federation.silo.token_ledger.charge`.
     """
     spec, data = bench.recipe.in_context, bench.silo_data(silo)
     assert spec is not None
@@ -148,7 +156,8 @@ def _rows(bench: Workbench, silo: str, folder: Path, simulated: bool) -> list[Sh
             found = [(str(row["question"]), str(row["choices"][int(row["answer"])])) for row in data.train]
         else:
             secret = secret_of(folder, (bench.recipe.seed, silo) if simulated else None)
-            found = perturbed_rows(bench, silo, secret, spec.token_epsilon)
+            found, draw = perturbed_rows(bench, silo, secret, spec.token_epsilon)
+            charge(folder, draw, run, budget)  # before anything is made of them
         bench.shown[silo] = found
     return bench.shown[silo]
 

@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ from fedlm.federation.silo.selected import centroids
 from fedlm.federation.silo.session import TimeBudget
 from fedlm.federation.silo.state import StateStore, Trained, request_digest, request_key, tensors_digest
 from fedlm.federation.silo.sums import Sums, model_hash
+from fedlm.federation.silo.token_ledger import TokenBudget
 from fedlm.federation.silo.trained import keeps_state, train_round
 from fedlm.federation.silo.workbench import POOLED, Workbench
 from fedlm.guards import get_chain
@@ -87,6 +89,7 @@ class Silo:
         identity: by which it signs its keys of secure aggregation; in a simulation one that follows from the seed.
         cohort: silos that a sum must be over before this one helps to unmask it.
         apart: silos by which the cohorts of two sums from one model must differ, unless they are the same.
+        tokens: what noise on text may cost; by default whatever a recipe asks for.
 
     Attributes:
         refused_by: the line of the owner's policy that the last request was refused by, where it was one's doing.
@@ -108,7 +111,9 @@ class Silo:
         identity: Identity | None = None,
         cohort: int = 3,
         apart: int = 2,
+        tokens: TokenBudget | None = None,
     ) -> None:
+        self._tokens = tokens or TokenBudget(None, "run", datetime.now(UTC).date())
         self._identity, self._cohort, self._apart = identity, cohort, apart
         self.name, self.bench, self._reason, self._limits = name, bench, reason, limits
         self._store = StateStore(state_root, name)
@@ -357,7 +362,8 @@ class Silo:
 
         self.bench.load(self._plan(request).model(self.bench.recipe.model))
         with self._stoppable():
-            return answer(self.bench, self.name, request, self._store.folder, simulated=self._limits is None)
+            folder, simulation = self._store.folder, self._limits is None
+            return answer(self.bench, self.name, request, folder, self._tokens, simulated=simulation)
 
     def _kept(self, request: Request) -> Tensors:
         """The private state of this silo's last round that counts, where its model is part of that.

@@ -41,6 +41,7 @@ from fedlm.federation.silo.policy import (
 from fedlm.federation.silo.privacy_rules import epsilon
 from fedlm.federation.silo.refusals import Forbidden
 from fedlm.federation.silo.spent import Spent, check_bytes
+from fedlm.federation.silo.token_ledger import TokenBudget
 from fedlm.federation.silo.workbench import Workbench
 from fedlm.messages import Failure, FailureKind, Fields, Observe, Reply, Request
 from fedlm.recipe.capacity import Capacity, lesser, parse_capacity
@@ -307,6 +308,7 @@ class OwnSilo:
         observe: Observe | None,
         should_stop: Callable[[], bool] | None,
     ) -> Silo:
+        privacy = self.policy.privacy
         return Silo(
             self.name,
             bench,
@@ -319,6 +321,7 @@ class OwnSilo:
             identity=self._identity,
             cohort=max(3, self.policy.min_cohort),
             apart=self.policy.min_cohort_difference,
+            tokens=TokenBudget(privacy.max_token_epsilon, privacy.per, local_day(self.policy.timezone, now())),
         )
 
     @property

@@ -6,18 +6,20 @@ question included, it does with the drawn rows alone, so that nothing which leav
 
 The draws follow from the silo's secret, its rows, and the mechanism: the same rows are drawn alike in every round and
 run, and asking again tells nothing new. Other rows, another model or another epsilon are drawn independently, and what
-they cost adds up.
+they cost adds up in the silo's ledger (`fedlm.federation.silo.token_ledger`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from fedlm.federation.silo.reference import reference_hash
+from fedlm.federation.silo.token_ledger import Draw
 from fedlm.privacy.stream import SecretStream
 from fedlm.privacy.text import Vocabulary, perturbed, responded, uniform, vocabulary
 from fedlm.recipe.data_checks import all_sources
@@ -29,8 +31,11 @@ if TYPE_CHECKING:
     from fedlm.federation.silo.workbench import Workbench
 
 
-def perturbed_rows(bench: Workbench, silo: str, secret: bytes, epsilon: float) -> list[tuple[str, str]]:
-    """Question and answer of each training row of choices, drawn anew; always the same for the same rows."""
+def perturbed_rows(bench: Workbench, silo: str, secret: bytes, epsilon: float) -> tuple[list[tuple[str, str]], Draw]:
+    """Question and answer of each training row of choices, drawn anew; always the same for the same rows.
+
+    Nothing that is made of them may leave before their draw is charged.
+    """
     rows, literal = bench.silo_data(silo).train, literal_choices(bench.recipe)
     model = reference_hash(bench)
     whole = hashlib.sha256("".join(rows["hash"]).encode()).hexdigest()
@@ -44,16 +49,18 @@ def perturbed_rows(bench: Workbench, silo: str, secret: bytes, epsilon: float) -
         answer = responded(right, len(choices), float(uniform(stream, 1)[0]), epsilon)
         draws += [uniform(stream, len(ids)) for ids in texts[-len(private) :]]
         answers.append(choices[answer] if literal is not None else "")
-    if not texts:
-        return []
-    drawn = perturbed(
-        np.concatenate([np.asarray(ids, np.int64) for ids in texts]), np.concatenate(draws), space_of(bench), epsilon
-    )
-    ends = np.cumsum([len(ids) for ids in texts])[:-1]
-    told = [bench.tokenizer.decode(ids.tolist()) for ids in np.split(drawn, ends)]
-    if literal is not None:
-        return list(zip(told, answers, strict=True))
-    return list(zip(told[0::2], told[1::2], strict=True))
+    tokens = np.concatenate([np.asarray(ids, np.int64) for ids in texts])
+    drawn = perturbed(tokens, np.concatenate(draws), space_of(bench), epsilon)
+    parts = [ids.tolist() for ids in np.split(drawn, np.cumsum([len(ids) for ids in texts])[:-1])]
+    told = [bench.tokenizer.decode(ids) for ids in parts]
+    shown = zip(told, answers, strict=True) if literal is not None else zip(told[0::2], told[1::2], strict=True)
+    word = SecretStream(secret, "text", "key").words(2).tolist()  # by which the secret is known again
+    return list(shown), Draw(_digest(word, whole, model, epsilon, literal), _digest(parts, answers), epsilon)
+
+
+def _digest(*parts: object) -> str:
+    """Hex SHA-256 of plain values."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def space_of(bench: Workbench) -> Vocabulary:

@@ -27,10 +27,13 @@ class PrivacyRules(Strict):
     max_epsilon: PositiveFloat | None = Field(
         None, description="Largest epsilon of differential privacy of rows, by noise of this silo's own."
     )
-    per: Literal["month", "year", "run"] = Field("run", description="What `max_epsilon` is for.")
+    per: Literal["month", "year", "run"] = Field(
+        "run", description="What `max_epsilon` and `max_token_epsilon` are for."
+    )
     max_token_epsilon: PositiveFloat | None = Field(
         None,
-        description="Rows are shown in context only with noise on their text, of at most this epsilon for a token.",
+        description="Rows are shown in context only with noise on their text, of which all different draws together "
+        "cost a token at most this epsilon.",
     )
 
 
