@@ -78,13 +78,23 @@ def test_an_owner_limits_what_a_month_may_cost(
     run(recipe, silos, tmp_path / "third")
 
 
+@pytest.mark.parametrize(
+    ("rule", "told"),
+    [
+        ("max_epsilon: 5", r"privacy.max_epsilon\), and the recipe does not bound it"),
+        (
+            "unit: silo",
+            r"privacy.unit: silo\), and the recipe leaves noise to the coordinator.*it needs .* guard 'mask'",
+        ),
+    ],
+)
 def test_noise_of_the_coordinators_is_no_matter_of_a_silos_policy(
-    tiny: Tiny, owner: Callable[..., OwnSilo], tmp_path: Path
+    tiny: Tiny, owner: Callable[..., OwnSilo], tmp_path: Path, rule: str, told: str
 ) -> None:
     recipe = tiny.recipe(
         "federation.algorithm={name: fedavg, weights: equal}", "privacy={unit: silo, epsilon: 3, delta: 0.01}"
     )
     silos = {name: owner(name) for name in ("site0", "site1", "site2")}
-    silos["site3"] = owner("site3", "privacy: {max_epsilon: 5}\n")
-    with pytest.raises(RunError, match=r"the recipe does not bound it"):
+    silos["site3"] = owner("site3", f"privacy: {{{rule}}}\n")
+    with pytest.raises(RunError, match=told):
         run(recipe, silos, tmp_path / "run")

@@ -21,7 +21,8 @@ from fedlm.errors import ModelError
 from fedlm.federation import coordinator
 from fedlm.federation.api import new_run, run_recipe, using
 from fedlm.federation.silo import Workbench
-from fedlm.federation.silo.own import NOT_AGREED, OwnSilo, compatible
+from fedlm.federation.silo.own import NOT_AGREED, OwnSilo
+from fedlm.federation.silo.versions import compatible
 from fedlm.files import read_tensors
 from fedlm.messages import Failure, FailureKind, Fields, Reply, Request
 from fedlm.models.adapters import initial_tensors

@@ -24,7 +24,7 @@ from fedlm.federation.silo import agreements, auditlog
 from fedlm.federation.silo.agreements import RUN, Agreement
 from fedlm.federation.silo.audited import audited
 from fedlm.federation.silo.auditlog import AuditLog
-from fedlm.federation.silo.door import PROTOCOL, Limits, Silo, classify
+from fedlm.federation.silo.door import Limits, Silo, classify
 from fedlm.federation.silo.holdings import load_holdings
 from fedlm.federation.silo.hours import local_day
 from fedlm.federation.silo.masked import serves
@@ -42,6 +42,7 @@ from fedlm.federation.silo.privacy_rules import epsilon
 from fedlm.federation.silo.refusals import Forbidden
 from fedlm.federation.silo.spent import Spent, check_bytes
 from fedlm.federation.silo.token_ledger import TokenBudget
+from fedlm.federation.silo.versions import SCHEMA, MismatchError, check_fingerprint, check_versions, compatible
 from fedlm.federation.silo.workbench import Workbench
 from fedlm.messages import Failure, FailureKind, Fields, Observe, Reply, Request
 from fedlm.recipe.capacity import Capacity, lesser, parse_capacity
@@ -51,9 +52,6 @@ from fedlm.recipe.schema import Recipe
 from fedlm.recipe.yamltree import Tree, check_plain
 
 log = logging.getLogger("fedlm.silo")
-
-SCHEMA = 1
-"""Version of the recipe that this fedlm reads."""
 
 RUNS_HELD = 2
 """Runs whose encoded rows stay in memory; others are read again from their agreement when they are asked for."""
@@ -150,7 +148,7 @@ class OwnSilo:
                 if isinstance(answer, Failure):
                     answer = self._refuse(request, answer.kind, answer.reason)
                 return self._leaving(request, answer), door.refused_by
-        except _MismatchError as mismatch:
+        except MismatchError as mismatch:
             return self._refuse(request, FailureKind.VERSION_MISMATCH, str(mismatch)), None
         except Forbidden as refusal:
             return self._refuse(request, FailureKind.REFUSED, str(refusal)), refusal.line
@@ -218,7 +216,7 @@ class OwnSilo:
         if agreement is None:
             raise Forbidden(NOT_AGREED)
         if not compatible(agreement.fedlm, fedlm.__version__):
-            raise _MismatchError(
+            raise MismatchError(
                 f"this silo agreed to the run with fedlm {agreement.fedlm} and now has fedlm {fedlm.__version__}"
             )
         recipe = parse_recipe(agreement.recipe)
@@ -241,7 +239,7 @@ class OwnSilo:
             capacity: what the run says that this silo can do.
 
         Raises:
-            _MismatchError: this silo's model is another one.
+            MismatchError: this silo's model is another one.
             Forbidden: the text does not fit or is too little.
         """
         from fedlm.models.fingerprint import fingerprint
@@ -338,51 +336,6 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-class _MismatchError(Exception):
-    """The two sides are not of one version, or not about one model."""
-
-
-def compatible(a: str, b: str) -> bool:
-    """Whether two versions of fedlm may work on one run: the same one; from 1.0 on, the same major version.
-
-    >>> compatible("0.1.0", "0.1.1"), compatible("1.2.0", "1.4.1")
-    (False, True)
-    """
-    majors = [version.split(".")[0] for version in (a, b)]
-    return a == b or (majors[0] == majors[1] and majors[0].isdecimal() and int(majors[0]) >= 1)
-
-
-def check_versions(fields: Fields) -> None:
-    """Compare what `hello` says of the coordinator with what this silo has; the recipe is not read before this.
-
-    Raises:
-        _MismatchError: naming both sides' version.
-    """
-    theirs = fields.get("protocol")
-    if theirs != PROTOCOL:
-        raise _MismatchError(f"this silo speaks protocol {PROTOCOL}, the coordinator {_said(theirs)}")
-    theirs = fields.get("fedlm")
-    if not isinstance(theirs, str) or not compatible(theirs, fedlm.__version__):
-        raise _MismatchError(f"this silo has fedlm {fedlm.__version__}, the coordinator {_said(theirs)}")
-    schema, recipe = fields.get("schema"), fields.get("recipe")
-    written = recipe.get("schema_version", schema) if isinstance(recipe, dict) else schema
-    if schema != SCHEMA or written != SCHEMA:
-        theirs = schema if schema != SCHEMA else written
-        raise _MismatchError(f"this silo reads recipes of schema {SCHEMA}, the coordinator's has {_said(theirs)}")
-
-
-def check_fingerprint(theirs: Any, ours: dict[str, str]) -> None:
-    """Raises:
-    _MismatchError: base weights or tokenizer are not the coordinator's, with the beginnings of both hashes.
-    """
-    for part, what in (("weights", "base model"), ("tokenizer", "tokenizer")):
-        said = theirs.get(part) if isinstance(theirs, dict) else None
-        if said != ours[part]:
-            raise _MismatchError(
-                f"the {what} here is not the coordinator's: SHA-256 {ours[part][:12]} here, {_said(said)[:12]} there"
-            )
-
-
 def outside(error: FedlmError) -> str:
     """What the coordinator is told of a fault here; the rest, which may name files of this silo, goes to its log."""
     log.error("%s", error.sentence())
@@ -421,8 +374,3 @@ def _same_content(before: Agreement, now: Agreement) -> None:
         check_fingerprint(before.model, now.model)
     if before.data != now.data:
         raise Forbidden("this silo's rows have changed since it agreed to this run; it can take part in a new one")
-
-
-def _said(value: Any) -> str:
-    """What the other side said, fit for a sentence."""
-    return "says nothing" if value is None else str(value)[:40]
