@@ -56,7 +56,7 @@ def packed_attention(
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     longest = max(len(g.ancestors) + g.length for g in packed.grids)
     if q.device.type == "cpu" and dropout == 0.0 and longest <= SHORT:
-        return short_attention(q, k, v, packed, scale, sliding_window)[None], None
+        return short_attention(q, k, v, packed.grids, packed.places, scale, sliding_window)[None], None
     return _sdpa(q, k, v, packed, scale, sliding_window, dropout)[None], None
 
 

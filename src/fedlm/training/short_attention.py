@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlm.training.packing import Grid, Packed
+from fedlm.training.packing import Grid
 
 
 @lru_cache(maxsize=16)  # a batch has a few shapes; long masks on a GPU take megabytes each
@@ -32,9 +32,16 @@ def _hidden(length: int, before: int, window: int | None) -> Tensor:
     return torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))
 
 
-def short_attention(q: Tensor, k: Tensor, v: Tensor, batch: Packed, scale: float, window: int | None) -> Tensor:
-    """q [T, heads, d], k and v [T, kv heads, d] -> [T, heads, d]."""
-    return _ShortAttention.apply(q, k, v, batch, scale, window)  # type: ignore[no-any-return,no-untyped-call]
+def short_attention(
+    q: Tensor, k: Tensor, v: Tensor, grids: list[Grid], places: Tensor, scale: float, window: int | None
+) -> Tensor:
+    """q [T, heads, d], k and v [T, kv heads, d] -> [T, heads, d].
+
+    Args:
+        places: int64 [T]: where each row is in the grids' rows laid end to end.
+        window: how many tokens, its own among them, a query sees at most.
+    """
+    return _ShortAttention.apply(q, k, v, grids, places, scale, window)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _ShortAttention(torch.autograd.Function):
@@ -42,9 +49,18 @@ class _ShortAttention(torch.autograd.Function):
     dq = scale dS k,  dk = scale dS' q. Ancestors' dk and dv are summed over the segments that see them."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, batch: Packed, scale: float, window: int | None) -> Tensor:
-        outs, saved = _Rows(batch, q), []
-        for grid in batch.grids:
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grids: list[Grid],
+        places: Tensor,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        outs, saved = _Rows(grids, places, q), []
+        for grid in grids:
             qs, ks, vs = _queries(q, grid, k.shape[1]), _keys(k, grid), _keys(v, grid)
             scores = torch.bmm(qs.float(), ks.float().transpose(1, 2)).mul_(scale)
             cells = scores.view(len(scores), -1, grid.length, ks.shape[1])
@@ -53,15 +69,15 @@ class _ShortAttention(torch.autograd.Function):
             outs.put(torch.bmm(p, vs).view(k.shape[1], grid.segments, -1, grid.length, q.shape[2]))
             saved += [qs, ks, vs, p]
         ctx.save_for_backward(*saved)
-        ctx.batch, ctx.scale, ctx.kv_heads = batch, scale, k.shape[1]
+        ctx.grids, ctx.places, ctx.scale, ctx.kv_heads = grids, places, scale, k.shape[1]
         return outs.gather()
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> Any:
         heads, saved = ctx.kv_heads, ctx.saved_tensors  # read once: checkpointing recomputes them here
         d = do.shape[2]
-        dq, dk, dv = _Rows(ctx.batch, do), _Rows(ctx.batch, do[:, :heads]), _Rows(ctx.batch, do[:, :heads])
-        for i, grid in enumerate(ctx.batch.grids):
+        dq, dk, dv = (_Rows(ctx.grids, ctx.places, x) for x in (do, do[:, :heads], do[:, :heads]))
+        for i, grid in enumerate(ctx.grids):
             qs, ks, vs, p = saved[4 * i : 4 * i + 4]
             dos = _queries(do, grid, heads, zero_padding=True)
             dp = torch.bmm(dos, vs.transpose(1, 2))
@@ -73,16 +89,16 @@ class _ShortAttention(torch.autograd.Function):
                 total.put(by_segment[:, :, :, before:])
                 if before:
                     total.add(grid.ancestors, by_segment[:, :, 0, :before].sum(1, dtype=torch.float32).transpose(0, 1))
-        return dq.gather(), dk.gather(), dv.gather(), None, None, None
+        return dq.gather(), dk.gather(), dv.gather(), None, None, None, None
 
 
 class _Rows:
     """Collects the grids' results and gives them back in the packed row's order."""
 
-    def __init__(self, batch: Packed, like: Tensor) -> None:
-        size = sum(len(grid.rows) for grid in batch.grids)
+    def __init__(self, grids: list[Grid], places: Tensor, like: Tensor) -> None:
+        size = sum(len(grid.rows) for grid in grids)
         self.buffer = torch.empty(size, *like.shape[1:], dtype=like.dtype)
-        self.places, self.filled = batch.places, 0
+        self.places, self.filled = places, 0
         self.sums: list[tuple[Tensor, Tensor]] = []
 
     def put(self, part: Tensor) -> None:

@@ -13,7 +13,7 @@ from fedlm.errors import TrainingError
 from fedlm.models.adapters import trainable
 from fedlm.recipe.preference import PreferenceSpec
 from fedlm.training.objective import Likelihood, Objective, Tools
-from fedlm.training.private.gradients import Clipped, Way, _ghost, clipped_sum
+from fedlm.training.private.gradients import Clipped, Way, _ghost, clipped_sum, passes
 from fedlm.training.private.loop import private_mode
 from fedlm.training.private.taps import Call
 from fedlm.training.sequences import Example
@@ -239,3 +239,12 @@ def test_smollm2(kind: str) -> None:
         here = found(objective, examples, 1.0, way)  # type: ignore[arg-type]
         torch.testing.assert_close(here.norms, true.norms, rtol=1e-4, atol=0)
         assert off(here.total, true.total) < 1e-4
+
+
+def test_whole_weights_are_not_counted_as_kept_where_their_calls_are() -> None:
+    """What is kept of a whole weight is its calls, so a pass holds as many examples as its tokens allow."""
+    weight = torch.nn.Parameter(torch.empty(1024, 1024))
+    groups = [[Example((sequence((i, 40)),))] for i in range(16)]
+    weights = {str(i): weight for i in range(8)}
+    sizes = {way: max(map(len, passes(groups, weights, way, 10_000))) for way in WAYS if way != "micro"}
+    assert sizes == {None: 16, "fast": 16, "ghost": 16, "hooks": 8}

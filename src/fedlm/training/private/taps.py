@@ -30,6 +30,7 @@ from fedlm.models.soft_prompts import SoftPromptModel
 from fedlm.training.attention import causal_model
 from fedlm.training.forward import model_device
 from fedlm.training.fused_norm import fused_norms
+from fedlm.training.padded_attention import short_rows
 from fedlm.training.private.layers import applied, gradient_rules
 
 LARGE = (nn.Linear, nn.Embedding)
@@ -168,6 +169,7 @@ def taped(model: Module, parameters: dict[str, Parameter], books: Callable[[Call
             stack.callback(parameter.requires_grad_, True)
         if model_device(model).type == "cpu":
             stack.enter_context(fused_norms(model))
+            stack.enter_context(short_rows(model))
         yield tape
 
 
