@@ -14,9 +14,13 @@ import torch
 import fedlm.guards.noised
 from fedlm.errors import RunError
 from fedlm.federation.api import run_recipe
+from fedlm.federation.identities import simulated
+from fedlm.federation.silo.masked import Masked
+from fedlm.federation.silo.sums import Sums
+from fedlm.guards import REST
 from fedlm.guards.mask import BESIDE
 from fedlm.guards.noised import ROOM, NoisedEncoding, hidden_noised, least_survivors, noised_encoding, shown_noised
-from fedlm.messages import Tensors
+from fedlm.messages import Request, Tensors
 from fedlm.privacy.accounting import spent
 from fedlm.privacy.ledger import read_spent
 from fedlm.privacy.mechanisms import noise_multiplier, times
@@ -86,6 +90,25 @@ def test_a_sum_has_room_and_the_noise_is_in_budget(tiny: Tiny, silos: int, bits:
     assert silos * (how.mechanism.bound + 1) + ROOM * noise <= 2 ** (how.ring_bits - 1) - 1
     assert how.ring_bits <= bits + math.ceil(math.log2(silos)) and how.step * how.mechanism.bound == pytest.approx(CLIP)
     assert 7.9 < spent([times(how.mechanism, 2)], 1e-4).epsilon <= 8
+
+
+def test_the_same_update_is_noised_anew_where_the_noise_is_for_other_silos(tiny: Tiny, tmp_path: Path) -> None:
+    """A round that is repeated with those who are left: two sums of one update under the same draws, of another scale
+    and grid, would give the update away."""
+    recipe, values = tiny.recipe(*SUM, "federation.rounds=4"), 2000
+    (tmp_path / "run").mkdir()
+    masked = Masked("a", recipe, tmp_path, simulated(0, "a"), 3, Sums(tmp_path, 2), "train", simulated=True)
+    update = {REST: torch.full((values,), CLIP / 100)}
+    request, noises = Request("a", "train", "run", 0, 0), []
+    for silos in (4, 5, 5):
+        how = noised_encoding(recipe, silos, values)
+        ring = 2**how.ring_bits
+        whole = masked._noised(request, update, how)[:values].astype(np.int64)
+        whole[whole >= ring // 2] -= ring
+        noises.append(whole * how.step - CLIP / 100)
+    assert abs(np.corrcoef(noises[0], noises[1])[0, 1]) < 0.1
+    np.testing.assert_array_equal(noises[1], noises[2])  # a repeat of the same is the same, and costs nothing
+    assert len((tmp_path / "run" / "ledger.jsonl").read_text().splitlines()) == 3
 
 
 def test_values_that_wrap_around_come_back(tiny: Tiny) -> None:

@@ -9,6 +9,7 @@ in the silo's state as every reply does; what leaves is the masked vector and no
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -171,7 +172,8 @@ class Masked:
         """The update with this silo's noise, which is paid for."""
         run = "" if self._simulated else request.run  # its name is another in every simulation of one recipe
         secret = secret_of(self._folder, (self._recipe.seed, self._name) if self._simulated else None)
-        stream = SecretStream(secret, "silo noise", run, request.round, self._name, tensors_digest(update))
+        released = tensors_digest(update, json.dumps(how.fields, sort_keys=True))  # noise is for one grid and one scale
+        stream = SecretStream(secret, "silo noise", run, request.round, self._name, released)
         words = hidden_noised(update[REST], how, stream)
         spec, folder = self._recipe.privacy, self._file(request.run).parent
         assert spec is not None
