@@ -120,7 +120,7 @@ def federate(recipe: Recipe, base: Path, folder: Path, *, interrupt: int | None 
     return engine, RunDir.open(folder, write=False)
 
 
-def final(directory: RunDir) -> Tensors:
-    """The last checkpoint's model."""
-    checkpoint: Any = directory.load_checkpoint()
+def final(directory: RunDir, round_: int | None = None) -> Tensors:
+    """The last checkpoint's model, or a round's."""
+    checkpoint: Any = directory.load_checkpoint(round_)
     return dict(checkpoint.parameters)

@@ -7,6 +7,7 @@ import random
 import zlib
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,10 +52,28 @@ def sample(algorithm: str) -> list[Case]:
     return [draw.choice(cases) for cases in kinds.values()]
 
 
+def ran(recipe: dict[str, Any], base: Path, model: Path, run_dir: Path) -> str:
+    (base / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    return run_recipe(load_recipe(base / "recipe.yaml", [f"model.source={model}"]), base=base, run_dir=run_dir).status
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_what_is_allowed_runs(algorithm: str, base: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
     for number, case in enumerate(sample(algorithm)):
-        (base / "recipe.yaml").write_text(json.dumps(case.recipe()))  # JSON is YAML
-        recipe = load_recipe(base / "recipe.yaml", [f"model.source={tiny_model_dir}"])
-        assert run_recipe(recipe, base=base, run_dir=tmp_path / str(number)).status == "finished", case
+        assert ran(case.recipe(), base, tiny_model_dir, tmp_path / str(number)) == "finished", case
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_with_silos_protected_the_clip_may_move(
+    algorithm: str, base: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """With a mask and without, wherever the algorithm allows either."""
+    for case in sample(algorithm):
+        if case.protection.unit == "silo":
+            recipe, folder = case.recipe(), tmp_path / str(case.protection.guard)
+            recipe["privacy"]["adaptive"] = {"rate": 0.1}
+            assert ran(recipe, base, tiny_model_dir, folder) == "finished", case
+            first, second, *_ = map(json.loads, (folder / "rounds.jsonl").read_text().splitlines()[1:])
+            assert first["clip"] != second["clip"], case

@@ -225,8 +225,7 @@ class Federation:
         following = _State(parameters, server, progress)
         if self.flight is not None:
             progress.flight = self.flight.dump()
-        if self.noise is not None:
-            progress.clip = self.noise.clip
+        progress.clip = folded.clip if self.noise is None else self.noise.clip
 
         def commit(record: dict[str, Any]) -> None:
             progress.record = record
@@ -262,7 +261,7 @@ class Federation:
         broadcast = self.algorithm.broadcast(state.parameters, state.server, number)
         known = (broadcast, state.parameters, state.progress.accepted, accumulator, traffic)
         if self.masks:
-            folded = train_masked(self.silos, number, sampled, *known)
+            folded = train_masked(self.silos, number, sampled, *known, state.progress.clip)
         else:
             folded = self.silos.train(number, sampled, want, *known)
         needed = quorum(self.spec, want)

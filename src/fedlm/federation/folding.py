@@ -52,6 +52,8 @@ class FoldResult:
     """More about the round for rounds.jsonl."""
     loss: float | None = None
     """Mean training loss, where the replies do not say their own."""
+    clip: float | None = None
+    """Of the next round, where it moves by a count that silos noised."""
 
 
 def fold_in_order(

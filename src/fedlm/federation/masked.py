@@ -11,10 +11,11 @@ from fedlm.algorithms.base import Accumulator, Place
 from fedlm.federation.aggregation import Note, Vectors, aggregate
 from fedlm.federation.folding import FoldResult
 from fedlm.federation.records import Traffic
+from fedlm.federation.silo.trained import CLIP
 from fedlm.guards import REST, shared_key
 from fedlm.guards.base import parted, size_of
 from fedlm.guards.mask import BESIDE, encoding, shown
-from fedlm.guards.noised import NoisedEncoding
+from fedlm.guards.noised import NoisedEncoding, shown_count
 from fedlm.messages import Failure, FailureKind, Fields, Request, Tensors
 from fedlm.privacy.accounting import spent
 from fedlm.privacy.mechanisms import times
@@ -33,6 +34,7 @@ def train_masked(
     accepted: dict[str, int],
     accumulator: Accumulator,
     traffic: Traffic,
+    clip: float | None,
 ) -> FoldResult:
     """Let silos train and add up what they send, in which none can be told apart.
 
@@ -43,11 +45,17 @@ def train_masked(
         accepted: by silo, the last round whose update was aggregated.
         accumulator: receives the weighted mean, as one update of all their weight.
         traffic: receives the bytes.
+        clip: where the rounds before have moved it to; of the first round it is the recipe's.
 
     Raises:
         RunError: too few silos are left to unmask the sum, or it is impossible as one.
+        PrivacyError: no noise keeps the recipe's budget, or the count within the clip spends all of it.
     """
     recipe = silos.recipe
+    moves = recipe.privacy is not None and recipe.privacy.adaptive is not None
+    if moves and number == 0:
+        assert recipe.privacy is not None
+        clip = recipe.privacy.clip
     failures: dict[str, Failure] = {
         name: Failure(name, FailureKind.REFUSED, "it trains a part of the adapter alone, and a sum needs all of it")
         for name in sampled
@@ -59,7 +67,7 @@ def train_masked(
     shapes = dict(sorted(silos.shapes(parameters, place).items()))
     left = silos.chain.layouts(shapes)[-1] if silos.chain is not None else shapes
     length = size_of(left) + BESIDE
-    how = encoding(recipe, len(cohort), length)
+    how = encoding(recipe, len(cohort), length, clip)
 
     def asked(silo: str, masks: Fields) -> Request:
         fields = {
@@ -67,6 +75,7 @@ def train_masked(
             "rounds": silos.spec.rounds,
             "accepted": accepted.get(silo, -1),
             "silos": len(sampled),  # the same in every attempt, or a silo would train again
+            **({CLIP: clip} if moves else {}),
         }
         return silos.request(silo, "train", number, broadcast, {**fields, **masks})
 
@@ -84,6 +93,10 @@ def train_masked(
     if isinstance(how, NoisedEncoding):  # as every silo accounts for it; and no loss is told beside noised values
         assert recipe.privacy is not None
         result.figures["epsilon"] = spent([times(how.mechanism, number + 1)], recipe.privacy.delta).epsilon
+        if how.adaptive is not None and how.clip is not None:  # from the noised count, which costs nothing more
+            count = shown_count(total.values, len(total.survivors), how)
+            result.figures |= {CLIP: how.clip, "within_clip": count / len(total.survivors) + 0.5}
+            result.clip = how.adaptive.step(how.clip, count, len(total.survivors))
     elif not withheld(recipe):
         result.loss = loss
     if total.liars:

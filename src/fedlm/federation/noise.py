@@ -36,7 +36,7 @@ from fedlm.federation.silo.state import tensors_digest
 from fedlm.federation.silo.trained import CLIP, WITHIN
 from fedlm.files import read_tensors, sha256_file, write_tensors
 from fedlm.messages import Fields, Tensors
-from fedlm.privacy.adaptive_clipping import AdaptiveClipping
+from fedlm.privacy.adaptive_clipping import AdaptiveClipping, default_count_noise
 from fedlm.privacy.calibration import calibrate
 from fedlm.privacy.clipping import l2_norm
 from fedlm.privacy.ledger import Budget, Event, Ledger
@@ -80,9 +80,8 @@ def adaptive_of(recipe: Recipe, silos: int) -> AdaptiveClipping | None:
         return None
     noise = mechanism_of(recipe, silos).noise_multiplier
     assert noise is not None
-    return AdaptiveClipping(
-        spec.count_noise or max(noise, wanted(recipe.federation, silos) / 20), spec.quantile, spec.rate
-    )
+    count_noise = spec.count_noise or default_count_noise(noise, wanted(recipe.federation, silos))
+    return AdaptiveClipping(count_noise, spec.quantile, spec.rate)
 
 
 class SumNoise:

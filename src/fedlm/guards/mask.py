@@ -27,7 +27,8 @@ LOSSES = 32.0
 """The largest mean loss that is told, in nats; it travels as one value more, as a share of this."""
 
 BESIDE = 2
-"""Numbers beside the update's values: the training loss, and the weight."""
+"""Numbers beside the update's values: the training loss, in whose place is what a silo adds to the count of updates
+within the clip where that moves; and the weight."""
 
 MASKS = "masks"
 """Field of a verb whose answer is masked: the protocol's message."""
@@ -41,19 +42,20 @@ def risk_of(spec: GuardSpec) -> Risk:
     return Risk(spec.dropouts, spec.corrupt, malicious=spec.coordinator == "malicious")
 
 
-def encoding(recipe: Recipe, silos: int, length: int) -> Encoding | NoisedEncoding:
+def encoding(recipe: Recipe, silos: int, length: int, clip: float | None = None) -> Encoding | NoisedEncoding:
     """How the values of so many silos are counted.
 
     Args:
         length: elements of a silo's vector.
+        clip: of the round, where it moves.
 
     Raises:
         RunError: their sum does not fit.
-        PrivacyError: no noise keeps the recipe's budget.
+        PrivacyError: no noise keeps the recipe's budget, or the count within the clip spends all of it.
     """
     spec = mask_of(recipe)
     if noised_by_silos(recipe):
-        return noised_encoding(recipe, silos, length - BESIDE)
+        return noised_encoding(recipe, silos, length - BESIDE, clip)
     bound = mask_bound(recipe)
     assert spec is not None and bound is not None  # the recipe was checked
     return Encoding(bound, spec.bits, spec.max_weight, silos)

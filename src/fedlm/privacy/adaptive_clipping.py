@@ -14,6 +14,12 @@ from dataclasses import dataclass
 from fedlm.errors import PrivacyError
 
 
+def default_count_noise(noise_multiplier: float, units: float) -> float:
+    """sigma_b where nobody chose one: a twentieth of a round's units, as the paper takes it, and at least the noise
+    multiplier that both together may cost: `update_noise` is at most 2 / sqrt(3) = 1.16 times it then."""
+    return max(noise_multiplier, units / 20)
+
+
 @dataclass(frozen=True)
 class AdaptiveClipping:
     """The rule; the bound itself is the caller's state.

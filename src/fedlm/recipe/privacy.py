@@ -31,7 +31,8 @@ LARGEST_EPSILON = 100.0
 
 class AdaptiveSpec(Strict):
     """A clip that follows a quantile of the norms of updates, under the same budget (Andrew, Thakkar, McMahan,
-    Ramaswamy, NeurIPS 2021): each silo tells whether its update was within the clip, and the count gets noise."""
+    Ramaswamy, NeurIPS 2021): each silo tells whether its update was within the clip, under a mask in the sum alone, and
+    the count gets noise."""
 
     quantile: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.5, description="Share of updates within the clip.")
     rate: PositiveFloat = Field(
@@ -39,8 +40,9 @@ class AdaptiveSpec(Strict):
     )
     count_noise: PositiveFloat | None = Field(
         None,
-        description="Standard deviation of the noise on the count. Default: a twentieth of a round's silos, and at "
-        "least the noise multiplier that the budget asks for: updates get at most 1.16 times its noise then.",
+        description="Standard deviation of the noise on the count; under a mask of that of the fewest silos that must "
+        "be in a sum and keep theirs to themselves. Default: a twentieth of a round's silos, and at least the noise "
+        "multiplier that the budget asks for: updates get at most 1.16 times its noise then.",
     )
 
 
@@ -83,7 +85,7 @@ class PrivacySpec(Strict):
         4, description="Of `unit: user`: rows of a user that a step takes at most, drawn anew each time."
     )
     adaptive: AdaptiveSpec | None = Field(
-        None, description="Of `unit: silo` without a mask: `clip` is where it begins, and moves every round."
+        None, description="Of `unit: silo`: `clip` is where it begins, and moves every round."
     )
     noise: Literal["discrete-gaussian", "skellam"] = Field(
         "skellam", description="Of `unit: silo` under a mask: whole numbers that each silo adds."
@@ -259,12 +261,6 @@ def _silos(recipe: Recipe) -> Iterator[Problem]:
     if any(guard.name != MASK for guard in recipe.guards):
         yield ("guards",), "only a mask with `privacy.unit: silo`: a clipped update must arrive as it is"
     mask = mask_of(recipe)
-    if mask is not None and recipe.privacy is not None and recipe.privacy.adaptive is not None:
-        yield (
-            ("privacy", "adaptive"),
-            "not with the guard 'mask': silos size their noise for a grid that the clip fixes before the run, and the "
-            "count would need a sum of its own",
-        )
     for field in ("bound", "max_weight"):
         if mask is not None and changed(mask, field):
             yield ("guards", 0, field), "has no effect with `privacy.unit: silo`: the clip and equal weights say it"

@@ -208,6 +208,8 @@ def _of_training(recipe: Recipe) -> Iterator[Leaving]:
     yield Leaving(update, "every round", ", and ".join(protections) + note)
     if spec is not None and spec.adaptive is not None:
         counted = "as it is, to the coordinator, which adds noise to their count (differential privacy)"
+        if masked:
+            counted = f"{NOISED}, and {MASKED}"
         yield Leaving("a bit: whether its update was within the clip", "every round", counted)
     if method.silo_state:
         yield Leaving("what the algorithm keeps in a silo between rounds", "", KEPT)
@@ -250,6 +252,8 @@ def _guarantee(recipe: Recipe, facts: RunFacts | None, folder: Path | None) -> G
     ledgers = False
     if noised_by_silos(recipe):
         words = f"{spec.noise} of each silo's own, sized for the fewest that must be in a sum and keep it to themselves"
+        if spec.adaptive is not None:
+            words += "; on updates and the count of those within the clip together"
         ledgers_of = sorted((folder / "silos").glob(f"*/*/{LEDGER}")) if folder is not None else []
         if ledgers_of:
             found, ledgers = {file.parts[-3]: read_spent(file)[1].epsilon for file in ledgers_of}, True

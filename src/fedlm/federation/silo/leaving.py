@@ -50,7 +50,7 @@ def told(fields: Fields, recipe: Recipe) -> Fields:
         return fields
     assert recipe.privacy is not None
     names = PUBLIC if recipe.privacy.unit == "example" else [name for name in PUBLIC if name != "rows"]
-    if recipe.privacy.adaptive is not None:
+    if recipe.privacy.adaptive is not None and mask_of(recipe) is None:  # under a mask it is in the sum
         names = [*names, WITHIN]
     return {name: fields[name] for name in names if name in fields}
 

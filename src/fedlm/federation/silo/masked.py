@@ -23,6 +23,7 @@ from fedlm.federation.silo.refusals import RefusedError
 from fedlm.federation.silo.secret import secret_of
 from fedlm.federation.silo.state import tensors_digest
 from fedlm.federation.silo.sums import Sums
+from fedlm.federation.silo.trained import WITHIN, bound_of
 from fedlm.files import sync_folder
 from fedlm.guards import REST
 from fedlm.guards.mask import BESIDE, MASKS, OF, encoding, hidden, risk_of, weight_under
@@ -118,6 +119,8 @@ class Masked:
             state = self._silo(len(state.parameters.silos)).accept(state, message)
         except AggregationRefused as refusal:
             raise RefusedError(refusal.sentence()) from None
+        if self._verb == "train" and self._clip(request.fields) != self._clip(state.parameters.agreed):
+            raise RefusedError("the request names another clip than the silos agreed on for this sum")
         self._sums.begin(self._session(request.run), _when(state), model, state.present)
         self._save(request.run, state)
 
@@ -126,16 +129,17 @@ class Masked:
 
         Args:
             update: what the guards before the mask left: one vector.
-            fields: what was counted; stays here but for the weight and the loss, which are masked.
+            fields: what was counted; stays here but for the weight and the loss, or whether the update was within the
+                clip, which are masked.
 
         Raises:
             RefusedError: the protocol forbids an answer.
         """
         state = self._state(request)
         silos = len(state.parameters.silos)
-        how = encoding(self._recipe, silos, state.parameters.length)
+        how = encoding(self._recipe, silos, state.parameters.length, self._clip(state.parameters.agreed))
         if isinstance(how, NoisedEncoding):
-            words = self._noised(request, update, how)
+            words = self._noised(request, update, how, fields.get(WITHIN))
         else:
             weight = weight_under(self._recipe, self._spec, fields)
             loss = 0.0 if withheld(self._recipe) else float(fields["loss"])
@@ -168,13 +172,14 @@ class Masked:
         least = max(self._minimum, least_survivors(self._recipe, silos)) if noised else self._minimum
         return secagg.Silo(self._name, identity.signer, identity.directory, secagg.Policy(risk, least))
 
-    def _noised(self, request: Request, update: Tensors, how: NoisedEncoding) -> Words:
-        """The update with this silo's noise, which is paid for."""
+    def _noised(self, request: Request, update: Tensors, how: NoisedEncoding, within: bool | None = None) -> Words:
+        """The update with this silo's noise, which is paid for; and, where the clip moves, whether it was within."""
         run = "" if self._simulated else request.run  # its name is another in every simulation of one recipe
         secret = secret_of(self._folder, (self._recipe.seed, self._name) if self._simulated else None)
-        released = tensors_digest(update, json.dumps(how.fields, sort_keys=True))  # noise is for one grid and one scale
+        beside = json.dumps([how.fields, within], sort_keys=True)  # noise is for one grid and one scale
+        released = tensors_digest(update, beside)
         stream = SecretStream(secret, "silo noise", run, request.round, self._name, released)
-        words = hidden_noised(update[REST], how, stream)
+        words = hidden_noised(update[REST], how, stream, within)
         spec, folder = self._recipe.privacy, self._file(request.run).parent
         assert spec is not None
         budget = Budget("silo", "zero-out", spec.epsilon, spec.delta, {self._name: 1})
@@ -193,11 +198,21 @@ class Masked:
             wanted |= {"ring_bits": figures_ring(len(silos)), "length": figures_length(self._recipe)}
             wanted["agreed"] = figures_agreed(self._recipe)
         else:
-            how = encoding(self._recipe, len(silos), length)
+            agreed = message.fields.get("agreed")
+            how = encoding(self._recipe, len(silos), length, self._clip(agreed if isinstance(agreed, dict) else {}))
             wanted |= {"ring_bits": how.ring_bits, "agreed": how.fields}
         for name, value in wanted.items():
             if message.fields.get(name) != value:
                 raise RefusedError(f"secure aggregation with another '{name}' than this run's recipe has")
+
+    def _clip(self, fields: Fields) -> float | None:
+        """Where the round's clip is, by a request or by what silos agree on; None where it does not move.
+
+        Raises:
+            RefusedError: it does, and they name none that is above 0 and finite.
+        """
+        spec = self._recipe.privacy
+        return None if spec is None or spec.adaptive is None else bound_of(spec, fields)
 
     def _message(self, request: Request) -> secagg.Message:
         try:

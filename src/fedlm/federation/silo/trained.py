@@ -78,7 +78,7 @@ def train_round(
     """
     recipe, started = bench.recipe, time.monotonic()
     protected = recipe.privacy if recipe.privacy is not None and recipe.privacy.unit == "silo" else None
-    bound = math.inf if protected is None else bound_of(protected, request)
+    bound = math.inf if protected is None else bound_of(protected, request.fields)
     moments = before.optimizer if before and recipe.training.keeps else {}
     rows = round_tokens(bench, place, request.fields.get("chosen"))
     session = SiloSession(
@@ -126,15 +126,18 @@ def train_round(
     return Trained(request_key(request), digest, outcome.state, session.optimizer, lost, sent, fields)
 
 
-def bound_of(privacy: PrivacySpec, request: Request) -> float:
+def bound_of(privacy: PrivacySpec, fields: Fields) -> float:
     """The largest norm of the round's update: the recipe's, or the one that the coordinator has come to.
 
+    Args:
+        fields: of the request, or what all silos under a mask agree on.
+
     Raises:
-        RefusedError: it names none.
+        RefusedError: they name none that is above 0 and finite.
     """
     if privacy.adaptive is None:
         return privacy.clip
-    bound = request.fields.get(CLIP)
+    bound = fields.get(CLIP)
     if isinstance(bound, bool) or not isinstance(bound, int | float) or not 0 < bound < math.inf:
         raise RefusedError("this run's clip moves from round to round, and the request does not say where it is")
     return float(bound)
