@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ CHANGES = [
     "evaluation.metrics=[loss]",
     "guards=[{name: mask, coordinator: malicious}]",
 ]
-BUDGET = "privacy={unit: silo, epsilon: 10, delta: 0.05, clip: 0.1}"
+BUDGET = "privacy={unit: silo, epsilon: 10, delta: 0.05, clip: 0.1, adaptive: {}}"
 
 
 def fedlm(*words: str) -> str:
@@ -62,6 +63,7 @@ def test_masks_give_the_bits_of_a_simulation_and_silos_pay_for_noise_of_their_ow
     assert facts(tmp_path / "masked")["sha256"] == facts(tmp_path / "local")["sha256"]
     (line,) = [json.loads(text) for text in (tmp_path / "noised" / "rounds.jsonl").read_text().splitlines()][1:]
     assert sorted(line["replied"]) == sorted(silos) and 0 < line["epsilon"] <= 10 and line["loss"] is None
+    assert line["clip"] == 0.1 and math.isfinite(line["within_clip"])
     for name in silos:
         (ledger,) = (kits[name].state / name).rglob("ledger.jsonl")
         assert read_spent(ledger)[1].epsilon == pytest.approx(line["epsilon"], rel=1e-9)
