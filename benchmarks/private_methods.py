@@ -1,6 +1,6 @@
 """Bench: LoRA methods under one epsilon: FedIT, FFA-LoRA, FedSVD and LoRA-XS, trained by noised gradients.
 
-    python benchmarks/private_methods.py --out runs/private-methods [--epsilons 8,2] [--seeds 0,1,2] [--quick]
+    python benchmarks/private_methods.py --out runs/private-methods [--epsilons 8,2] [--seeds 0,1,2] [--rates ...] [--quick]
 
 `recipes/small.yaml`: five presidents' addresses and a tiny Llama that has read others' before 1900 (a really trained
 one, 0.4 M parameters), LoRA of rank 8 on all linear layers. Each silo trains by DP-SGD (`privacy.unit: example`), its
@@ -84,8 +84,10 @@ def train(out: Path, method: str, epsilon: float | None, lr: float, seed: int, q
     return losses
 
 
-def compare(out: Path, epsilons: list[float | None], seeds: list[int], quick: bool) -> list[dict[str, Any]]:
-    rates, rows = RATES[2:3] if quick else RATES, []
+def compare(
+    out: Path, epsilons: list[float | None], seeds: list[int], rates: list[float], quick: bool
+) -> list[dict[str, Any]]:
+    rows = []
     for epsilon in epsilons:
         for method in METHODS:
             first = {lr: train(out, method, epsilon, lr, seeds[0], quick)["validation"] for lr in rates}
@@ -106,6 +108,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epsilons", default="8,2")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--rates", default=",".join(map(str, RATES)))
     parser.add_argument("--quick", action="store_true", help="a check of the script: 2 rounds, one rate")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -113,7 +116,8 @@ def main() -> None:
     (args.out / "plain.jinja").write_text(TEMPLATE)
     shutil.copy(RECIPE, args.out)  # its paths are from where it lies
     epsilons = [None, *map(float, args.epsilons.split(","))]
-    rows = compare(args.out, epsilons, [int(seed) for seed in args.seeds.split(",")], args.quick)
+    seeds, rates = [int(seed) for seed in args.seeds.split(",")], [float(rate) for rate in args.rates.split(",")]
+    rows = compare(args.out, epsilons, seeds, rates[:1] if args.quick else rates, args.quick)
     print(
         "| method | epsilon | rate | test loss | gain over the base | of its gain without noise |\n|---|" + "---:|" * 5
     )
