@@ -235,6 +235,17 @@ def test_an_owner_insists_on_whose_data_is_protected(
             assert said.get(name, f"has `privacy.unit: {name}`") in told
 
 
+@pytest.mark.parametrize("line", ["unit: example", "max_epsilon: 50"])
+def test_figures_outside_the_guarantee_are_not_protected(policy: Callable[[str], Policy], line: str) -> None:
+    rules = policy(f"privacy: {{{line}}}")
+    opened = recipe(training=ITS_OWN, privacy={"unit": "example", "figures": "open", **BUDGET})
+    check_recipe(policy("min_rows: 1"), opened)
+    check_recipe(rules, recipe(**PROMISES["example"]))
+    with pytest.raises(Forbidden, match=r"figures leave outside .*privacy\.figures: open") as refusal:
+        check_recipe(rules, opened)
+    assert refusal.value.line == f"privacy.{line.split(':')[0]}"
+
+
 def test_text_in_context_needs_as_much_noise_as_the_owner_asks_for(policy: Callable[[str], Policy]) -> None:
     rules = policy("allow: [hello, answer]\nprivacy: {max_token_epsilon: 20}")
     columns = {"question": "q", "choices": "c", "answer": "a"}

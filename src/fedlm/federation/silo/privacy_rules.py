@@ -9,7 +9,7 @@ from pydantic import Field, PositiveFloat
 
 from fedlm.federation.silo.refusals import Forbidden
 from fedlm.privacy.secagg.graph import MOST
-from fedlm.recipe.privacy import noised_by_silos, noised_in_training
+from fedlm.recipe.privacy import noised_by_silos, noised_in_training, withheld
 from fedlm.recipe.schema import Recipe
 from fedlm.recipe.strict import Strict
 
@@ -60,7 +60,9 @@ def check_privacy(rules: PrivacyRules, min_cohort: int, recipe: Recipe) -> None:
     _check_unit(rules, recipe)
     limit, spent = rules.max_epsilon, epsilon(recipe)
     if limit is not None and (spent is None or spent > limit):
-        what = "does not bound it" if spent is None else f"spends {spent:g}"
+        opened = recipe.privacy is not None and not withheld(recipe)
+        unbounded = "lets figures leave outside it (privacy.figures: open)" if opened else "does not bound it"
+        what = unbounded if spent is None else f"spends {spent:g}"
         raise Forbidden(
             f"this silo's policy allows an epsilon of {limit:g} per {rules.per} (privacy.max_epsilon), and "
             f"the recipe {what}",
@@ -85,6 +87,8 @@ def _check_unit(rules: PrivacyRules, recipe: Recipe) -> None:
         return
     if recipe.privacy is None:
         what = "the recipe has no section `privacy`"
+    elif not withheld(recipe):
+        what = "the recipe lets a silo's figures leave outside the guarantee (privacy.figures: open)"
     elif unit(recipe) is None:
         what = f"the recipe leaves noise to the coordinator (privacy.unit: {recipe.privacy.unit}, and no guard 'mask')"
     else:
@@ -97,8 +101,9 @@ def _check_unit(rules: PrivacyRules, recipe: Recipe) -> None:
 
 
 def unit(recipe: Recipe) -> str | None:
-    """Whose data a run of this recipe protects as a whole by noise of this silo's own; None where there is none."""
-    own = noised_in_training(recipe) or noised_by_silos(recipe)
+    """Whose data a run of this recipe protects as a whole by noise of this silo's own; None where there is none, or
+    where figures leave outside the guarantee."""
+    own = withheld(recipe) and (noised_in_training(recipe) or noised_by_silos(recipe))
     return recipe.privacy.unit if own and recipe.privacy is not None else None
 
 

@@ -104,7 +104,7 @@ class Coordinator:
         present = self._proceed(Phase.KEYS, Phase.SHARES, self._keys)
         requests = {}
         for silo in present:
-            others = tuple(sorted(present - {silo})) if self._parameters.malicious else self._among(silo, present)
+            others = self._among(silo, present)
             signatures, sizes = join_signatures([self._key_signatures[other] for other in others])
             arrays = {
                 name: _rows([getattr(self._keys[other], name) for other in others], 32)

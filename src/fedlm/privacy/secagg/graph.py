@@ -98,13 +98,14 @@ def choose(silos: int, risk: Risk) -> Design:
 
     Of all safe thresholds the one nearest to a majority of a secret's holders is taken (at least two thirds with a
     malicious coordinator). Up to `FEW` silos get the complete graph, with the conditions of Bonawitz et al. (section
-    6).
+    6); any number does with a malicious coordinator, which could else choose a seed that puts corrupt silos around an
+    honest one.
 
     Raises:
         RunError: no graph withstands this risk.
     """
     _check(silos, risk)
-    for degree in range(2, silos - 1, 2) if silos > FEW and _may_be_sparse(silos, risk) else ():
+    for degree in range(2, silos - 1, 2) if silos > FEW and not risk.malicious else ():
         if not _stays_connected(silos, degree, risk):
             continue
         low, high = _lowest(silos, degree, risk), _highest(silos, degree, risk)
@@ -131,9 +132,9 @@ def check_design(silos: int, design: Design, risk: Risk) -> None:
     complete = k == n - 1
     if not complete and (k % 2 or not 2 <= k < n - 1):
         raise RunError(f"no ring of {n} silos gives each {k} neighbours")
-    if not complete and not _may_be_sparse(n, risk):
+    if not complete and risk.malicious:
         raise RunError(
-            "with a third of the silos corrupt beside a malicious coordinator only the complete graph is safe",
+            "with a malicious coordinator, which may choose a graph's seed, only the complete graph is safe",
             fix="take the complete graph",
         )
     if not complete and not _stays_connected(n, k, risk):
@@ -144,15 +145,6 @@ def check_design(silos: int, design: Design, risk: Risk) -> None:
             f"a threshold of {t} is not safe with {n} silos and {k} neighbours each",
             fix=f"take a threshold from {low} to {k + 1}" if low <= k + 1 else "raise the degree",
         )
-
-
-def quorum(silos: int, design: Design) -> int:
-    """Silos that must have signed a list of survivors before anyone unmasks, with a malicious coordinator.
-
-    More than two thirds of all: as long as fewer than a third are corrupt no second list can get as many, since honest
-    silos sign one. In the complete graph that is the threshold (Bonawitz et al., section 6.2).
-    """
-    return design.threshold if design.degree == silos - 1 else silos * 2 // 3 + 1
 
 
 def _check(silos: int, risk: Risk) -> None:
@@ -176,11 +168,6 @@ def _check(silos: int, risk: Risk) -> None:
 def _count(rate: float, silos: int) -> int:
     """rate x silos, rounded up, with the rate taken as the decimal it was written as: 0.07 of 100 is 7."""
     return math.ceil(Fraction(str(rate)) * silos)
-
-
-def _may_be_sparse(silos: int, risk: Risk) -> bool:
-    """Whether `quorum` keeps a malicious coordinator to one list on a graph that is not complete."""
-    return not risk.malicious or 3 * _count(risk.corruption_rate, silos) < silos
 
 
 def _lowest(n: int, k: int, risk: Risk) -> int:

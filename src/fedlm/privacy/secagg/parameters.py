@@ -35,11 +35,11 @@ class Parameters:
         round, attempt: which one of the run; a silo never goes back.
         silos: everyone invited, sorted.
         design: degree of the graph and threshold.
-        seed: 32 bytes, public, that the graph is drawn from. With a malicious coordinator and less than the complete
-            graph it must come from somewhere the coordinator cannot choose it.
+        seed: 32 bytes, public, that the graph is drawn from.
         ring_bits: elements are integers modulo 2^ring_bits, 2 to 32.
         length: elements of a silo's vector.
         malicious: whether survivors sign the list of survivors before they unmask (Bonawitz et al., CCS 2017, 6.2).
+            Only with the complete graph: a coordinator that chooses the seed chooses who stands around whom.
         agreed: plain JSON that nobody here reads, but that is then the same for all: scale, bits and largest weight of
             the quantisation, the recipe's fingerprint.
 
@@ -90,10 +90,10 @@ class Parameters:
     def graph(self) -> Neighbours:
         return graph.neighbours(self.silos, self.design.degree, self.seed)
 
-    @cached_property
+    @property
     def quorum(self) -> int:
         """Signatures under a list of survivors, with a malicious coordinator."""
-        return graph.quorum(len(self.silos), self.design)
+        return self.design.threshold
 
     @cached_property
     def places(self) -> dict[str, int]:
@@ -160,6 +160,8 @@ def _checked(fields: Fields) -> dict[str, Any]:
     threshold = integer(fields, "threshold", 2, degree + 1)
     if type(fields["malicious"]) is not bool or not isinstance(fields["agreed"], dict):
         raise AggregationRefused("'malicious' is not yes or no, or 'agreed' no fields")
+    if fields["malicious"] and degree < n - 1:
+        raise AggregationRefused("with a malicious coordinator only the complete graph is safe: it chooses the seed")
     if len(canonical(fields["agreed"])) > AGREED:
         raise AggregationRefused(f"'agreed' has more than {AGREED} bytes")
     return {

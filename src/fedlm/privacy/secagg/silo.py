@@ -101,8 +101,8 @@ class Silo:
         """Check the others' keys and share this silo's two secrets among its neighbours.
 
         Args:
-            request: fields `present` (everyone with keys) and `silos` (whose keys are in it: the neighbours; everyone
-                else with a malicious coordinator); arrays `encryption` and `mask`, uint8 [m, 32], and `signatures`.
+            request: fields `present` (everyone with keys) and `silos` (whose keys are in it: the neighbours);
+                arrays `encryption` and `mask`, uint8 [m, 32], and `signatures`.
 
         Returns:
             Field `receivers`; arrays `sealed`, uint8 [m, SEALED], and `commitment`, uint8 [32], to the self-mask seed.
@@ -292,8 +292,7 @@ class Silo:
     def _peers(self, state: State, request: Message, present: tuple[str, ...]) -> dict[str, PublicKeys]:
         parameters = state.parameters
         silos = names(request, "silos", present)
-        wanted = set(present) if parameters.malicious else set(parameters.graph[self.name]) & set(present)
-        if set(silos) != wanted - {self.name}:
+        if set(silos) != parameters.graph[self.name] & set(present):
             raise AggregationRefused("the keys are not those of all that they should be of")
         encryption, mask = (octets(request, name, len(silos), 32) for name in ("encryption", "mask"))
         signatures = split_signatures(request, len(silos), LONGEST)

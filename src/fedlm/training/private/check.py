@@ -22,6 +22,7 @@ from fedlm.errors import TrainingError
 from fedlm.messages import Tensors
 from fedlm.training.attention import causal_model
 from fedlm.training.objective import Objective
+from fedlm.training.padded_attention import short_rows
 from fedlm.training.private.gradients import Way, alone, own, taken_down, without_dropout
 from fedlm.training.private.losses import ONE_TARGET
 from fedlm.training.sequences import Encoded, Example
@@ -65,7 +66,8 @@ def check_gradients(
     config = causal_model(model).config
     examples = probes(like, int(config.vocab_size), 1 if isinstance(objective, ONE_TARGET) else TARGETS)
     precision = torch.float32 if config.dtype == torch.float32 else torch.bfloat16
-    with without_dropout(model), _nothing_at_zero(parameters):
+    # both sides attend alike: in bf16 two kernels round small gradients of keys apart by a third of their size
+    with without_dropout(model), _nothing_at_zero(parameters), short_rows(model):
         tape, norms = taken_down(objective, parameters, examples, way)
         true = compare(
             lambda name, i: own(tape, name, i),
