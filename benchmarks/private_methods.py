@@ -1,6 +1,6 @@
 """Bench: LoRA methods under one epsilon: FedIT, FFA-LoRA, FedSVD and LoRA-XS, trained by noised gradients.
 
-    python benchmarks/private_methods.py --out runs/private-methods [--epsilons 8,2] [--seeds 0,1,2] [--rates ...] [--quick]
+    python benchmarks/private_methods.py --out OUT [--epsilons 8,2] [--seeds 0,1,2] [--rates ...] [--quick]
 
 `recipes/small.yaml`: five presidents' addresses and a tiny Llama that has read others' before 1900 (a really trained
 one, 0.4 M parameters), LoRA of rank 8 on all linear layers. Each silo trains by DP-SGD (`privacy.unit: example`), its
