@@ -2,7 +2,7 @@
 
     python benchmarks/safety.py [--out runs/safety] [--quick] [--limit 100]
 
-SmolLM2-135M-Instruct, five models one after the other, each measured by `fedlm safety` (harmful requests of
+SmolLM2-135M-Instruct, six models one after the other, each measured by `fedlm safety` (harmful requests of
 Do-Not-Answer, on crime; 100 harmless look-alikes; 32 tokens):
 
     base         as it comes
@@ -11,7 +11,8 @@ Do-Not-Answer, on crime; 100 harmless look-alikes; 32 tokens):
                  (of other kinds than those asked) and their refusal
     broken       aligned, then the same federation with one silo of four that trains on compliance: such requests with
                  an answer that begins to help, and says nothing (after Ye et al., ICLR 2025)
-    realigned    broken, then the template `realign` again
+    overrun      the same with three such silos of four
+    realigned    overrun, then the template `realign` again
 
 What is finished in OUT is not trained or measured again.
 """
@@ -129,14 +130,15 @@ def main() -> None:
     few = [*changes, "evaluation.max_examples=8"]
     source = "sources: [{{path: {}.jsonl, columns: {{prompt: prompt, response: response}}}}]"
     honest = [f"{{name: silo-{i}, {source.format(f'silo-{i}')}}}" for i in range(SILOS)]
-    broken = [*honest[1:], f"{{name: silo-0, {source.format('bad')}}}"]
+    bad = [f"{{name: silo-{i}, {source.format('bad')}}}" for i in range(SILOS)]
     realign = read_template("realign")
     stages = {
         "base": None,
         "aligned": (realign, few),
         "honest": (FEDERATION.format(silos=", ".join(honest)), few),
-        "broken": (FEDERATION.format(silos=", ".join(broken)), few),
-        "realigned": (realign, [*few, "from=broken"]),
+        "broken": (FEDERATION.format(silos=", ".join([*bad[:1], *honest[1:]])), few),
+        "overrun": (FEDERATION.format(silos=", ".join([*bad[:3], *honest[3:]])), few),
+        "realigned": (realign, [*few, "from=overrun"]),
     }
     file = out / "results.json"
     results = json.loads(file.read_text()) if file.exists() else {}
