@@ -261,7 +261,6 @@ def test_put_back_to_an_earlier_round_it_pays_again(tiny: Tiny, tmp_path: Path) 
         ((*SILOS, "privacy.noise=discrete-gaussian"), "has no effect without the guard 'mask'"),
         ((*EXAMPLES, "privacy.noise=discrete-gaussian"), "has no effect with `privacy.unit: example`"),
         ((*EXAMPLES, "privacy.adaptive={}"), "an example's clip, or a user's, stays what it is"),
-        ((*SILOS, "privacy.adaptive={}", "guards=[{name: mask}]"), "a grid that the clip fixes before the run"),
         ((*SILOS, "privacy.adaptive={quantile: 1}"), "less than 1"),
         ((*SILOS, "federation.algorithm={name: krum}"), "noise is added to the sum"),
         ((*SILOS, "federation.algorithm={name: scaffold}"), "'silo' not with 'scaffold'"),
