@@ -79,13 +79,13 @@ def test_log_probabilities_and_accuracies_equal_lm_evals(
 
 
 @pytest.mark.slow
-def test_smollm2_agrees_with_lm_eval_on_50_questions() -> None:
+def test_smollm2_agrees_with_lm_eval_on_20_questions() -> None:
     """The real model in fp32 on ARC-Easy: every log-probability to 1e-3, every verdict the same."""
     from fedlm.models.load import load_base, load_tokenizer
     from fedlm.recipe.schema import ModelSpec
 
     spec = ModelSpec(**SMOLLM2, dtype="float32", device="cpu")
-    assert_agrees(load_base(spec), load_tokenizer(spec), arc_questions(50), "instruct", 1e-3)
+    assert_agrees(load_base(spec), load_tokenizer(spec), arc_questions(20), "instruct", 1e-3)
 
 
 @pytest.mark.parametrize("task_name", ["instruct", "pretrain"])

@@ -249,7 +249,7 @@ def test_predictions_are_within_fifteen_percent_of_what_processes_need(tmp_path:
     script = Path(__file__).parents[2] / "benchmarks" / "memory_plan.py"
     chosen = ["tiny", "float32", *([] if without_bf16() else ["checkpointing", "micro-batch-4", "budget-1.3GB"])]
     subprocess.run(
-        [sys.executable, str(script), "--steps", "3", "--json", str(tmp_path / "rows.json"), "--only", *chosen],
+        [sys.executable, str(script), "--steps", "2", "--json", str(tmp_path / "rows.json"), "--only", *chosen],
         check=True,
     )
     rows = json.loads((tmp_path / "rows.json").read_text())
