@@ -63,14 +63,18 @@ def test_sliding_windows_are_kept(calls: list[str]) -> None:
     torch.testing.assert_close(window, plain, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("left", [True, False])
-def test_what_it_does_not_know_goes_to_sdpa(base: Any, calls: list[str], left: bool) -> None:
-    """Padding at the beginning; a cache, with which keys are more than queries."""
+@pytest.mark.parametrize("kind", ["padded at the beginning", "in chunks", "cache"])
+def test_what_it_does_not_know_goes_to_sdpa(base: Any, calls: list[str], kind: str) -> None:
+    """A mask that is causal and something else; a cache, with which keys are more than queries."""
     ids = torch.tensor([[0, 0, 5, 6, 7], [9, 8, 7, 6, 5]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
 
     def logits() -> torch.Tensor:
-        if left:
+        if kind == "in chunks":  # of three tokens, as some models attend in some layers
+            place = torch.arange(5)
+            chunks = (place[:, None] >= place) & (place[:, None] // 3 == place // 3)
+            return base(input_ids=ids, attention_mask=chunks[None, None].expand(2, 1, 5, 5), use_cache=False).logits  # type: ignore[no-any-return]
+        if kind != "cache":
             return base(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 2:]  # type: ignore[no-any-return]
         first = base(input_ids=ids[1:, :3], use_cache=True)
         return base(input_ids=ids[1:, 3:], past_key_values=first.past_key_values).logits  # type: ignore[no-any-return]

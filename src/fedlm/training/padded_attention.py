@@ -1,8 +1,8 @@
 """Attention over ordinary padded rows as `short_attention` computes it, where rows are short and on a CPU.
 
 Padding at the end of a row is in every real token's future, so a causal mask alone serves all rows, and what padding
-computes is read by nobody. All other calls (long rows, a cache, padding at the beginning, a model's own additions to
-attention) go to transformers' `sdpa` as before; the values are the same up to rounding.
+computes is read by nobody. All other calls (long rows, a cache, padding at the beginning, other patterns, a model's own
+additions to attention) go to transformers' `sdpa` as before; the values are the same up to rounding.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from fedlm.training.attention import SHORT, causal_model
 from fedlm.training.packing import Grid
-from fedlm.training.short_attention import short_attention
+from fedlm.training.short_attention import short_attention, visible
 
 NAME = "fedlm_padded"
 OWN = ("softcap", "s_aux", "position_bias", "cache")
@@ -49,7 +49,7 @@ def padded_attention(
         or length > SHORT
         or dropout
         or any(others.get(name) is not None for name in OWN)
-        or (attention_mask is not None and not _ends_in_padding(attention_mask))
+        or (attention_mask is not None and not _plainly_causal(attention_mask, sliding_window))
     ):
         plain: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
@@ -62,12 +62,15 @@ def padded_attention(
     return out.view(n, length, *out.shape[1:]), None
 
 
-def _ends_in_padding(mask: Tensor) -> bool:
-    """Whether rows are padded at their end alone: bool [n, 1, T, T], of which the diagonal says what is real."""
-    if mask.dtype != torch.bool:
+def _plainly_causal(mask: Tensor, window: int | None) -> bool:
+    """Whether every real token sees itself and all tokens before it, within the window: so there is no padding before
+    it, nor another pattern. bool [n, 1, T, T], of which the diagonal says what is real."""
+    if mask.dtype != torch.bool or mask.shape[1] != 1:
         return False
-    real = mask[:, 0].diagonal(dim1=1, dim2=2)
-    return bool((real[:, 1:] <= real[:, :-1]).all())
+    seen = mask[:, 0]
+    padding = ~seen.diagonal(dim1=1, dim2=2)
+    expected = visible(seen.shape[1], 0, window, seen.device)
+    return bool(((seen == expected) | padding[:, :, None]).all())
 
 
 @lru_cache(maxsize=64)
