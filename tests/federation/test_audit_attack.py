@@ -32,6 +32,7 @@ from fedlm.data.federated import load_data
 from fedlm.errors import PrivacyError, RunError
 from fedlm.federation.api import run_recipe
 from fedlm.recipe.load import recipe_hash
+from fedlm.report.tried import sentence
 from tests.federation.conftest import Tiny
 from tests.federation.paged import paged
 
@@ -260,6 +261,19 @@ def test_verdicts() -> None:
     assert verdict(closed, [half, closed]) == PROVES_NOTHING and verdict(half, [half]) == FAILED_OPEN
     assert verdict(closed, [replace(fell, attack="membership"), closed]) == PROVES_NOTHING
     assert verdict(replace(closed, above=True), [half]) == SUCCEEDS
+
+
+def test_a_sentence_names_the_figures_of_which_nothing_is_proven() -> None:
+    fell = Trial("membership", "by heart", "AUC", 1.0, None, 0.5, True, {}, open=True)
+    stood = Trial("membership", "by heart", "found", 0.1, None, 0.01, False, {}, open=True)
+    auc, hits = replace(fell, open=False, success=0.5, above=False), replace(stood, open=False)
+    told = sentence(Tried("", (fell, stood, auc, hits)))
+    assert told == (
+        "Tried: membership. None succeeds. "
+        "Nothing is proven of membership (found): the open configuration withstood too."
+    )
+    assert sentence(Tried("", (fell, auc))) == "Tried: membership. None succeeds."
+    assert sentence(Tried("", (fell, replace(auc, above=True)))) == "Tried: membership. membership: succeeds."
 
 
 def test_a_file_of_another_recipe_or_a_damaged_one_is_refused(tmp_path: Path) -> None:

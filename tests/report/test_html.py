@@ -70,6 +70,20 @@ def test_one_file_that_loads_nothing(make_run: Any) -> None:
     assert html.count("plotly.js v") == 1
 
 
+def test_a_protected_run_says_how_and_that_numbers_of_rows_are_rounded(make_run: Any) -> None:
+    run = make_run()
+    shown = words(page(read_run(run)))
+    assert "Rows of each silo by label" in shown and "differential privacy" not in shown and "power of two" not in shown
+    recipe = run / "recipe.yaml"
+    recipe.write_text(
+        recipe.read_text()
+        + "guards: [{name: mask}]\nprivacy: {unit: example, epsilon: 8.0, delta: 1.0e-5, figures: withheld}\n"
+    )
+    shown = words(page(read_run(run)))
+    assert "each hidden in the sum of all (secure aggregation), never text. Noise protects each row" in shown
+    assert "epsilon 8 at delta 1e-05" in shown and "at most 320 train rows" in shown and "power of two" in shown
+
+
 def test_a_finished_run_tells_before_and_after(make_run: Any) -> None:
     text = words(page(read_run(make_run())))
     assert "4 silos fine-tuned a LoRA adapter of rank 8 of SmolLM2-135M-Instruct.Q4_1.gguf together in 4 rounds" in text

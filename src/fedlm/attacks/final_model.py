@@ -183,7 +183,7 @@ def _membership(words: str, asked: _Asked, is_open: bool, note: str) -> list[Tri
         Trial(
             "membership",
             words,
-            f"members found at {FPR:.0%} false ones, by the latter",
+            f"members found at {FPR:.0%} false ones, against the starting model",
             outcome.tpr,
             outcome.tpr_interval,
             FPR,

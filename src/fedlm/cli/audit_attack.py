@@ -129,7 +129,7 @@ def show_tried(tried: Tried) -> None:
 
     typer.echo(sentence(tried))
     above = None
-    for attack, where, of, figure, success, baseline, words in rows(tried):
+    for attack, where, of, figure, words, success, baseline in rows(tried):
         if (attack, where) != above:
             typer.echo(f"\n{attack} on {plain(where, LINE)} ({of})")
             above = attack, where

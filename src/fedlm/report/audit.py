@@ -322,9 +322,11 @@ def meaning(guarantee: Guarantee) -> str:
         "user": "all rows of one person in one silo: what they contribute to the training together",
         "silo": "one whole organisation: what all its rows contribute to the models",
     }[guarantee.unit]
+    factor = math.exp(guarantee.epsilon)
+    shown = f"{factor:,.0f}" if 10 <= factor < 1e6 else f"{factor:.3g}"
     return (
         f"Protected is {whose}. Nobody who sees what is released can tell by more than a factor of "
-        f"e^{guarantee.epsilon:g} = {math.exp(guarantee.epsilon):.3g} in the odds whether that contribution was there, "
+        f"e^{guarantee.epsilon:g} = {shown} in the odds whether that contribution was there, "
         f"except with a probability of {guarantee.delta:g}."
     )
 

@@ -26,7 +26,7 @@ from fedlm.report.format import (
     size,
 )
 from fedlm.report.markup import card, document, e, figure, table
-from fedlm.report.words import federation_sentence, verdict
+from fedlm.report.words import federation_sentence, masked, verdict
 
 ROWS = 40
 """A table of failures or silos shows this many rows and says how many it left out."""
@@ -316,9 +316,12 @@ def _data(facts: RunFacts) -> str:
     }
     skipped = {k: v for k, v in (facts.run.get("skipped") or {}).items() if v}
     note = ", ".join(f"{count(n)} {role} rows" for role, n in totals.items() if n)
+    if note and masked(facts):
+        note = f"at most {note}: each silo rounds its number up to a power of two"
     if skipped:
         note += "; left out: " + ", ".join(f"{count(n)} {str(why).replace('_', ' ')}" for why, n in skipped.items())
-    return _section("Who holds what", [figure(plots.holdings(facts), "Rows of each silo by label", note)])
+    by_label = " by label" if any(card.get("labels") for card in cards.values()) else ""
+    return _section("Who holds what", [figure(plots.holdings(facts), f"Rows of each silo{by_label}", note)])
 
 
 def _cost(facts: RunFacts) -> str:

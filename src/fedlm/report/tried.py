@@ -6,7 +6,7 @@ from fedlm.attacks.trial import ATTACKS, PROVES_NOTHING, SUCCEEDS, Tried, verdic
 from fedlm.report.format import number
 from fedlm.report.markup import e, table
 
-HEAD = ["attack", "on", "of", "measured", "success (95 %)", "baseline", "verdict"]
+HEAD = ["attack", "on", "of", "measured", "verdict", "success (95 %)", "baseline"]
 
 
 def rows(tried: Tried) -> list[list[str]]:
@@ -18,7 +18,7 @@ def rows(tried: Tried) -> list[list[str]]:
         where = f"OPEN: {trial.configuration}" if trial.open else trial.configuration
         success = number(trial.success) + within
         words = verdict(trial, tried.trials)
-        found.append([trial.attack, where, of, trial.figure, success, number(trial.baseline), words])
+        found.append([trial.attack, where, of, trial.figure, words, success, number(trial.baseline)])
     return found
 
 
@@ -27,15 +27,12 @@ def sentence(tried: Tried) -> str:
     if not tried.trials:
         return "No attack was tried."
     done = [name for name in ATTACKS if any(t.attack == name for t in tried.trials)]
-    words = {t.attack: set[str]() for t in tried.trials}
-    for trial in tried.trials:
-        if not trial.open:
-            words[trial.attack].add(verdict(trial, tried.trials))
-    fell = [name for name in done if SUCCEEDS in words[name]]
-    empty = [name for name in done if name not in fell and PROVES_NOTHING in words[name]]
+    said = [(t, verdict(t, tried.trials)) for t in tried.trials if not t.open]
+    fell = [name for name in done if any(t.attack == name and words == SUCCEEDS for t, words in said)]
     told = f"Tried: {', '.join(done)}. " + (f"{', '.join(fell)}: succeeds." if fell else "None succeeds.")
+    empty = dict.fromkeys(f"{t.attack} ({t.figure})" for t, words in said if words == PROVES_NOTHING)
     if empty:
-        told += f" Of {', '.join(empty)} nothing is proven: open configurations withstood too."
+        told += f" Nothing is proven of {', nor of '.join(empty)}: the open configuration withstood too."
     return told
 
 
@@ -49,7 +46,7 @@ def section(tried: Tried) -> str:
     body = [f"<h2>Attacks</h2><p>{e(sentence(tried))}</p>"]
     if tried.trials:
         main = [not t.open for t in tried.trials]
-        body.append(table(HEAD, rows(tried), text=4, main=main))
+        body.append(table(HEAD, rows(tried), text=5, main=main))
         body.append(f"<p>{e(MEANING)}</p>")
         body += [f"<p>{e(line)}.</p>" for line in notes(tried)]
     body.append("<h3>Not tried</h3>" + table(["attack", "why"], list(tried.not_tried().items()), text=2))

@@ -78,13 +78,29 @@ def federation_sentence(facts: RunFacts) -> str:
         sentence += f" in {plural(rounds, 'round')}{of}"
     elif planned:
         sentence += f" in {plural(planned, 'round')}"
-    names = [guard.get("name") for guard in recipe.get("guards") or []]
+    names = guard_names(facts)
     guards = " and then ".join(f"`{name}`" for name in names if name != "mask")
-    hidden = ", each hidden in the sum of all (secure aggregation)" if "mask" in names else ""
+    hidden = ", each hidden in the sum of all (secure aggregation)" if masked(facts) else ""
     if start := (facts.run.get("start") or {}).get("run"):
         sentence += f", from where the run {start} had ended,"
     compressed = f", compressed by {guards} on the way up" if guards else ""
-    return f"{sentence} of {how}. They exchanged model updates{compressed}{hidden}, never text."
+    promise = ""
+    if privacy := recipe.get("privacy"):
+        whose = {"example": "each row", "user": "all rows of a person in a silo", "silo": "each silo"}[privacy["unit"]]
+        promise = (
+            f" Noise protects {whose} (differential privacy: epsilon {privacy['epsilon']:g} at delta "
+            f"{privacy['delta']:g}); `fedlm audit` says what that covers."
+        )
+    return f"{sentence} of {how}. They exchanged model updates{compressed}{hidden}, never text.{promise}"
+
+
+def guard_names(facts: RunFacts) -> list[str]:
+    return [str(guard.get("name")) for guard in facts.recipe.get("guards") or []]
+
+
+def masked(facts: RunFacts) -> bool:
+    """Whether updates were seen only in sums."""
+    return "mask" in guard_names(facts)
 
 
 def verdict(facts: RunFacts) -> str:
@@ -97,6 +113,10 @@ def verdict(facts: RunFacts) -> str:
     if not both:
         if facts.run.get("status") in ("interrupted", "running"):
             return f"The run is not finished. Continue it with: fedlm run --resume {facts.folder}"
+        if (facts.recipe.get("privacy") or {}).get("figures") == "withheld":
+            return (
+                "Nothing was measured: under this recipe's `privacy` no figure of rows leaves silos. See `fedlm eval`."
+            )
         return "Nothing was measured on held-out text."
     key = both[0]
     first, last = estimate(before, key), estimate(after, key)
