@@ -84,6 +84,31 @@ def test_a_protected_run_says_how_and_that_numbers_of_rows_are_rounded(make_run:
     assert "epsilon 8 at delta 1e-05" in shown and "at most 320 train rows" in shown and "power of two" in shown
 
 
+@pytest.mark.parametrize("unit", ["user", "silo"])
+def test_where_the_number_of_rows_stays_in_a_silo_none_is_told(make_run: Any, unit: str) -> None:
+    """Such cards say one row for any number."""
+    run = make_run()
+    recipe = run / "recipe.yaml"
+    recipe.write_text(
+        recipe.read_text()
+        + f"guards: [{{name: mask}}]\nprivacy: {{unit: {unit}, epsilon: 8.0, delta: 0.1, figures: withheld}}\n"
+    )
+    shown = words(page(read_run(run)))
+    assert "How many rows a silo has does not leave it" in shown
+    assert "train rows" not in shown and "Rows of each silo" not in shown
+
+
+def test_nothing_measured_says_why(make_run: Any) -> None:
+    run = make_run()
+    (run / "evaluation.json").unlink()
+    lines = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+    (run / "rounds.jsonl").write_text("".join(json.dumps({**line, "validation": None}) + "\n" for line in lines))
+    assert "Nothing was measured on held-out text." in words(page(read_run(run)))
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text() + "privacy: {unit: example, epsilon: 8.0, delta: 1.0e-5, figures: withheld}\n")
+    assert "no figure of rows leaves silos" in words(page(read_run(run)))
+
+
 def test_a_finished_run_tells_before_and_after(make_run: Any) -> None:
     text = words(page(read_run(make_run())))
     assert "4 silos fine-tuned a LoRA adapter of rank 8 of SmolLM2-135M-Instruct.Q4_1.gguf together in 4 rounds" in text

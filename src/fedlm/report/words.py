@@ -103,6 +103,16 @@ def masked(facts: RunFacts) -> bool:
     return "mask" in guard_names(facts)
 
 
+def withheld(facts: RunFacts) -> bool:
+    """Whether no figure of a silo's rows left it."""
+    return (facts.recipe.get("privacy") or {}).get("figures") == "withheld"
+
+
+def rows_kept(facts: RunFacts) -> bool:
+    """Whether not even their number left: of a silo, or a person, that is protected as a whole, it would tell."""
+    return withheld(facts) and facts.recipe["privacy"]["unit"] != "example"
+
+
 def verdict(facts: RunFacts) -> str:
     """Whether it helped, in a sentence or two."""
     judged = (facts.comparison.get("verdict") or {}).get("sentence")
@@ -113,7 +123,7 @@ def verdict(facts: RunFacts) -> str:
     if not both:
         if facts.run.get("status") in ("interrupted", "running"):
             return f"The run is not finished. Continue it with: fedlm run --resume {facts.folder}"
-        if (facts.recipe.get("privacy") or {}).get("figures") == "withheld":
+        if withheld(facts):
             return (
                 "Nothing was measured: under this recipe's `privacy` no figure of rows leaves silos. See `fedlm eval`."
             )
